@@ -1,0 +1,218 @@
+"""How many workers an endpoint should have, and which of them should end.
+
+RunPod's two rules (serverless-api.md §5.2), made exact:
+
+* REQUEST_COUNT: desired = ceil((Q + P) / V).
+* QUEUE_DELAY: from zero, the first waiting request starts one worker at once. Later, when the oldest
+  has waited longer than V seconds and no capacity is idle, desired = W + ceil(n / c), where n counts
+  what has waited longer than V and finds no slot on workers that are still starting. (Without that
+  last part every look during a start would add workers again; "workers still initializing count
+  towards W, so a burst does not over-provision".)
+
+Q counts queued jobs and held requests, P leased jobs and requests in flight, W workers that are ready
+or starting. A worker above the minimum with no slot in use for the idle timeout ends. Low-priority
+jobs start nothing but keep a ready worker from ending.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from pilotlight.domain.endpoint import ScalerType
+from pilotlight.domain.worker import WorkerState
+
+
+class ScaleReason(StrEnum):
+    """Why a decision came out as it did; the strongest of the reasons that applied."""
+
+    STEADY = "steady"
+    PAUSED = "paused"
+    BELOW_MINIMUM = "below_minimum"
+    FIRST_REQUEST = "first_request"
+    QUEUE_DELAY = "queue_delay"
+    REQUEST_COUNT = "request_count"
+    IDLE_TIMEOUT = "idle_timeout"
+    ABOVE_MAXIMUM = "above_maximum"
+    NEW_REVISION = "new_revision"
+    BACKING_OFF = "backing_off"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerView:
+    """What scaling needs to know of a living worker.
+
+    Attributes:
+        id: Who.
+        state: starting, ready or frozen ones count; draining and stopping ones are on their way out.
+        current: Whether it runs the endpoint's current revision.
+        occupied: Slots in use.
+        capacity: Slots in all.
+        idle_since_ms: Since when no slot is in use; None while one is, or before it was ready.
+    """
+
+    id: str
+    state: WorkerState
+    current: bool
+    occupied: int
+    capacity: int
+    idle_since_ms: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScaleSnapshot:
+    """One endpoint at one moment.
+
+    Attributes:
+        workers: Living workers, oldest first.
+        waiting: Q, normal-priority jobs and held requests.
+        waiting_low: Low-priority jobs.
+        oldest_ms: Since when the oldest of `waiting` waits.
+        overdue: How many of `waiting` have waited longer than the scaler value (QUEUE_DELAY).
+        in_progress: P, leased jobs and requests in flight.
+        retry_ms: Until when failures forbid starts; None when starts are allowed.
+    """
+
+    workers: tuple[WorkerView, ...] = ()
+    waiting: int = 0
+    waiting_low: int = 0
+    oldest_ms: int | None = None
+    overdue: int = 0
+    in_progress: int = 0
+    retry_ms: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScaleSettings:
+    """The endpoint's own settings that scaling obeys."""
+
+    workers_min: int
+    workers_max: int
+    idle_timeout_ms: int
+    scaler: ScalerType
+    scaler_value: float
+    concurrency: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScaleDecision:
+    """What to do.
+
+    Attributes:
+        start: Workers to start now.
+        drain: Ids of workers to end, idle or after their work.
+        desired: The number aimed for.
+        reason: Why.
+        next_ms: When to look again although nothing happens; None when only an event can change this.
+    """
+
+    start: int = 0
+    drain: tuple[str, ...] = ()
+    desired: int = 0
+    reason: ScaleReason = ScaleReason.STEADY
+    next_ms: int | None = None
+
+
+def decide_scale(snapshot: ScaleSnapshot, now_ms: int, settings: ScaleSettings) -> ScaleDecision:
+    """How many workers to start and which to drain, with the reason.
+
+    Args:
+        snapshot: The endpoint at this moment.
+        now_ms: The moment.
+        settings: The endpoint's settings.
+    """
+    stale = [
+        worker.id
+        for worker in snapshot.workers
+        if not worker.current and worker.state in {WorkerState.STARTING, WorkerState.READY}
+    ]
+    alive = [
+        worker
+        for worker in snapshot.workers
+        if worker.current and worker.state in {WorkerState.STARTING, WorkerState.READY}
+    ]
+    desired, reason = _desired(snapshot, now_ms, settings, alive)
+    surplus, surplus_reason = _surplus(snapshot, now_ms, settings, alive)
+    start = max(0, desired - len(alive))
+    if surplus:
+        start, reason = 0, surplus_reason
+    if stale and not start:
+        reason = ScaleReason.NEW_REVISION
+    if start and snapshot.retry_ms is not None and snapshot.retry_ms > now_ms:
+        start, reason = 0, ScaleReason.BACKING_OFF
+    return ScaleDecision(
+        start=start,
+        drain=(*stale, *surplus),
+        desired=desired,
+        reason=reason,
+        next_ms=_next_look(snapshot, now_ms, settings, alive),
+    )
+
+
+def _desired(
+    snapshot: ScaleSnapshot, now_ms: int, settings: ScaleSettings, alive: list[WorkerView]
+) -> tuple[int, ScaleReason]:
+    present = len(alive)
+    if settings.workers_max == 0:
+        return 0, ScaleReason.PAUSED
+    wanted, reason = present, ScaleReason.STEADY
+    if settings.scaler is ScalerType.REQUEST_COUNT:
+        by_count = -(-(snapshot.waiting + snapshot.in_progress) // max(1, int(settings.scaler_value)))
+        if by_count > present:
+            wanted, reason = by_count, ScaleReason.REQUEST_COUNT
+    elif present == 0 and snapshot.waiting > 0:
+        wanted, reason = 1, ScaleReason.FIRST_REQUEST
+    elif snapshot.oldest_ms is not None and now_ms - snapshot.oldest_ms > settings.scaler_value * 1000:
+        coming = sum(
+            settings.concurrency
+            if worker.state is WorkerState.STARTING
+            else worker.capacity - worker.occupied
+            for worker in alive
+        )
+        unserved = max(0, snapshot.overdue - coming)
+        if unserved:
+            wanted, reason = present + -(-unserved // settings.concurrency), ScaleReason.QUEUE_DELAY
+    if wanted < settings.workers_min:
+        wanted, reason = settings.workers_min, ScaleReason.BELOW_MINIMUM
+    return min(wanted, settings.workers_max), reason
+
+
+def _surplus(
+    snapshot: ScaleSnapshot, now_ms: int, settings: ScaleSettings, alive: list[WorkerView]
+) -> tuple[tuple[str, ...], ScaleReason]:
+    # Youngest first, so that load gathers on old workers (`core.routing`).
+    if len(alive) > settings.workers_max:
+        by_worth = alive[::-1]
+        by_worth.sort(key=lambda worker: (worker.state is WorkerState.READY, worker.occupied))
+        excess = len(alive) - settings.workers_max
+        return tuple(worker.id for worker in by_worth[:excess]), ScaleReason.ABOVE_MAXIMUM
+    if snapshot.waiting or snapshot.waiting_low:
+        return (), ScaleReason.STEADY
+    spare = len(alive) - settings.workers_min
+    idle = [
+        worker.id
+        for worker in reversed(alive)
+        if worker.state is WorkerState.READY
+        and worker.idle_since_ms is not None
+        and now_ms - worker.idle_since_ms >= settings.idle_timeout_ms
+    ]
+    return tuple(idle[: max(0, spare)]), ScaleReason.IDLE_TIMEOUT
+
+
+def _next_look(
+    snapshot: ScaleSnapshot, now_ms: int, settings: ScaleSettings, alive: list[WorkerView]
+) -> int | None:
+    moments = [
+        worker.idle_since_ms + settings.idle_timeout_ms
+        for worker in alive
+        if worker.state is WorkerState.READY and worker.idle_since_ms is not None
+    ]
+    if len(alive) <= settings.workers_min:
+        moments = []
+    if snapshot.retry_ms is not None:
+        moments.append(snapshot.retry_ms)
+    if settings.scaler is ScalerType.QUEUE_DELAY and snapshot.oldest_ms is not None and alive:
+        overdue_ms = snapshot.oldest_ms + int(settings.scaler_value * 1000) + 1
+        # Once something is overdue, more becomes overdue with time: look again every second.
+        moments.append(max(overdue_ms, now_ms + 1000))
+    return min((max(moment, now_ms + 1) for moment in moments), default=None)

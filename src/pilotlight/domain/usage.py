@@ -1,0 +1,107 @@
+"""Measured facts: usage intervals of workers, and one row per request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from pilotlight.domain.worker import WorkerState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UsageInterval:
+    """A closed span of a worker's life in one state; appended once, never changed.
+
+    `(worker_id, sequence)` is the idempotency key. The intervals of a worker touch each other and
+    cover its life from spawn to the end of its last process.
+    """
+
+    worker_id: str
+    sequence: int
+    endpoint_id: str
+    version: int
+    state: WorkerState
+    devices: int
+    start_ms: int
+    end_ms: int
+
+    @property
+    def duration_ms(self) -> int:
+        """Length in milliseconds; never negative."""
+        return self.end_ms - self.start_ms
+
+
+class Outcome(StrEnum):
+    """How a request ended."""
+
+    OK = "ok"
+    REJECTED = "rejected"
+    SHED = "shed"
+    EXPIRED = "expired"
+    FAILED = "failed"
+    DISCONNECTED = "disconnected"
+    CANCELLED = "cancelled"
+    TIMED_OUT = "timed_out"
+
+
+class Road(StrEnum):
+    """Which of the two roads a request took."""
+
+    DATA = "data"
+    JOB = "job"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestRecord:
+    """One row of the request log; holds no prompt, completion, header or key.
+
+    Attributes:
+        id: Request id (data path) or job id (job path).
+        road: Which road it took.
+        endpoint_id: Endpoint it named.
+        key_id: Public id of the API key.
+        worker_id: Worker that served it; "" when none did.
+        route: Path below the endpoint, such as `/v1/chat/completions` or `/run`.
+        status: HTTP status sent to the client, 0 where none was sent.
+        outcome: How it ended.
+        arrival_ms: When it arrived.
+        wait_ms: Wait for a worker.
+        first_token_ms: From arrival to the first byte of the answer's body; None when there was none.
+        duration_ms: From arrival to the end.
+        tokens_in: Prompt tokens; None when unknown.
+        tokens_out: Completion tokens; None when unknown.
+        estimated: Whether the token counts are estimates (a stream that was cut).
+    """
+
+    id: str
+    road: Road
+    endpoint_id: str
+    key_id: str
+    worker_id: str = ""
+    route: str
+    status: int
+    outcome: Outcome
+    arrival_ms: int
+    wait_ms: int = 0
+    first_token_ms: int | None = None
+    duration_ms: int = 0
+    tokens_in: int | None = None
+    tokens_out: int | None = None
+    estimated: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartRecord:
+    """One start of a worker, stage by stage.
+
+    Attributes:
+        stages: (stage name, moment in ms since the epoch), in order; the first is the decision.
+        outcome: `ready`, `failed` or `stopped`; "" while starting.
+    """
+
+    worker_id: str
+    endpoint_id: str
+    version: int
+    rung: str
+    stages: tuple[tuple[str, int], ...]
+    outcome: str = ""

@@ -1,0 +1,82 @@
+"""Where workers run. One implementation per kind of place: local processes, containers, Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from pilotlight.domain.worker import ProcessIdentity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSpec:
+    """What to start.
+
+    Attributes:
+        worker_id: Also the value of the cookie in every process of the worker.
+        endpoint_id: For log files and listings.
+        env: The complete environment added to the cluster's base; holds secrets, never logged.
+        command: Program and arguments.
+        devices: Indices of the GPUs it may see; empty on a host without GPUs.
+    """
+
+    worker_id: str
+    endpoint_id: str
+    env: Mapping[str, str] = field(repr=False)
+    command: Sequence[str]
+    devices: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerExit:
+    """The end of a worker's main process.
+
+    Attributes:
+        worker_id: Whose.
+        code: Exit status; negative is the signal that ended it; None when it was not our child.
+    """
+
+    worker_id: str
+    code: int | None
+
+
+class Cluster(Protocol):
+    """Starts and ends workers completely. One object owns all workers of this installation."""
+
+    async def start(self, spec: WorkerSpec, on_exit: Callable[[WorkerExit], None]) -> ProcessIdentity:
+        """Start a worker and return at once, with its process.
+
+        Args:
+            spec: What to start.
+            on_exit: Called once on the event loop after the worker's main process has ended and every
+                other process of the worker has been ended too.
+
+        Raises:
+            ClusterError: It could not be started; nothing of it runs.
+        """
+        ...
+
+    async def terminate(self, worker_id: str) -> None:
+        """Ask the worker to drain and end (SIGTERM to its main process); returns at once, idempotent."""
+        ...
+
+    async def kill(self, worker_id: str) -> None:
+        """End every process of the worker now; returns when none is left. Idempotent."""
+        ...
+
+    async def sweep(self, workers: Mapping[str, ProcessIdentity | None]) -> Sequence[str]:
+        """End leftovers of an earlier life of this installation.
+
+        Args:
+            workers: Worker ids with the process recorded for each, if any. A process that merely has
+                the same number, but another start time or boot, is left alone.
+
+        Returns:
+            Ids of workers of which something was still running; nothing of them is left.
+        """
+        ...
+
+    async def close(self) -> None:
+        """End all workers and release everything; returns when no process is left."""
+        ...

@@ -1,0 +1,104 @@
+"""The owner of all living workers, as the gateway sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from pilotlight.domain.worker import Failure, Registration, Stage, Worker
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageReport:
+    """What a worker program posted to its state URL.
+
+    Attributes:
+        stage: The step it has reached.
+        detail: Free facts about the step, for people.
+        failure: Set with `Stage.FAILED`.
+        registration: Where its servers are; from the moment they are known.
+    """
+
+    stage: Stage
+    detail: Mapping[str, object] = field(default_factory=dict)
+    failure: Failure | None = None
+    registration: Registration | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Health:
+    """Whether an endpoint can start workers.
+
+    Attributes:
+        failures: Consecutive failed starts.
+        failure: Why the last of them failed.
+        retry_ms: Until when no worker is started; None when starts are allowed.
+        throttled: Why a wanted worker could not be placed; None when nothing is missing.
+    """
+
+    failures: int = 0
+    failure: Failure | None = None
+    retry_ms: int | None = None
+    throttled: str | None = None
+
+
+class Fleet(Protocol):
+    """Owns every living worker: the only writer of their state."""
+
+    def worker(self, worker_id: str) -> Worker | None:
+        """One living worker; None when unknown or ended."""
+        ...
+
+    def workers(self, endpoint_id: str) -> Sequence[Worker]:
+        """The endpoint's living workers, oldest first."""
+        ...
+
+    def authenticate(self, endpoint_id: str, worker_id: str, secret: str) -> Worker | None:
+        """The living worker whose credential this is; None when anything does not match."""
+        ...
+
+    def health(self, endpoint_id: str) -> Health:
+        """The endpoint's recent starts."""
+        ...
+
+    async def reported(self, worker_id: str, report: StageReport) -> None:
+        """Take a stage report of a living worker; reports after its end are ignored."""
+        ...
+
+    async def took(self, worker_id: str, *, slots: int) -> None:
+        """Note a take; the first makes the worker ready for jobs (worker-protocol.md §6.1).
+
+        Args:
+            worker_id: Who asked.
+            slots: Jobs it asked for; the capacity of a worker that never registered one.
+        """
+        ...
+
+    async def drain(self, worker_id: str, *, reason: str) -> None:
+        """Hand out nothing more to the worker and let it finish and end; idempotent."""
+        ...
+
+    async def kill(self, worker_id: str, *, reason: str) -> None:
+        """End the worker at once; returns when it is gone; idempotent."""
+        ...
+
+
+class WorkerListener(Protocol):
+    """Told by the fleet what it may do with a worker: the slot table and the job queue."""
+
+    def opened(self, worker: Worker, registration: Registration | None, capacity: int) -> None:
+        """The worker takes work from now on; called again when its capacity or addresses change."""
+        ...
+
+    def closed(self, worker: Worker) -> None:
+        """Give it nothing more; its open polls are to be answered now (worker-protocol.md §6.3)."""
+        ...
+
+    def occupied(self, worker_id: str) -> int:
+        """Slots of it in use."""
+        ...
+
+    async def ended(self, worker: Worker, reason: str) -> None:
+        """No process of it is left; whatever it still held is lost."""
+        ...

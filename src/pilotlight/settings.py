@@ -1,0 +1,241 @@
+"""Everything that can be tuned, in one place.
+
+A setting is `PILOTLIGHT_<SECTION>__<NAME>` in the environment or `[section] name = …` in
+`pilotlight.toml` (in the data folder, or the file named by `PILOTLIGHT_CONFIG`). The environment wins.
+Unknown keys and bad values end the start with a message that names them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import platformdirs
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from pilotlight.errors import SettingsError
+
+HOME_VARIABLE = "PILOTLIGHT_HOME"
+CONFIG_VARIABLE = "PILOTLIGHT_CONFIG"
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ServerSettings(_Section):
+    """Where the gateway listens."""
+
+    host: str = "127.0.0.1"
+    """Interface; anything but loopback is a deliberate choice, since traffic is not encrypted."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8400
+    """TCP port; 0 takes a free one (printed at start)."""
+    public_url: str | None = None
+    """Base URL under which clients reach us, for URLs in answers; None derives it from host and port."""
+    shutdown_s: Positive = 8
+    """Seconds given to requests and workers when the gateway is told to stop, before everything is killed."""
+
+
+class LimitSettings(_Section):
+    """Bounds on what is accepted and held."""
+
+    hold_s: Positive = 300
+    """How long a request waits for a worker before it is answered 503."""
+    hold_requests: Positive = 1000
+    """Requests held per endpoint; one more is answered 429."""
+    hold_bytes: Positive = 64 * 1024 * 1024
+    """Bytes of bodies held per endpoint; beyond that 429."""
+    body_bytes: Positive = 20 * 1024 * 1024
+    """Largest body on /openai and /runsync (serverless-api.md §2.13)."""
+    body_s: Positive = 120
+    """How long a client may take to send a body."""
+    run_body_bytes: Positive = 10 * 1024 * 1024
+    """Largest body on /run."""
+    result_bytes: Positive = 10 * 1024 * 1024
+    """Largest result of an asynchronous job; a larger one fails the job."""
+    sync_result_bytes: Positive = 20 * 1024 * 1024
+    """Largest result of a synchronous job."""
+    chunk_bytes: Positive = 1024 * 1024
+    """Largest stream chunk."""
+    worker_body_bytes: Positive = 64 * 1024 * 1024
+    """Largest body read from a worker, so that an oversize result can be told from a broken one."""
+    queue_jobs: Positive = 1_000_000
+    """Jobs queued per endpoint; one more is answered 429."""
+    upstream_idle_s: Positive = 60
+    """Idle upstream connections are closed after this; below the engine's 75 s."""
+    upstream_read_s: Positive = 3600
+    """Longest silence of an engine that owes an answer."""
+    data_path_s: Positive = 3600
+    """Longest duration of one request on the data path."""
+
+
+class JobSettings(_Section):
+    """Life of jobs in the queue (serverless-api.md §2.11)."""
+
+    ttl_ms: Positive = 86_400_000
+    """Default life from submission to the end of the run."""
+    retention_ms: Positive = 1_800_000
+    """How long the result of an asynchronous job stays readable."""
+    sync_retention_ms: Positive = 60_000
+    """How long the result of a synchronous job stays readable (up to 300 s with a longer wait)."""
+    take_hold_s: Positive = 25
+    """Hold of an empty take (worker-protocol.md §8)."""
+    stop_hold_s: Positive = 15
+    """Hold of an empty stop poll."""
+    confirm_s: Positive = 6
+    """A hand-out not confirmed by then is lost (worker-protocol.md §8)."""
+    ping_interval_ms: Annotated[int, Field(ge=1000)] = 2000
+    """Heartbeat period given to workers."""
+
+
+class WorkerSettings(_Section):
+    """Starting and ending workers."""
+
+    start_timeout_s: Positive = 420
+    """A start without a stage report for this long has failed (RUNPOD_INIT_TIMEOUT)."""
+    stop_grace_s: Positive = 5
+    """From SIGTERM to SIGKILL for a worker without work."""
+    drain_max_s: Positive = 600
+    """Longest time a busy worker is given to finish its jobs."""
+    start_failures_max: Positive = 3
+    """Consecutive failed starts after which an endpoint backs off."""
+    backoff_s: Positive = 30
+    """First pause after that; doubles with each further failure."""
+    backoff_max_s: Positive = 600
+    """Longest pause."""
+    memory_reserve_bytes: NotNegative = 1024 * 1024 * 1024
+    """Host memory never given to workers."""
+    memory_default_bytes: Positive = 3 * 1024 * 1024 * 1024
+    """Memory reserved for a worker whose need is unknown."""
+    log_bytes: Positive = 10 * 1024 * 1024
+    """Size at which a worker's log is rotated; one older file is kept."""
+    history_s: Positive = 7 * 86_400
+    """How long ended workers and their logs are remembered."""
+
+
+class EngineSettings(_Section):
+    """Where the engine lives."""
+
+    home: Path | None = None
+    """The engine's virtual environment; None looks beside our own for `.venv-engine`."""
+    command: tuple[str, ...] = ()
+    """Program that replaces vLLM's server (another engine with the same flags); empty means vLLM."""
+
+
+class StoreSettings(_Section):
+    """What is kept and for how long."""
+
+    request_log_rows: Positive = 1_000_000
+    """Rows kept in the request log; the oldest go first."""
+    synchronous: Annotated[str, Field(pattern="^(FULL|NORMAL)$")] = "FULL"
+    """SQLite's durability: NORMAL may lose acknowledged work at power failure."""
+
+
+class LogSettings(_Section):
+    """The gateway's own log."""
+
+    level: Annotated[str, Field(pattern="^(debug|info|warning|error)$")] = "info"
+    """Lowest level written."""
+    json_lines: bool = False
+    """One JSON object per line instead of text for people."""
+
+
+def default_home() -> Path:
+    """The data folder: PILOTLIGHT_HOME, else the user's data folder of the platform."""
+    value = os.environ.get(HOME_VARIABLE)
+    return Path(value).expanduser().resolve() if value else Path(platformdirs.user_data_dir("pilotlight"))
+
+
+class Settings(BaseSettings):
+    """All settings, validated together; frozen."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="PILOTLIGHT_",
+        env_nested_delimiter="__",
+        extra="forbid",
+        frozen=True,
+    )
+
+    home: Annotated[Path, AfterValidator(lambda path: path.expanduser().resolve())] = Field(
+        default_factory=default_home
+    )
+    server: ServerSettings = ServerSettings()
+    limits: LimitSettings = LimitSettings()
+    jobs: JobSettings = JobSettings()
+    workers: WorkerSettings = WorkerSettings()
+    engine: EngineSettings = EngineSettings()
+    store: StoreSettings = StoreSettings()
+    log: LogSettings = LogSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the signature is pydantic's
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments, then the environment, then `pilotlight.toml`."""
+        named = os.environ.get(CONFIG_VARIABLE)
+        path = Path(named) if named else default_home() / "pilotlight.toml"
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=path)
+
+    @property
+    def engine_home(self) -> Path:
+        """The engine's virtual environment; it may not exist."""
+        return self.engine.home or Path(sys.prefix).parent / ".venv-engine"
+
+
+def load_settings(**overrides: object) -> Settings:
+    """Read settings from everywhere and validate them.
+
+    Args:
+        overrides: Sections by name that win over environment and file.
+
+    Raises:
+        SettingsError: Names each bad or unknown setting, its value and what is legal.
+    """
+    _check_variables(os.environ)
+    named = os.environ.get(CONFIG_VARIABLE)
+    if named and not Path(named).is_file():
+        raise SettingsError(f"{CONFIG_VARIABLE}={named}: no such file")
+    try:
+        return Settings(**overrides)  # type: ignore[arg-type]
+    except ValidationError as error:
+        lines = [
+            f"{'.'.join(str(part) for part in item['loc'])} = {item.get('input')!r}: {item['msg']}"
+            for item in error.errors(include_url=False)
+        ]
+        raise SettingsError("bad settings: " + "; ".join(lines)) from error
+    except ValueError as error:
+        raise SettingsError(f"bad settings file: {error}") from error
+    except OSError as error:
+        raise SettingsError(
+            f"settings file {error.filename} cannot be read: {error.strerror};"
+            f" give this user the right to read it, or set {HOME_VARIABLE} to another folder"
+        ) from error
+
+
+def _check_variables(environ: Mapping[str, str]) -> None:
+    """Refuse what looks like a setting and is none, and an empty data folder."""
+    if environ.get(HOME_VARIABLE) == "":
+        raise SettingsError(f"{HOME_VARIABLE} is empty; name a folder or unset it")
+    sections = {name.upper() for name in Settings.model_fields}
+    for name in environ:
+        section, found, _ = name.removeprefix("PILOTLIGHT_").partition("__")
+        if name.startswith("PILOTLIGHT_") and found and section not in sections:
+            known = ", ".join(sorted(section.lower() for section in sections - {"HOME"}))
+            raise SettingsError(f"{name}: there is no section {section.lower()!r}; sections are {known}")
