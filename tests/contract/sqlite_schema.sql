@@ -1,0 +1,193 @@
+CREATE UNIQUE INDEX endpoints_living_name ON endpoints (name) WHERE deleted_ms IS NULL;
+
+CREATE INDEX jobs_created ON jobs (endpoint_id, created_ms, id);
+
+CREATE INDEX jobs_due ON jobs (deadline_ms) WHERE finished_ms IS NULL;
+
+CREATE INDEX jobs_ended ON jobs (deadline_ms) WHERE finished_ms IS NOT NULL;
+
+CREATE INDEX jobs_queue ON jobs (endpoint_id, rank, queued_ms, seq, expires_ms) WHERE status = 'IN_QUEUE';
+
+CREATE INDEX jobs_running ON jobs (worker_id) WHERE status = 'IN_PROGRESS';
+
+CREATE INDEX requests_arrival ON requests (arrival_ms, seq);
+
+CREATE INDEX requests_endpoint ON requests (endpoint_id, arrival_ms, seq);
+
+CREATE INDEX starts_decided ON starts (decided_ms, seq);
+
+CREATE INDEX starts_endpoint ON starts (endpoint_id, decided_ms, seq);
+
+CREATE INDEX usage_intervals_end ON usage_intervals (end_ms);
+
+CREATE INDEX usage_intervals_endpoint ON usage_intervals (endpoint_id, end_ms);
+
+CREATE INDEX workers_endpoint ON workers (endpoint_id);
+
+CREATE TABLE api_keys (
+    seq INTEGER PRIMARY KEY,
+    id TEXT NOT NULL UNIQUE,
+    name TEXT NOT NULL,
+    scope TEXT NOT NULL,
+    endpoint_ids TEXT NOT NULL,
+    hash TEXT NOT NULL UNIQUE,
+    created_ms INTEGER NOT NULL
+) STRICT;
+
+CREATE TABLE endpoints (
+    seq INTEGER PRIMARY KEY,
+    id TEXT NOT NULL UNIQUE,
+    name TEXT NOT NULL,
+    version INTEGER NOT NULL,
+    workers_min INTEGER NOT NULL,
+    workers_max INTEGER NOT NULL,
+    idle_timeout_ms INTEGER NOT NULL,
+    scaler TEXT NOT NULL,
+    scaler_value REAL NOT NULL,
+    execution_timeout_ms INTEGER NOT NULL,
+    concurrency INTEGER NOT NULL,
+    flashboot INTEGER NOT NULL,
+    created_ms INTEGER NOT NULL,
+    updated_ms INTEGER NOT NULL,
+    deleted_ms INTEGER,
+    FOREIGN KEY (id, version) REFERENCES revisions (endpoint_id, version) DEFERRABLE INITIALLY DEFERRED
+) STRICT;
+
+CREATE TABLE job_chunks (
+    job_seq INTEGER NOT NULL REFERENCES jobs (seq) ON DELETE CASCADE,
+    sequence INTEGER NOT NULL,
+    body BLOB NOT NULL,
+    PRIMARY KEY (job_seq, sequence)
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE job_counters (
+    endpoint_id TEXT PRIMARY KEY,
+    queued INTEGER NOT NULL,
+    queued_low INTEGER NOT NULL,
+    in_progress INTEGER NOT NULL,
+    completed INTEGER NOT NULL,
+    failed INTEGER NOT NULL,
+    retried INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE job_inputs (
+    job_seq INTEGER PRIMARY KEY REFERENCES jobs (seq) ON DELETE CASCADE,
+    body BLOB NOT NULL
+) STRICT;
+
+CREATE TABLE jobs (
+    seq INTEGER PRIMARY KEY,
+    id TEXT NOT NULL UNIQUE,
+    endpoint_id TEXT NOT NULL,
+    key_id TEXT NOT NULL,
+    status TEXT NOT NULL
+        CHECK (status IN ('IN_QUEUE', 'IN_PROGRESS', 'COMPLETED', 'FAILED', 'CANCELLED', 'TIMED_OUT')),
+    sync INTEGER NOT NULL,
+    low_priority INTEGER NOT NULL,
+    created_ms INTEGER NOT NULL,
+    queued_ms INTEGER NOT NULL,
+    expires_ms INTEGER NOT NULL,
+    execution_timeout_ms INTEGER NOT NULL,
+    retention_ms INTEGER NOT NULL,
+    attempt INTEGER NOT NULL,
+    retries INTEGER NOT NULL,
+    worker_id TEXT,
+    started_ms INTEGER,
+    confirmed INTEGER NOT NULL,
+    chunk_read INTEGER NOT NULL,
+    finished_ms INTEGER,
+    output BLOB,
+    error TEXT,
+    chunks INTEGER NOT NULL DEFAULT 0,
+    rank INTEGER NOT NULL GENERATED ALWAYS AS (2 * low_priority + (attempt = 0 AND retries = 0)) VIRTUAL,
+    deadline_ms INTEGER NOT NULL GENERATED ALWAYS AS (
+        CASE
+            WHEN finished_ms IS NOT NULL THEN finished_ms + retention_ms
+            WHEN status = 'IN_PROGRESS' THEN min(expires_ms, started_ms + execution_timeout_ms)
+            ELSE expires_ms
+        END
+    ) VIRTUAL,
+    CHECK ((finished_ms IS NULL) = (status IN ('IN_QUEUE', 'IN_PROGRESS'))),
+    CHECK (status <> 'IN_PROGRESS' OR (worker_id IS NOT NULL AND started_ms IS NOT NULL))
+) STRICT;
+
+CREATE TABLE requests (
+    seq INTEGER PRIMARY KEY,
+    id TEXT NOT NULL UNIQUE,
+    road TEXT NOT NULL,
+    endpoint_id TEXT NOT NULL,
+    key_id TEXT NOT NULL,
+    worker_id TEXT NOT NULL,
+    route TEXT NOT NULL,
+    status INTEGER NOT NULL,
+    outcome TEXT NOT NULL,
+    arrival_ms INTEGER NOT NULL,
+    wait_ms INTEGER NOT NULL,
+    first_token_ms INTEGER,
+    duration_ms INTEGER NOT NULL,
+    tokens_in INTEGER,
+    tokens_out INTEGER,
+    estimated INTEGER NOT NULL
+) STRICT;
+
+CREATE TABLE revisions (
+    endpoint_id TEXT NOT NULL REFERENCES endpoints (id) DEFERRABLE INITIALLY DEFERRED,
+    version INTEGER NOT NULL,
+    model TEXT NOT NULL,
+    env TEXT NOT NULL,
+    engine_url TEXT,
+    gpu_count INTEGER NOT NULL,
+    memory_bytes INTEGER NOT NULL,
+    created_ms INTEGER NOT NULL,
+    PRIMARY KEY (endpoint_id, version)
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE starts (
+    seq INTEGER PRIMARY KEY,
+    worker_id TEXT NOT NULL UNIQUE,
+    endpoint_id TEXT NOT NULL,
+    version INTEGER NOT NULL,
+    rung TEXT NOT NULL,
+    stages TEXT NOT NULL,
+    outcome TEXT NOT NULL,
+    decided_ms INTEGER NOT NULL
+) STRICT;
+
+CREATE TABLE usage_intervals (
+    worker_id TEXT NOT NULL,
+    sequence INTEGER NOT NULL,
+    endpoint_id TEXT NOT NULL,
+    version INTEGER NOT NULL,
+    state TEXT NOT NULL,
+    devices INTEGER NOT NULL,
+    start_ms INTEGER NOT NULL,
+    end_ms INTEGER NOT NULL,
+    PRIMARY KEY (worker_id, sequence)
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE workers (
+    seq INTEGER PRIMARY KEY,
+    id TEXT NOT NULL UNIQUE,
+    endpoint_id TEXT NOT NULL,
+    version INTEGER NOT NULL,
+    state TEXT NOT NULL,
+    stage TEXT NOT NULL,
+    key_hash TEXT NOT NULL,
+    devices TEXT NOT NULL,
+    memory_bytes INTEGER NOT NULL,
+    process TEXT,
+    failure TEXT,
+    created_ms INTEGER NOT NULL,
+    ready_ms INTEGER,
+    state_ms INTEGER NOT NULL,
+    ended_ms INTEGER
+) STRICT;
+
+CREATE VIEW job_records AS
+SELECT
+    jobs.id, jobs.endpoint_id, jobs.key_id, job_inputs.body AS input, jobs.status, jobs.sync, jobs.low_priority,
+    jobs.created_ms, jobs.queued_ms, jobs.expires_ms, jobs.execution_timeout_ms, jobs.retention_ms,
+    jobs.attempt, jobs.retries, jobs.worker_id, jobs.started_ms, jobs.confirmed, jobs.chunk_read,
+    jobs.finished_ms, jobs.output, jobs.error, jobs.seq, jobs.rank, jobs.deadline_ms
+FROM jobs
+JOIN job_inputs ON job_inputs.job_seq = jobs.seq;

@@ -1,0 +1,139 @@
+"""The schema equals the sum of its migrations, released migrations never change, queries are used."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import importlib.resources
+import re
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pilotlight.stores import open_sqlite_store
+from pilotlight.stores.sqlite import migrations
+from pilotlight.stores.sqlite.migrations.script import scripts, upgrade
+from pilotlight.stores.sqlite.sql import QUERIES, parse_queries, statements
+
+PACKAGE = Path(str(importlib.resources.files("pilotlight.stores.sqlite")))
+SNAPSHOT = Path(__file__).with_name("sqlite_schema.sql")
+
+RELEASED = {
+    "0001_initial.sql": "f17500eecc92027c61801257928f75d56fe02c165e5d71d6bd3a30bfe9d624c2",
+    "versions/0001_initial.py": "e9030c217cf4989a7a8b8f24f98bd8dc1dbc1ff916db47ac27701f0775b1563d",
+}
+"""SHA-256 of every migration that users may have run. Add to it, never change it: a database that has
+run a migration will not run it again."""
+
+
+def schema(path: Path) -> str:
+    """Everything a database defines, sorted, except what Alembic keeps for itself."""
+    connection = sqlite3.connect(path)
+    rows = connection.execute(
+        "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL AND tbl_name <> 'alembic_version' ORDER BY type, name"
+    ).fetchall()
+    connection.close()
+    return "\n".join(f"{sql};\n" for (sql,) in rows)
+
+
+def test_the_schema_equals_the_sum_of_migrations(tmp_path: Path) -> None:
+    """A difference is wanted when a migration was added: then write the new text into the snapshot."""
+    path = tmp_path / "new.db"
+    upgrade(path)
+    assert schema(path) == SNAPSHOT.read_text()
+
+
+def test_released_migrations_do_not_change() -> None:
+    folder = PACKAGE / "migrations"
+    files = [*folder.glob("[0-9]*.sql"), *folder.glob("versions/[0-9]*.py")]
+    assert {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files
+    } == RELEASED
+
+
+def test_the_known_revisions_are_the_scripts() -> None:
+    directory = scripts()
+    assert [script.revision for script in directory.walk_revisions()][::-1] == list(migrations.REVISIONS)
+    assert directory.get_current_head() == migrations.REVISIONS[-1]
+
+
+def test_a_migration_that_fails_changes_nothing(tmp_path: Path) -> None:
+    """1. A table of ours is in the way half-way through. 2. Nothing of the migration stays."""
+    path = tmp_path / "taken.db"
+    connection = sqlite3.connect(path)
+    connection.execute("CREATE TABLE requests (id INTEGER)")
+    connection.close()
+    before = schema(path)
+    with pytest.raises(Exception, match="table requests already exists"):
+        upgrade(path)
+    assert schema(path) == before
+    connection = sqlite3.connect(path)
+    assert connection.execute("SELECT name FROM sqlite_master").fetchall() == [("requests",)]
+    connection.close()
+
+
+def test_alembic_is_imported_only_when_there_is_something_to_do(tmp_path: Path) -> None:
+    asyncio.run(_open_and_close(tmp_path))
+    program = f"""
+import asyncio, sys
+from pathlib import Path
+from pilotlight.stores import open_sqlite_store
+
+async def main():
+    await (await open_sqlite_store(Path({str(tmp_path)!r}))).close()
+
+asyncio.run(main())
+assert not {{"alembic", "sqlalchemy"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)
+
+
+async def _open_and_close(folder: Path) -> None:
+    await (await open_sqlite_store(folder)).close()
+
+
+def test_every_query_is_used() -> None:
+    source = "".join(path.read_text() for path in PACKAGE.glob("*.py"))
+    assert [name for name in QUERIES if f'"{name}"' not in source] == []
+
+
+@pytest.mark.parametrize("query", ["next_jobs", "due_jobs", "prune_jobs", "count_overdue", "oldest_queued"])
+def test_the_queue_is_served_by_its_indices(tmp_path: Path, query: str) -> None:
+    """No scan of all jobs and no sorting, however many there are."""
+    path = tmp_path / "new.db"
+    upgrade(path)
+    connection = sqlite3.connect(path)
+    places = 1 if "?1" in QUERIES[query] else QUERIES[query].count("?")
+    plan = connection.execute(f"EXPLAIN QUERY PLAN {QUERIES[query]}", [None] * places).fetchall()
+    connection.close()
+    steps = [str(step[3]) for step in plan]
+    assert any(re.search(r"USING INDEX jobs_(queue|due|ended)", step) for step in steps)
+    assert not [step for step in steps if step == "SCAN jobs" or "TEMP B-TREE" in step]
+
+
+class TestLoader:
+    def test_queries_come_without_their_headings(self) -> None:
+        text = "-- name: one\n-- Says one.\nSELECT 1;\n\n-- name: two\n-- Says\n-- two.\nSELECT\n 2;\n"
+        assert parse_queries(text, source="x.sql") == {"one": "SELECT 1", "two": "SELECT\n 2"}
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "SELECT 1;",
+            "-- name: no_sentence\nSELECT 1;",
+            "-- name: empty\n-- Says nothing.\n",
+            "-- name: one\n-- Says one.\nSELECT 1;\n-- name: one\n-- Says one.\nSELECT 1;",
+        ],
+    )
+    def test_bad_files_are_refused(self, text: str) -> None:
+        with pytest.raises(ValueError, match=r"x\.sql"):
+            parse_queries(text, source="x.sql")
+
+    def test_scripts_are_cut_into_statements(self) -> None:
+        text = "-- A comment; with a semicolon.\nCREATE TABLE a (\n    b -- c\n);\n\nCREATE TABLE d (e);\n"
+        assert list(statements(text)) == ["CREATE TABLE a (\n    b -- c\n);", "CREATE TABLE d (e);"]
+        with pytest.raises(ValueError, match="inside a statement"):
+            list(statements("SELECT 1"))
