@@ -1,0 +1,294 @@
+"""The engine as a child process: spawning it, reading its log, asking its health, ending it completely.
+
+The child leads a session of its own, so that it and everything it starts can be found and ended together, and
+listens on a Unix socket with a random key that only travels in its environment. Sending requests to it is
+here too; what the answers mean is not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+import aiohttp
+from yarl import URL
+
+from pilotlight.worker.errors import EngineGoneError
+
+_LINE_BYTES_MAX: Final = 64 * 1024
+_SWEEP_SECONDS: Final = 5.0
+_FLUSH_SECONDS: Final = 0.5
+_SHARED_MEMORY: Final = "/dev/shm"  # noqa: S108 - the system's place for it, not a file of ours
+_PYTHON_NAMES: Final = ("psm_", "sem.mp-")
+_STALE_ERRORS: Final = (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError)
+
+
+class Engine:
+    """One engine process; `start` once, `stop` as often as you like.
+
+    Args:
+        command: Program and arguments, without the address.
+        environment: Its complete environment.
+        socket_path: Unix socket it is told to listen on.
+        key: Key it asks for, also the mark by which its stray children are found.
+        on_line: Called with every line it prints, without the line end.
+    """
+
+    def __init__(
+        self,
+        *,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        socket_path: Path,
+        key: str,
+        on_line: Callable[[bytes], None],
+    ) -> None:
+        self.command = (*command, "--uds", str(socket_path))
+        self.socket_path = socket_path
+        self.key = key
+        self._environment = environment
+        self._on_line = on_line
+        self._process: asyncio.subprocess.Process | None = None
+        self._reader: asyncio.Task[None] | None = None
+        self._drained = asyncio.Event()
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.UnixConnector(str(socket_path), limit=0, keepalive_timeout=30),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
+            headers={"Authorization": f"Bearer {key}", "Accept-Encoding": "identity"},
+            auto_decompress=False,
+        )
+
+    @property
+    def pid(self) -> int | None:
+        """Its process id, which is also its process group and session; None before the start."""
+        return self._process.pid if self._process is not None else None
+
+    @property
+    def alive(self) -> bool:
+        """Whether its leading process runs."""
+        return self._process is not None and self._process.returncode is None
+
+    @property
+    def exit_code(self) -> int | None:
+        """How it ended; negative for a signal, None while it runs."""
+        return self._process.returncode if self._process is not None else None
+
+    async def start(self) -> None:
+        """Spawns the process and begins to read its log; raises OSError if it cannot be spawned."""
+        self.socket_path.unlink(missing_ok=True)
+        self._process = await asyncio.create_subprocess_exec(
+            *_death_signal_prefix(),
+            *self.command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            env=dict(self._environment),
+            start_new_session=True,
+        )
+        assert self._process.stdout is not None
+        self._reader = asyncio.create_task(self._read_log(self._process.stdout), name="engine-log")
+
+    async def wait(self) -> int:
+        """Its exit code, once it has ended and its last lines were read."""
+        assert self._process is not None
+        code = await self._process.wait()
+        if self._reader is not None:
+            # A child that outlives it may hold the pipe open; do not wait for that.
+            await asyncio.wait({self._reader}, timeout=0.5)
+        return code
+
+    def note_drained(self) -> None:
+        """Says that the engine, told to end, has finished its last request."""
+        self._drained.set()
+
+    async def healthy(self, seconds: float = 10.0) -> bool:
+        """Whether it answers `/health` with 200 within so many seconds."""
+        if not self.socket_path.exists():
+            return False
+        try:
+            async with self._session.get(
+                "http://engine/health", timeout=aiohttp.ClientTimeout(total=seconds)
+            ) as response:
+                await response.read()
+                return response.status == 200
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            return False
+
+    async def request(
+        self, method: str, target: str, *, body: bytes | None = None, content_type: str = "application/json"
+    ) -> aiohttp.ClientResponse:
+        """The engine's answer, headers read and body unread; the caller closes it.
+
+        Args:
+            method: HTTP method.
+            target: Path and query as `core.openai_routes.check_route` returned them.
+            body: Request body.
+            content_type: Its type.
+
+        Raises:
+            EngineGoneError: The engine is dead, or closed the connection without an answer.
+        """
+        url = URL(f"http://engine{target}", encoded=True)
+        headers = {"Content-Type": content_type} if body is not None else {}
+        for attempt in (1, 2):
+            if not self.alive:
+                break
+            try:
+                return await self._session.request(method, url, data=body, headers=headers)
+            except _STALE_ERRORS as error:
+                # An idle connection that the engine closed while both were frozen: a fresh one tells whether
+                # the engine is really gone. Nothing of an answer had arrived, so nothing is answered twice.
+                if attempt == 2:
+                    raise EngineGoneError(f"the engine closed the connection: {error}") from error
+            except (aiohttp.ClientError, OSError) as error:
+                raise EngineGoneError(f"the engine cannot be reached: {error}") from error
+        raise EngineGoneError("the engine is not running")
+
+    async def stop(self, *, term_seconds: float) -> tuple[int, ...]:
+        """Ends the engine and every process it left behind; returns only when none is there any more.
+
+        Args:
+            term_seconds: Patience after SIGTERM before SIGKILL; 0 kills at once.
+
+        Returns:
+            Processes that had to be killed one by one because they outlived the engine's group.
+        """
+        await self._session.close()
+        process = self._process
+        if process is None:
+            return ()
+        # Before anything is taken apart: a process gives its mappings back earlier than their names.
+        segments = _shared_memory(find_processes(process.pid, self.key, reaped=not self.alive))
+        if process.returncode is None and term_seconds > 0:
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+                # A frozen engine would not see the signal.
+                os.killpg(process.pid, signal.SIGCONT)
+            await self._until_ended(process, term_seconds)
+        self.kill()
+        await process.wait()
+        strays = await _end_strays(process.pid, self.key)
+        for segment in segments:
+            segment.unlink(missing_ok=True)
+        if self._reader is not None:
+            await asyncio.wait({self._reader}, timeout=0.5)
+            self._reader.cancel()
+        return strays
+
+    def kill(self) -> None:
+        """Kills the engine's process group, if its leader is there to vouch for the number."""
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    async def _until_ended(self, process: asyncio.subprocess.Process, seconds: float) -> None:
+        """Waits until it has ended or has nothing left to do.
+
+        After its last request vLLM spends four to eight seconds on taking its processes apart (measured on
+        two cores), which the kernel does in milliseconds. Answers already produced get a moment to leave.
+        """
+        ended = asyncio.create_task(process.wait())
+        drained = asyncio.create_task(self._drained.wait())
+        await asyncio.wait({ended, drained}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if not ended.done() and drained.done():
+            await asyncio.wait({ended}, timeout=_FLUSH_SECONDS)
+        for task in (ended, drained):
+            task.cancel()
+
+    async def _read_log(self, stream: asyncio.StreamReader) -> None:
+        pending = b""
+        while data := await stream.read(_LINE_BYTES_MAX):
+            # Progress bars rewrite their line with carriage returns; each state becomes a line.
+            *lines, pending = (pending + data).replace(b"\r", b"\n").split(b"\n")
+            if len(pending) > _LINE_BYTES_MAX:
+                lines.append(pending)
+                pending = b""
+            for line in lines:
+                if line:
+                    self._on_line(line)
+        if pending:
+            self._on_line(pending)
+
+
+def _death_signal_prefix() -> tuple[str, ...]:
+    """A command prefix by which the kernel ends the engine when the worker program is killed."""
+    setpriv = shutil.which("setpriv")
+    return (setpriv, "--pdeathsig", "TERM", "--") if setpriv else ()
+
+
+def find_processes(session: int, key: str, *, reaped: bool) -> dict[int, bool]:
+    """Living processes of an engine, and whether each has left the engine's session.
+
+    Args:
+        session: Session id, which is the engine's process id.
+        key: The engine's key; its children inherit it in their environment whatever session they move to.
+        reaped: The engine's leading process was waited for. The kernel does not give its number away while a
+            process of its session lives, so a process that has the number now says that none is left, and
+            that this session is a stranger's.
+    """
+    recycled = reaped and Path(f"/proc/{session}").exists()
+    mark = f"VLLM_API_KEY={key}".encode()
+    found: dict[int, bool] = {}
+    for entry in os.scandir("/proc"):
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            # After the command name, which may hold blanks and brackets: state, ppid, pgrp, session.
+            fields = Path(entry.path, "stat").read_bytes().rpartition(b")")[2].split()
+            if fields[0] in {b"Z", b"X"}:
+                continue
+            if int(fields[3]) == session and not recycled:
+                found[int(entry.name)] = False
+            elif mark in Path(entry.path, "environ").read_bytes().split(b"\0"):
+                found[int(entry.name)] = True
+        except OSError:
+            continue
+    return found
+
+
+async def _end_strays(session: int, key: str) -> tuple[int, ...]:
+    """Kills what is left of an engine, one process at a time; those that had left its session are told."""
+    strays: list[int] = []
+    deadline = asyncio.get_running_loop().time() + _SWEEP_SECONDS
+    while (
+        found := find_processes(session, key, reaped=True)
+    ) and asyncio.get_running_loop().time() < deadline:
+        for pid, moved in found.items():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                handle = os.pidfd_open(pid)
+                try:
+                    # Between the look and this line the number may have passed to somebody else.
+                    if pid in find_processes(session, key, reaped=True):
+                        signal.pidfd_send_signal(handle, signal.SIGKILL)
+                finally:
+                    os.close(handle)
+            if moved and pid not in strays:
+                strays.append(pid)
+        await asyncio.sleep(0.02)
+    return tuple(strays)
+
+
+def _shared_memory(pids: Iterable[int]) -> tuple[Path, ...]:
+    """Shared memory and semaphores of these processes; once they are killed, nobody else removes them.
+
+    Compared by inode: a semaphore is made under another name than the one it ends up with, and the list of
+    mappings shows the first.
+    """
+    inodes: set[int] = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{pid}/maps").read_text(encoding="utf-8", errors="replace").splitlines():
+                # address, permissions, offset, device, inode, path
+                fields = line.split(maxsplit=5)
+                if len(fields) == 6 and fields[5].startswith(f"{_SHARED_MEMORY}/"):
+                    inodes.add(int(fields[4]))
+    with contextlib.suppress(OSError):
+        entries = [entry for entry in os.scandir(_SHARED_MEMORY) if entry.name.startswith(_PYTHON_NAMES)]
+        return tuple(Path(entry.path) for entry in entries if entry.inode() in inodes)
+    return ()

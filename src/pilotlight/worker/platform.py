@@ -1,0 +1,278 @@
+"""The worker's side of the worker protocol: takes, stops, pings, results, chunks and state reports.
+
+One HTTP client for all of it. Every method is one exchange (or one bounded series of tries) and returns what
+the platform said; `jobs` decides what to do about it. Rules: `worker-protocol.md` §3, §8 and §9. Where the
+reference SDK loses a result on a broken connection, this client tries again: `POST_SECONDS` spans a restart
+of the platform.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+from urllib.parse import quote
+
+import aiohttp
+import msgspec
+from yarl import URL
+
+import pilotlight
+from pilotlight.worker.config import WorkerConfig
+from pilotlight.worker.log import LogSink
+
+POLL_SECONDS: Final = 90.0
+"""Client limit of a take or stop poll (`worker-protocol.md` §1 rule 6)."""
+
+POST_SECONDS: Final = 60.0
+"""How long a result or chunk is offered before it is given up as lost."""
+
+_ATTEMPT_SECONDS: Final = 60.0
+_PAUSE_429_SECONDS: Final = 5.0
+_OUTAGE_STEP_SECONDS: Final = 10.0
+
+
+class Backoff:
+    """Growing pauses with jitter, so that many workers do not return in step.
+
+    Args:
+        first: Shortest pause in seconds.
+        limit: Longest pause in seconds.
+        rng: Source of the jitter.
+    """
+
+    def __init__(self, first: float, limit: float, rng: random.Random | None = None) -> None:
+        self._first = first
+        self._limit = limit
+        self._rng = rng if rng is not None else random.Random()  # noqa: S311 - jitter is no secret
+        self._tries = 0
+
+    def next_delay(self) -> float:
+        """The next pause: doubles from `first` to `limit`, of which a random half to whole is used."""
+        delay = min(self._limit, self._first * 2.0 ** min(self._tries, 16))
+        self._tries += 1
+        return delay * self._rng.uniform(0.5, 1.0)
+
+    def reset(self) -> None:
+        """Back to the shortest pause."""
+        self._tries = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TakenJob:
+    """A job as handed out; `payload` is the whole object, of which `input` may be absent."""
+
+    id: str
+    payload: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class TakeAnswer:
+    """What a take poll brought.
+
+    Attributes:
+        jobs: Jobs to run.
+        failed: The platform could not be reached, or refused: pause before asking again.
+        pause_seconds: Pause that the platform asked for (429).
+    """
+
+    jobs: tuple[TakenJob, ...] = ()
+    failed: bool = False
+    pause_seconds: float = 0.0
+
+
+class Platform:
+    """The HTTP client of one worker.
+
+    Args:
+        config: URLs, key and worker id.
+        log: Where trouble is said.
+        on_recovered: Called when the platform answers again after it could not be reached.
+    """
+
+    def __init__(self, config: WorkerConfig, log: LogSink, on_recovered: Callable[[], None]) -> None:
+        self._urls = config.urls
+        self._state_url = config.state_url
+        self._ping_seconds = config.ping_seconds
+        self._log = log
+        self._on_recovered = on_recovered
+        version = pilotlight.__version__
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=15),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
+            headers={"Authorization": config.platform_key, "User-Agent": f"Pilotlight-Worker/{version}"},
+        )
+        self._version = quote(f"pilotlight-{version}")
+        self._last_failure: float | None = None
+        self.outage_seconds = 0.0
+
+    async def close(self) -> None:
+        """Closes all connections."""
+        await self._session.close()
+
+    async def take(self, slots: int, *, busy: bool) -> TakeAnswer:
+        """One long poll for up to `slots` jobs (§3.1, §3.2)."""
+        progress = f"job_in_progress={int(busy)}"
+        if slots > 1:
+            url = _with_query(self._urls.batch, f"batch_size={slots}&{progress}")
+        else:
+            url = _with_query(self._urls.take, progress)
+        status, body = await self._get(url, POLL_SECONDS)
+        if status == 429:
+            return TakeAnswer(pause_seconds=_PAUSE_429_SECONDS)
+        if status == 0:
+            return TakeAnswer()
+        if status is None or (status != 200 and status not in {204, 400}):
+            if status is not None:
+                self._log.event("platform.take_refused", status=status)
+            return TakeAnswer(failed=True)
+        return TakeAnswer(self._jobs(body) if status == 200 else ())
+
+    async def stop_requests(self) -> tuple[str, ...] | None:
+        """Ids of jobs to stop, from one long poll; None if the poll failed (§3.3)."""
+        if self._urls.stop is None:
+            return None
+        status, body = await self._get(self._urls.stop, POLL_SECONDS)
+        if status in {0, 204}:
+            return ()
+        if status != 200:
+            return None
+        answer = _load(body)
+        ids = answer.get("jobsToStop") if isinstance(answer, dict) else None
+        return tuple(str(item) for item in ids) if isinstance(ids, list) else ()
+
+    @property
+    def can_be_stopped(self) -> bool:
+        """Whether there is a stop channel."""
+        return self._urls.stop is not None
+
+    @property
+    def pings(self) -> bool:
+        """Whether heartbeats are wanted."""
+        return self._urls.ping is not None
+
+    async def ping(self, job_ids: list[str]) -> None:
+        """One heartbeat naming the jobs in hand (§3.6); failures are left to the next one."""
+        if self._urls.ping is None:
+            return
+        query = f"runpod_version={self._version}"
+        if job_ids:
+            query = f"job_id={quote(','.join(job_ids), safe='')[: 64 * 1024]}&{query}"
+        await self._get(_with_query(self._urls.ping, query), 2 * self._ping_seconds)
+
+    async def post_result(self, job_id: str, body: bytes) -> bool:
+        """Hands in the final result; True once the platform has it (§3.4)."""
+        return await self._post(self._urls.output, job_id, body, "isStream=true")
+
+    async def post_chunk(self, job_id: str, number: int, body: bytes) -> bool:
+        """Hands in one item of a running job (§3.5).
+
+        Args:
+            job_id: The job.
+            number: Its items counted from 0, sent as `seq` so that a repetition can be told from a new item.
+            body: `{"output": item}`.
+        """
+        return await self._post(self._urls.stream, job_id, body, f"isStream=false&seq={number}")
+
+    async def report_state(self, body: bytes) -> int | None:
+        """Sends one state report; the HTTP status, or None if the platform could not be reached."""
+        assert self._state_url is not None
+        return await self._send(self._state_url, body, content_type="application/json", seconds=10)
+
+    async def _post(self, template: str | None, job_id: str, body: bytes, query: str) -> bool:
+        if template is None:
+            return False
+        url = _with_query(template.replace("$ID", quote(job_id, safe="")), query)
+        backoff = Backoff(0.2, 5.0)
+        deadline = asyncio.get_running_loop().time() + POST_SECONDS
+        while True:
+            # The reference SDK labels its JSON this way and platforms parse the bytes (§1 rule 9).
+            status = await self._send(url, body, content_type="application/x-www-form-urlencoded")
+            if status is not None and status < 400:
+                return True
+            if status is not None and status < 500 and status not in {408, 429}:
+                self._log.event("platform.post_refused", job=job_id, status=status)
+                return False
+            delay = backoff.next_delay()
+            if asyncio.get_running_loop().time() + delay > deadline:
+                self._log.event("platform.post_lost", job=job_id, status=status)
+                return False
+            await asyncio.sleep(delay)
+
+    async def _send(
+        self, url: str, body: bytes, *, content_type: str, seconds: float = _ATTEMPT_SECONDS
+    ) -> int | None:
+        try:
+            async with self._session.post(
+                URL(url, encoded=True),
+                data=body,
+                headers={"Content-Type": content_type},
+                timeout=aiohttp.ClientTimeout(total=seconds),
+            ) as response:
+                await response.read()
+                status = response.status
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            self._note_failure(error)
+            return None
+        self._note_success()
+        return status
+
+    async def _get(self, url: str, seconds: float) -> tuple[int | None, bytes]:
+        """Status and body; status 0 when the time ran out on an open connection, None when it broke."""
+        try:
+            async with self._session.get(
+                URL(url, encoded=True),
+                headers={"Content-Type": "application/json"},
+                timeout=aiohttp.ClientTimeout(total=seconds, sock_connect=min(10, seconds)),
+            ) as response:
+                body = await response.read()
+                self._note_success()
+                return response.status, body
+        except aiohttp.ServerTimeoutError as error:
+            self._note_failure(error)
+            return None, b""
+        except TimeoutError:
+            return 0, b""
+        except (aiohttp.ClientError, OSError) as error:
+            self._note_failure(error)
+            return None, b""
+
+    def _note_success(self) -> None:
+        if self._last_failure is not None:
+            self._last_failure = None
+            self.outage_seconds = 0.0
+            self._log.event("platform.recovered")
+            self._on_recovered()
+
+    def _note_failure(self, error: Exception) -> None:
+        """Adds up the time without an answer. A pause of the whole process (a freeze) must not count."""
+        now = asyncio.get_running_loop().time()
+        if self._last_failure is None:
+            self._log.event("platform.unreachable", error=type(error).__name__)
+        else:
+            self.outage_seconds += min(now - self._last_failure, _OUTAGE_STEP_SECONDS)
+        self._last_failure = now
+
+    def _jobs(self, body: bytes) -> tuple[TakenJob, ...]:
+        answer = _load(body)
+        items = answer if isinstance(answer, list) else [answer] if answer is not None else []
+        jobs = []
+        for item in items:
+            if isinstance(item, dict) and isinstance(item.get("id"), str) and item["id"]:
+                jobs.append(TakenJob(item["id"], item))
+            else:
+                self._log.event("platform.bad_job", kind=type(item).__name__)
+        return tuple(jobs)
+
+
+def _with_query(url: str, query: str) -> str:
+    return f"{url}{'&' if '?' in url else '?'}{query}"
+
+
+def _load(body: bytes) -> Any:
+    try:
+        return msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
