@@ -1,0 +1,1 @@
+"""Thin asynchronous shells: read a snapshot, ask `core`, apply, record."""

@@ -1,0 +1,98 @@
+"""The autoscaler's shell: what wakes it, what it does, what it does when the world refuses."""
+
+from __future__ import annotations
+
+import asyncio
+
+from pilotlight.core.autoscaling import ScaleReason
+from pilotlight.domain.worker import Address, Registration, Stage, WorkerState
+from pilotlight.ports.fleet import StageReport
+
+READY = StageReport(
+    stage=Stage.READY, registration=Registration(engine=Address(url="unix:/engine"), max_concurrency=30)
+)
+
+
+async def started(world, count=1):
+    """Return once that many workers have been started."""
+    async with asyncio.timeout(10):
+        while len(world.cluster.running) < count:
+            await asyncio.sleep(0)
+
+
+async def test_a_request_that_begins_to_wait_starts_a_worker_without_a_tick(world):
+    world.deploy()
+    world.slots.on_demand = world.autoscaler.wake
+    world.autoscaler.start()
+    waiting = asyncio.create_task(world.slots.hold("e", 1, timeout_s=10))
+    await started(world)
+    (worker,) = world.fleet.workers("e")
+    await world.fleet.reported(worker.id, READY)
+    world.slots.release_request(await waiting)
+
+
+async def test_zero_to_one_to_zero_to_one(world):
+    world.deploy(idle_timeout_ms=5000)
+    for _ in range(2):
+        waiting = asyncio.create_task(world.slots.hold("e", 1, timeout_s=10))
+        await asyncio.sleep(0)
+        assert (await world.autoscaler.look("e")).reason is ScaleReason.FIRST_REQUEST
+        (worker,) = world.fleet.workers("e")
+        await world.fleet.reported(worker.id, READY)
+        world.slots.release_request(await waiting)
+        world.clock.now += 4999
+        assert (await world.autoscaler.look("e")).next_ms == world.clock.now + 1
+        world.clock.now += 1
+        assert (await world.autoscaler.look("e")).reason is ScaleReason.IDLE_TIMEOUT
+        assert world.fleet.worker(worker.id).state is WorkerState.STOPPING
+        world.cluster.end(worker.id)
+        await world.settle()
+        assert world.fleet.workers("e") == []
+
+
+async def test_no_room_is_tried_again_later(world):
+    world.deploy(workers_min=1)
+    world.memory = 1
+    await world.autoscaler.look("e")
+    assert world.cluster.running == {}
+    assert "e" in world.autoscaler._timers
+
+
+async def test_a_fixed_engine_and_an_unknown_endpoint_are_left_alone(world):
+    assert await world.autoscaler.look("gone") is None
+
+
+async def test_min_workers_start_without_a_request(world):
+    world.deploy(workers_min=2)
+    assert (await world.autoscaler.look("e")).reason is ScaleReason.BELOW_MINIMUM
+    assert len(world.cluster.running) == 2
+
+
+async def test_a_worker_that_becomes_idle_during_a_look_is_looked_at_again(world):
+    """1. A look has read that the worker is busy, and waits for the store. 2. The worker becomes idle while the
+    timer of an earlier look is still set. 3. The look ends and takes that timer away: without another look,
+    nobody would ever end the worker."""
+    world.deploy(idle_timeout_ms=1000)
+    waiting = asyncio.create_task(world.slots.hold("e", 1, timeout_s=10))
+    await asyncio.sleep(0)
+    await world.autoscaler.look("e")
+    (worker,) = world.fleet.workers("e")
+    await world.fleet.reported(worker.id, READY)
+    slots = await waiting
+    reading, go_on = asyncio.Event(), asyncio.Event()
+    demand = world.store.demand
+
+    async def slow_demand(*arguments, **options):
+        reading.set()
+        await go_on.wait()
+        return await demand(*arguments, **options)
+
+    world.store.demand = slow_demand
+    world.autoscaler._look_again("e", world.clock.now + 500)
+    world.autoscaler.start()
+    world.autoscaler.wake("e")
+    await reading.wait()
+    world.slots.release_request(slots)
+    world.autoscaler.note_idle("e")
+    assert "e" in world.autoscaler._dirty
+    go_on.set()
