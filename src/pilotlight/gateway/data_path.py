@@ -1,0 +1,522 @@
+"""The data path: `/v2/{endpoint}/openai/…`, streamed straight between client and engine.
+
+A bare ASGI callable. Per request: check the key, the endpoint and the route; read the body; take a slot
+or wait for one; send the request over a pooled connection; pass the answer on in whole events; count
+tokens; write one row of the request log. Every failure before the first byte is an OpenAI error with
+its proper status; later ones become a final error event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http import HTTPStatus
+
+import msgspec
+import structlog
+
+from pilotlight.core.admission import AdmissionReason, Verdict
+from pilotlight.core.openai_routes import RouteDecision, RouteKind, check_route
+from pilotlight.domain.endpoint import Endpoint
+from pilotlight.domain.usage import Outcome, RequestRecord, Road
+from pilotlight.domain.worker import Registration
+from pilotlight.errors import InvalidInputError
+from pilotlight.gateway.asgi import (
+    ClientGoneError,
+    Headers,
+    Receive,
+    Scope,
+    Send,
+    read_body,
+    send_json,
+    wait_disconnect,
+)
+from pilotlight.gateway.body import BodyPlan, plan_body
+from pilotlight.gateway.directory import Directory, secret_of
+from pilotlight.gateway.events import EventStream, TokenCount
+from pilotlight.gateway.refusal import RequestRefusedError, anthropic_body, openai_body
+from pilotlight.gateway.slots import HoldExpiredError, SlotTable, WorkerSlots
+from pilotlight.gateway.upstream import UpstreamError, UpstreamPool, UpstreamResponse
+from pilotlight.ports.clock import Clock
+from pilotlight.ports.fleet import Fleet
+from pilotlight.settings import LimitSettings
+
+_log = structlog.get_logger()
+
+_PASSED_ON = frozenset({b"content-type", b"accept", b"user-agent", b"traceparent", b"tracestate"})
+"""Request headers the engine sees. Never the client's key; hop-by-hop headers are ours to set."""
+
+_KEPT_BACK = frozenset(
+    {
+        b"connection",
+        b"keep-alive",
+        b"transfer-encoding",
+        b"server",
+        b"date",
+        b"proxy-authenticate",
+        b"upgrade",
+        b"x-request-id",
+    }
+)
+"""Answer headers that belong to the hop and not to the message."""
+
+_TRIES_MAX = 3
+"""Workers that are tried when one cannot be reached; the request has not left us then."""
+
+_SUSPENSION_S = 1.0
+"""How long such a worker is passed over; by then its end is known, or it can be reached again."""
+
+_USAGE_BODY_MAX = 4 * 1024 * 1024
+"""Usage is looked for in unstreamed answers up to this size; larger ones pass uncounted."""
+
+
+_check_route = functools.lru_cache(maxsize=1024)(check_route)
+"""The same few routes are asked for all the time."""
+
+
+class StartFailedError(Exception):
+    """Held requests are answered with this when their endpoint gives up starting workers."""
+
+    def __init__(self, message: str, *, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+@dataclass(slots=True)
+class _Exchange:
+    """One request on its way through: what the request log will say of it."""
+
+    request_id: str
+    endpoint_id: str
+    route: str
+    arrival_ms: int
+    started_ns: int
+    key_id: str = ""
+    worker_id: str = ""
+    status: int = 0
+    outcome: Outcome = Outcome.FAILED
+    wait_ns: int = 0
+    first_byte_ns: int | None = None
+    client_gone: bool = False
+    head_sent: bool = False
+    streaming: bool = False
+    body_sent: bool = False
+    count: TokenCount = field(default_factory=TokenCount)
+    estimated: bool = False
+
+    @property
+    def speaks_anthropic(self) -> bool:
+        """Whether errors take Anthropic's shape (vllm-worker.md §3.7)."""
+        return self.route.startswith("/v1/messages")
+
+
+class DataPath:
+    """ASGI callable for one endpoint's OpenAI routes.
+
+    Args:
+        directory: Endpoints and keys.
+        slots: Admission and the hold.
+        pool: Connections to engines.
+        fleet: Asked only to say what a caller waited for.
+        clock: Time.
+        limits: Bounds.
+        entropy: Random bytes, for request ids.
+        record: Takes the row of the request log.
+    """
+
+    def __init__(
+        self,
+        *,
+        directory: Directory,
+        slots: SlotTable,
+        pool: UpstreamPool,
+        fleet: Fleet,
+        clock: Clock,
+        limits: LimitSettings,
+        entropy: Callable[[int], bytes],
+        record: Callable[[RequestRecord], None],
+    ) -> None:
+        self._directory = directory
+        self._slots = slots
+        self._pool = pool
+        self._fleet = fleet
+        self._clock = clock
+        self._limits = limits
+        self._entropy = entropy
+        self._record = record
+
+    async def __call__(
+        self, scope: Scope, receive: Receive, send: Send, *, endpoint_id: str, path: str
+    ) -> None:
+        """Serve one request.
+
+        Args:
+            scope: The connection (ASGI).
+            receive: Its incoming events.
+            send: Takes its outgoing events.
+            endpoint_id: From the path.
+            path: What follows `/openai`, percent-encoded, with the query.
+        """
+        exchange = _Exchange(
+            request_id=self._entropy(16).hex(),
+            endpoint_id=endpoint_id,
+            route=path.partition("?")[0],
+            arrival_ms=self._clock.now_ms(),
+            started_ns=self._clock.monotonic_ns(),
+        )
+        try:
+            await self._serve(exchange, scope, receive, send, path)
+        except RequestRefusedError as refusal:
+            exchange.outcome = refusal.outcome
+            await self._refuse(exchange, send, refusal)
+        except ClientGoneError:
+            exchange.outcome = Outcome.DISCONNECTED
+        except Exception:  # noqa: BLE001 - logged whole and answered; nobody above knows OpenAI's shape
+            # A fault of ours. It is logged whole; the caller learns the id to ask for.
+            exchange.outcome = Outcome.FAILED
+            _log.exception("data_path_failed", request=exchange.request_id, endpoint=endpoint_id)
+            await self._fail(
+                exchange, send, 500, f"internal server error, request {exchange.request_id}", "server_error"
+            )
+        finally:
+            self._finish(exchange)
+
+    async def _serve(
+        self, exchange: _Exchange, scope: Scope, receive: Receive, send: Send, path: str
+    ) -> None:
+        headers = Headers(scope["headers"])
+        endpoint = self._authorise(exchange, headers)
+        decision = _check_route(scope["method"], path)
+        if not decision.allowed or decision.kind is RouteKind.WEBSOCKET:
+            raise _route_refusal(decision)
+        exchange.route = decision.path
+        if decision.path.startswith("/v1/models"):
+            await self._models(exchange, endpoint, decision.path, send)
+            return
+        plan = await self._body(decision, headers, receive)
+        # From here on the client may leave at any moment: while it waits for a worker, or in mid-stream.
+        # The watcher then cancels this task, whatever it is waiting for, and the connection to the engine
+        # is closed on the way out, which is what makes vLLM abort the generation.
+        task = asyncio.current_task()
+        assert task is not None
+        watcher = asyncio.ensure_future(_watch(receive, exchange, task))
+        try:
+            async with asyncio.timeout(self._limits.data_path_s):
+                await self._with_slot(exchange, endpoint, decision, scope, headers, plan, send)
+        except asyncio.CancelledError:
+            if not exchange.client_gone:
+                raise
+            task.uncancel()
+            exchange.outcome = Outcome.DISCONNECTED
+        except TimeoutError:
+            exchange.outcome = Outcome.TIMED_OUT
+            message = f"the request took longer than {self._limits.data_path_s} s"
+            await self._fail(exchange, send, 504, message, "timeout_error")
+        finally:
+            watcher.cancel()
+
+    def _authorise(self, exchange: _Exchange, headers: Headers) -> Endpoint:
+        key = self._directory.key(secret_of(headers))
+        if key is None:
+            raise RequestRefusedError(
+                401, "invalid or missing API key; send `Authorization: Bearer rpa_…`",
+                type="authentication_error", code="invalid_api_key",
+            )  # fmt: skip
+        exchange.key_id = key.id
+        endpoint = self._directory.endpoint(exchange.endpoint_id)
+        if endpoint is None:
+            raise RequestRefusedError(
+                404, "endpoint not found", type="not_found_error", code="endpoint_not_found"
+            )
+        if not key.may_call(endpoint.id):
+            raise RequestRefusedError(
+                403, f"access denied: this key may not call endpoint {endpoint.id}", type="permission_error",
+                code="access_denied",
+            )  # fmt: skip
+        return endpoint
+
+    async def _body(self, decision: RouteDecision, headers: Headers, receive: Receive) -> BodyPlan:
+        try:
+            async with asyncio.timeout(self._limits.body_s):
+                body = await read_body(headers, receive, limit=self._limits.body_bytes)
+        except TimeoutError as error:
+            message = f"the request body did not arrive within {self._limits.body_s} s"
+            raise RequestRefusedError(408, message, outcome=Outcome.EXPIRED) from error
+        if decision.kind is not RouteKind.JSON or not body:
+            return BodyPlan(body=body, stream=False, hide_usage=False, rewrite=False)
+        try:
+            return plan_body(decision.path, body)
+        except InvalidInputError as error:
+            raise RequestRefusedError(400, str(error)) from error
+
+    async def _with_slot(
+        self,
+        exchange: _Exchange,
+        endpoint: Endpoint,
+        decision: RouteDecision,
+        scope: Scope,
+        headers: Headers,
+        plan: BodyPlan,
+        send: Send,
+    ) -> None:
+        for attempt in range(1, _TRIES_MAX + 1):
+            slots = await self._slot(endpoint, len(plan.body))
+            exchange.wait_ns = self._clock.monotonic_ns() - exchange.started_ns
+            exchange.worker_id = slots.worker_id
+            try:
+                await self._exchange(exchange, decision, scope, headers, plan, slots, send)
+            except UpstreamError as error:
+                if not error.sent:
+                    self._slots.suspend_worker(slots.worker_id, _SUSPENSION_S)
+                    if attempt < _TRIES_MAX:
+                        continue
+                await self._fail(exchange, send, 502, f"the worker failed: {error}", "server_error")
+            finally:
+                self._slots.release_request(slots)
+            return
+
+    async def _exchange(
+        self,
+        exchange: _Exchange,
+        decision: RouteDecision,
+        scope: Scope,
+        headers: Headers,
+        plan: BodyPlan,
+        slots: WorkerSlots,
+        send: Send,
+    ) -> None:
+        assert slots.registration is not None
+        response = await self._ask(exchange, decision, scope, headers, plan, slots.registration)
+        try:
+            await self._answer(exchange, response, plan, send)
+        finally:
+            response.release()
+
+    async def _slot(self, endpoint: Endpoint, body_bytes: int) -> WorkerSlots:
+        if self._directory.endpoint(endpoint.id) is None:
+            raise RequestRefusedError(
+                404, "endpoint not found", type="not_found_error", code="endpoint_not_found"
+            )
+        admission, slots = self._slots.admit(endpoint.id, body_bytes)
+        if slots is not None:
+            return slots
+        if admission.verdict is Verdict.SHED:
+            raise self._shed(endpoint, admission.reason, admission.retry_after_s or 1)
+        try:
+            return await self._slots.hold(endpoint.id, body_bytes, timeout_s=self._limits.hold_s)
+        except HoldExpiredError as error:
+            raise RequestRefusedError(
+                503, f"{error}; {self._progress(endpoint)}", type="server_error", code="no_worker",
+                retry_after_s=10, outcome=Outcome.EXPIRED,
+            ) from error  # fmt: skip
+        except StartFailedError as error:
+            raise RequestRefusedError(
+                503, str(error), type="server_error", code="start_failed",
+                retry_after_s=error.retry_after_s, outcome=Outcome.FAILED,
+            ) from error  # fmt: skip
+
+    def _shed(self, endpoint: Endpoint, reason: AdmissionReason, retry_after_s: int) -> RequestRefusedError:
+        if reason is AdmissionReason.UNHEALTHY:
+            return RequestRefusedError(
+                503, self._progress(endpoint), type="server_error", code="start_failed",
+                retry_after_s=retry_after_s, outcome=Outcome.SHED,
+            )  # fmt: skip
+        limit = (
+            f"{self._limits.hold_requests} requests"
+            if reason is AdmissionReason.HOLD_FULL
+            else f"{self._limits.hold_bytes} bytes of bodies"
+        )
+        return RequestRefusedError(
+            429, f"endpoint {endpoint.id} already holds {limit}; {self._progress(endpoint)}",
+            type="rate_limit_error", code="queue_full", retry_after_s=retry_after_s, outcome=Outcome.SHED,
+        )  # fmt: skip
+
+    def _progress(self, endpoint: Endpoint) -> str:
+        health = self._fleet.health(endpoint.id)
+        if health.failure is not None and health.failures:
+            reason = f"{health.failure.cause} ({health.failure.advice or health.failure.kind})"
+            return f"starting a worker failed {health.failures} times: {reason}"
+        if health.throttled:
+            return health.throttled
+        workers = self._fleet.workers(endpoint.id)
+        if not workers:
+            return (
+                "endpoint is paused (max workers 0)" if endpoint.workers_max == 0 else "no worker is starting"
+            )
+        return "workers: " + ", ".join(f"{worker.state} ({worker.stage})" for worker in workers)
+
+    async def _ask(
+        self,
+        exchange: _Exchange,
+        decision: RouteDecision,
+        scope: Scope,
+        headers: Headers,
+        plan: BodyPlan,
+        registration: Registration,
+    ) -> UpstreamResponse:
+        address = registration.engine
+        if plan.rewrite:
+            if registration.listener is None:
+                raise RequestRefusedError(
+                    400, "guided_* fields were removed from vLLM and this endpoint has no worker program to "
+                    "translate them; use structured_outputs",
+                )  # fmt: skip
+            address = registration.listener
+        passed = [(name, value) for name, value in headers.items() if name in _PASSED_ON]
+        passed.append((b"x-request-id", exchange.request_id.encode()))
+        return await self._pool.request(
+            address,
+            scope["method"],
+            decision.target,
+            passed,
+            plan.body,
+            timeout_s=self._limits.upstream_read_s,
+        )
+
+    async def _answer(
+        self, exchange: _Exchange, response: UpstreamResponse, plan: BodyPlan, send: Send
+    ) -> None:
+        content_type = next((value for name, value in response.headers if name == b"content-type"), b"")
+        events = None
+        headers = [(name, value) for name, value in response.headers if name not in _KEPT_BACK]
+        if content_type.startswith(b"text/event-stream"):
+            events = EventStream(exchange.count, hide_usage=plan.hide_usage)
+            headers = [(name, value) for name, value in headers if name != b"content-length"]
+            exchange.streaming = True
+            headers += [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+        headers.append((b"x-request-id", exchange.request_id.encode()))
+        exchange.status, exchange.head_sent = response.status, True
+        await send({"type": "http.response.start", "status": response.status, "headers": headers})
+        if events is None:
+            await self._pass_whole(exchange, response, content_type, send)
+        else:
+            await self._pass_events(exchange, response, events, send)
+        if exchange.outcome is Outcome.FAILED and response.status < 400 and not (events and events.failed):
+            exchange.outcome = Outcome.OK
+        elif 400 <= response.status < 500:
+            exchange.outcome = Outcome.REJECTED
+
+    async def _pass_events(
+        self, exchange: _Exchange, response: UpstreamResponse, events: EventStream, send: Send
+    ) -> None:
+        try:
+            while (data := await response.read(self._limits.upstream_read_s)) is not None:
+                whole = events.feed(data)
+                if whole:
+                    if exchange.first_byte_ns is None:
+                        exchange.first_byte_ns = self._clock.monotonic_ns()
+                    await send({"type": "http.response.body", "body": whole, "more_body": True})
+        finally:
+            if events.events and exchange.count.tokens_out is None:
+                # One event a token is vLLM's habit; a stream that was cut has no better count.
+                exchange.count.tokens_out, exchange.estimated = events.events, True
+        exchange.body_sent = True
+        await send({"type": "http.response.body", "body": events.rest(), "more_body": False})
+
+    async def _pass_whole(
+        self, exchange: _Exchange, response: UpstreamResponse, content_type: bytes, send: Send
+    ) -> None:
+        kept: list[bytes] = []
+        size = 0
+        while (data := await response.read(self._limits.upstream_read_s)) is not None:
+            if exchange.first_byte_ns is None:
+                exchange.first_byte_ns = self._clock.monotonic_ns()
+            size += len(data)
+            if size <= _USAGE_BODY_MAX:
+                kept.append(data)
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+        if size <= _USAGE_BODY_MAX and content_type.startswith(b"application/json") and response.status < 400:
+            exchange.count.note(b"".join(kept))
+        exchange.body_sent = True
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _models(self, exchange: _Exchange, endpoint: Endpoint, path: str, send: Send) -> None:
+        cards = [
+            {
+                "id": name,
+                "object": "model",
+                "created": endpoint.revision.created_ms // 1000,
+                "owned_by": "pilotlight",
+                "root": endpoint.revision.model,
+                "parent": None,
+            }
+            for name in endpoint.served_names
+        ]
+        wanted = path.removeprefix("/v1/models").strip("/")
+        answer: object = {"object": "list", "data": cards}
+        if wanted:
+            answer = next((card for card in cards if card["id"] == wanted), None)
+            if answer is None:
+                raise RequestRefusedError(404, f"The model `{wanted}` does not exist.", type="NotFoundError")
+        exchange.status, exchange.outcome, exchange.head_sent = 200, Outcome.OK, True
+        await send_json(
+            send, 200, msgspec.json.encode(answer), [(b"x-request-id", exchange.request_id.encode())]
+        )
+
+    async def _refuse(self, exchange: _Exchange, send: Send, refusal: RequestRefusedError) -> None:
+        exchange.status, exchange.head_sent = refusal.status, True
+        headers = [(b"x-request-id", exchange.request_id.encode()), *refusal.headers]
+        body = refusal.anthropic_body() if exchange.speaks_anthropic else refusal.body()
+        await send_json(send, refusal.status, body, headers)
+
+    async def _fail(self, exchange: _Exchange, send: Send, status: int, message: str, type_: str) -> None:
+        """Tell the client of a failure: by its status while that can be set, else as a last event.
+
+        A body that is not a stream has no place for it: it stays incomplete, and the server closes the
+        connection, so that the client cannot take the part for the whole.
+        """
+        if not exchange.head_sent:
+            refusal = RequestRefusedError(status, message, type=type_, retry_after_s=1)
+            await self._refuse(exchange, send, refusal)
+            return
+        if not exchange.streaming:
+            return
+        if exchange.speaks_anthropic:
+            event = b"event: error\ndata: " + anthropic_body(message, type="api_error") + b"\n\n"
+        else:
+            event = b"data: " + openai_body(status, message, type=type_) + b"\n\n"
+        await send({"type": "http.response.body", "body": event, "more_body": False})
+
+    def _finish(self, exchange: _Exchange) -> None:
+        if not exchange.key_id:
+            return  # Strangers write no rows: they could push out everybody else's.
+        ended_ns = self._clock.monotonic_ns()
+        first = exchange.first_byte_ns
+        self._record(
+            RequestRecord(
+                id=exchange.request_id,
+                road=Road.DATA,
+                endpoint_id=exchange.endpoint_id[:64],
+                key_id=exchange.key_id,
+                worker_id=exchange.worker_id,
+                route=exchange.route[:256],
+                status=exchange.status,
+                outcome=exchange.outcome,
+                arrival_ms=exchange.arrival_ms,
+                wait_ms=exchange.wait_ns // 1_000_000,
+                first_token_ms=None if first is None else (first - exchange.started_ns) // 1_000_000,
+                duration_ms=(ended_ns - exchange.started_ns) // 1_000_000,
+                tokens_in=exchange.count.tokens_in,
+                tokens_out=exchange.count.tokens_out,
+                estimated=exchange.estimated,
+            )
+        )
+
+
+async def _watch(receive: Receive, exchange: _Exchange, task: asyncio.Task[object]) -> None:
+    await wait_disconnect(receive)
+    if not exchange.body_sent:
+        exchange.client_gone = True
+        task.cancel()
+
+
+def _route_refusal(decision: RouteDecision) -> RequestRefusedError:
+    if decision.allowed:
+        return RequestRefusedError(400, "WebSocket routes are not served here")
+    headers = [(b"allow", ", ".join(decision.methods).encode())] if decision.status == 405 else []
+    return RequestRefusedError(
+        decision.status, decision.message, type=decision.error_type or HTTPStatus(decision.status).phrase,
+        headers=headers,
+    )  # fmt: skip

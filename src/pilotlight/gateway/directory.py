@@ -1,0 +1,74 @@
+"""The gateway's view of endpoints and keys: read from the store once, kept current by those who change them.
+
+Every request needs both, so they are looked up in dictionaries and not in the store. On SQLite one
+process owns the store, and whoever changes an endpoint or key calls `refresh` before it answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from pilotlight.domain.endpoint import Endpoint
+from pilotlight.domain.key import ApiKey, hash_secret
+from pilotlight.ports.store import EndpointStore, KeyStore
+
+
+class _Source(EndpointStore, KeyStore, Protocol):
+    """What the directory reads."""
+
+
+class Directory:
+    """Living endpoints by id, keys by hash."""
+
+    def __init__(self, store: _Source) -> None:
+        self._store = store
+        self._endpoints: Mapping[str, Endpoint] = {}
+        self._keys: Mapping[str, ApiKey] = {}
+
+    async def refresh(self) -> None:
+        """Read everything anew; the change is visible to the next request."""
+        endpoints = {endpoint.id: endpoint for endpoint in await self._store.endpoints()}
+        keys = {key.hash: key for key in await self._store.keys()}
+        self._endpoints, self._keys = endpoints, keys
+
+    def endpoint(self, endpoint_id: str) -> Endpoint | None:
+        """A living endpoint; None when unknown or deleted."""
+        return self._endpoints.get(endpoint_id)
+
+    def endpoints(self) -> Sequence[Endpoint]:
+        """All living endpoints, oldest first."""
+        return list(self._endpoints.values())
+
+    def key(self, secret: str) -> ApiKey | None:
+        """The key with this secret; None when unknown.
+
+        The lookup is by SHA-256, so its time says nothing about stored secrets.
+        """
+        return self._keys.get(hash_secret(secret)) if secret else None
+
+
+class _Headers(Protocol):
+    """Header lookup by lower-case name."""
+
+    def get(self, name: bytes, default: bytes, /) -> bytes:
+        """One value."""
+        ...
+
+
+def secret_of(headers: _Headers) -> str:
+    """The secret a client sent, "" when none (serverless-api.md §10).
+
+    Accepted are `Authorization: Bearer KEY`, the bare `Authorization: KEY`, and `x-api-key: KEY` as
+    Anthropic's clients send it.
+
+    Args:
+        headers: Lower-case header names to values.
+    """
+    value = headers.get(b"authorization", b"").strip()
+    if value:
+        scheme, _, rest = value.partition(b" ")
+        secret = rest.strip() if rest and scheme.lower() == b"bearer" else value
+    else:
+        secret = headers.get(b"x-api-key", b"").strip()
+    return secret.decode("latin-1")

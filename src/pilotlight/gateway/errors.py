@@ -1,0 +1,126 @@
+"""Error answers in the two shapes clients know, and the one place where errors become HTTP statuses.
+
+Job routes, worker protocol and the app's fallback answers use `native_error` (serverless-api.md §2.14);
+OpenAI routes use `openai_error`. `native_error_of` maps the error tree of `pilotlight.errors`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+import structlog
+from starlette.responses import Response
+
+from pilotlight.errors import (
+    ClusterError,
+    ConflictError,
+    InvalidInputError,
+    NotFoundError,
+    PilotlightError,
+    StoreError,
+)
+from pilotlight.gateway.refusal import openai_body
+
+_log = structlog.get_logger()
+
+PAYLOAD_TOO_LARGE = "payload_too_large"
+"""Value of `code` with an oversize body; the status is 400 because old clients test for it (§2.13)."""
+
+_RETRY_AFTER_STORE_S = 2
+"""Arbitrary: a busy disk has usually recovered by then."""
+
+
+class PayloadTooLargeError(InvalidInputError):
+    """A request body over its limit."""
+
+
+class UnauthorizedError(PilotlightError):
+    """No key, or one that nobody knows."""
+
+    def __init__(self) -> None:
+        super().__init__("unauthorized")
+
+
+class AccessDeniedError(PilotlightError):
+    """A valid key whose scope does not reach."""
+
+    def __init__(self) -> None:
+        super().__init__("access denied")
+
+
+class QueueFullError(PilotlightError):
+    """An endpoint's queue holds as many jobs as it may.
+
+    Args:
+        message: One sentence for the caller.
+        retry_after_s: When to try again.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+def native_error(
+    status: int, text: str, headers: Mapping[str, str] | None = None, *, code: str | None = None
+) -> Response:
+    """An error in the contract's own shape, `{"error", "detail"}` and never a `status` key (§2.14).
+
+    Args:
+        status: HTTP status.
+        text: One sentence for the caller.
+        headers: More headers, such as Retry-After or Allow.
+        code: Machine-readable word, where the contract names one.
+    """
+    body = {"error": text, "detail": text}
+    if code is not None:
+        body["code"] = code
+    return Response(
+        msgspec.json.encode(body), status_code=status, headers=headers, media_type="application/json"
+    )
+
+
+def openai_error(
+    status: int,
+    message: str,
+    type: str,
+    code: str | int | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    """An error in OpenAI's shape, for routes below `/openai`.
+
+    Args:
+        status: HTTP status.
+        message: One sentence for the caller.
+        type: OpenAI's error type, such as `invalid_request_error`.
+        code: OpenAI's error code; the HTTP status when None.
+        headers: More headers.
+    """
+    body = openai_body(status, message, type=type, code=code)
+    return Response(body, status_code=status, headers=headers, media_type="application/json")
+
+
+def native_error_of(error: PilotlightError) -> Response:
+    """The answer for an error of our own tree; what is nobody's fault but ours is a 500 without details."""
+    text = str(error)
+    match error:
+        case PayloadTooLargeError():
+            return native_error(400, text, code=PAYLOAD_TOO_LARGE)
+        case InvalidInputError():
+            return native_error(400, text)
+        case UnauthorizedError():
+            return native_error(401, text)
+        case AccessDeniedError():
+            return native_error(403, text)
+        case NotFoundError():
+            return native_error(404, text)
+        case ConflictError():
+            return native_error(409, text)
+        case QueueFullError(retry_after_s=seconds):
+            return native_error(429, text, {"Retry-After": str(seconds)})
+        case StoreError() | ClusterError():
+            return native_error(503, text, {"Retry-After": str(_RETRY_AFTER_STORE_S)})
+        case _:
+            _log.error("unexpected_error", kind=type(error).__name__, error=text)
+            return native_error(500, "internal server error")

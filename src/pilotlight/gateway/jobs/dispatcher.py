@@ -1,0 +1,224 @@
+"""Brings queued jobs and open takes together.
+
+Per endpoint there is a line of open takes, oldest first, and an estimate of how many jobs the store has
+for them. Whenever one of the two grows, or a slot becomes free, `serve` starts takes in the store for
+polls at the head of the line, as many as there are jobs to be had. The estimate counts every arrival and
+is put right whenever the store returns fewer jobs than asked: then only what arrived since that take
+began can be left. So no wake-up is lost and nothing is polled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field
+
+import structlog
+
+from pilotlight.core.lifecycle import Applied, JobEvent, PlatformInterrupted
+from pilotlight.domain.job import Job
+from pilotlight.domain.worker import WorkerState
+from pilotlight.errors import NotFoundError, StoreError
+from pilotlight.gateway.jobs.links import HandOut, Poll, WorkerLink
+from pilotlight.gateway.slots import SlotTable
+from pilotlight.ports.clock import Clock
+from pilotlight.ports.fleet import Fleet
+from pilotlight.ports.store import JobStore
+
+_log = structlog.get_logger()
+
+_UNKNOWN = 1 << 40
+"""The estimate for an endpoint whose queue has not been looked into yet."""
+
+_ASKING_MAX = 8
+"""Takes of one endpoint under way at once; arbitrary, enough to fill a group commit."""
+
+_PAUSE_S = 1.0
+"""Pause after a failure of the store."""
+
+_SERVES = frozenset({WorkerState.STARTING, WorkerState.READY})
+
+
+@dataclass(slots=True, eq=False)
+class _Line:
+    """One endpoint: its open takes and what is known of its queue."""
+
+    polls: dict[Poll, None] = field(default_factory=dict)
+    believed: int = _UNKNOWN
+    arrivals: int = 0
+    asked: int = 0
+    asking: int = 0
+    paused: bool = False
+
+
+class Dispatcher:
+    """Hands jobs out to open takes, the longest-waiting first (serverless-api.md §12 item 35).
+
+    Args:
+        store: The queue.
+        slots: One slot per job is taken before the store is asked.
+        fleet: Says whether a worker may get jobs.
+        clock: Time.
+        apply: Applies an event to a job and does the bookkeeping.
+        started: Called with the id of a job that was handed out.
+        spawn: Runs a coroutine in the background, owned by the service.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: JobStore,
+        slots: SlotTable,
+        fleet: Fleet,
+        clock: Clock,
+        apply: Callable[[str, JobEvent], Awaitable[Applied]],
+        started: Callable[[str], None],
+        spawn: Callable[[Coroutine[object, object, None], str], None],
+    ) -> None:
+        self._store = store
+        self._slots = slots
+        self._fleet = fleet
+        self._clock = clock
+        self._apply = apply
+        self._started = started
+        self._spawn = spawn
+        self._lines: dict[str, _Line] = {}
+        self._closed = False
+
+    def arrived(self, endpoint_id: str) -> None:
+        """A job was put into the queue; it has been committed."""
+        line = self._line(endpoint_id)
+        line.believed += 1
+        line.arrivals += 1
+        self.serve(endpoint_id)
+
+    def park(self, poll: Poll) -> None:
+        """Put a take at the end of the line."""
+        self._line(poll.link.endpoint_id).polls[poll] = None
+        poll.link.polls.add(poll)
+        self.serve(poll.link.endpoint_id)
+
+    def unpark(self, poll: Poll) -> None:
+        """Take it out of the line; idempotent."""
+        line = self._lines.get(poll.link.endpoint_id)
+        if line is not None:
+            line.polls.pop(poll, None)
+        poll.link.polls.discard(poll)
+
+    def drop_endpoint(self, endpoint_id: str) -> None:
+        """Answer the takes of a deleted endpoint and forget it."""
+        line = self._lines.pop(endpoint_id, None)
+        for poll in list(line.polls) if line else ():
+            poll.link.release()
+
+    def close(self) -> None:
+        """Hand out nothing more."""
+        self._closed = True
+
+    def may_hand_out(self, link: WorkerLink) -> bool:
+        """Whether a worker may be given jobs at this moment."""
+        if link.retiring or self._closed:
+            return False
+        worker = self._fleet.worker(link.worker_id)
+        return worker is not None and worker.state in _SERVES
+
+    def serve(self, endpoint_id: str) -> None:
+        """Start as many takes as there are jobs, willing polls and free slots."""
+        line = self._line(endpoint_id)
+        for poll in list(line.polls):
+            wanted = line.believed - line.asked
+            if wanted <= 0 or line.asking >= _ASKING_MAX or line.paused or self._closed:
+                return
+            if poll.asking or poll.closed or poll.future.done() or poll.link.avoiding:
+                continue
+            if not self.may_hand_out(poll.link):
+                continue
+            granted = self._slots.reserve_jobs(poll.link.worker_id, min(poll.count, wanted))
+            if not granted:
+                continue
+            poll.asking = True
+            poll.link.asking += 1
+            line.asking += 1
+            line.asked += granted
+            self._spawn(self._ask(line, poll, granted), f"take-{poll.link.worker_id}")
+
+    async def give_back(self, jobs: list[Job]) -> None:
+        """Return jobs that never reached a worker to the head of the queue; their retry is untouched."""
+        for job in jobs:
+            try:
+                await self._apply(job.id, PlatformInterrupted(now_ms=self._clock.now_ms()))
+            except NotFoundError:
+                continue
+            except StoreError as error:
+                # It stays handed out and unconfirmed, so the reaper gives it back (worker-protocol.md L3).
+                _log.warning("give_back_failed", job_id=job.id, error=str(error))
+
+    def _line(self, endpoint_id: str) -> _Line:
+        line = self._lines.get(endpoint_id)
+        if line is None:
+            line = self._lines[endpoint_id] = _Line()
+        return line
+
+    async def _ask(self, line: _Line, poll: Poll, granted: int) -> None:
+        link, arrivals = poll.link, line.arrivals
+        jobs: list[Job] = []
+        try:
+            jobs = list(
+                await self._store.take(
+                    link.endpoint_id, link.worker_id, count=granted, now_ms=self._clock.now_ms()
+                )
+            )
+            line.believed = max(0, line.believed - len(jobs))
+            if len(jobs) < granted:
+                line.believed = min(line.believed, line.arrivals - arrivals)
+        except StoreError as error:
+            _log.warning("take_failed", endpoint_id=link.endpoint_id, error=str(error))
+            line.paused = True
+            asyncio.get_running_loop().call_later(_PAUSE_S, self._resume, link.endpoint_id, line)
+        finally:
+            poll.asking = False
+            link.asking -= 1
+            line.asking -= 1
+            line.asked -= granted
+            kept, refused = self._hand_out(poll, jobs)
+            if not link.asking:
+                link.ended_early.clear()
+            if kept:
+                poll.future.set_result(kept)
+            elif (poll.expired or link.released) and not poll.future.done():
+                poll.future.set_result([])
+            # Last, because a freed slot may start the next take at once.
+            self._slots.release_jobs(link.worker_id, granted - len(jobs))
+        await self.give_back(refused)
+        self.serve(link.endpoint_id)
+
+    def _hand_out(self, poll: Poll, jobs: list[Job]) -> tuple[list[Job], list[Job]]:
+        """Split what the store gave into jobs for this poll and jobs that must go back."""
+        link = poll.link
+        living = [job for job in jobs if (job.id, job.attempt) not in link.ended_early]
+        now_ns = self._clock.monotonic_ns()
+        for job in living:
+            link.hand_outs[job.id] = HandOut(job.id, now_ns, poll.peer)
+        if poll.closed or poll.future.done() or not self.may_hand_out(link):
+            return [], living
+        refused = [job for job in living if link.avoid.get(job.id, now_ns) > now_ns]
+        if refused:
+            link.avoiding = True
+            again_s = (max(link.avoid[job.id] for job in refused) - now_ns) / 1e9
+            asyncio.get_running_loop().call_later(again_s, self.stop_avoiding, link)
+        kept = [job for job in living if job not in refused]
+        for job in kept:
+            link.begin(job.id)
+            self._started(job.id)
+        return kept, refused
+
+    def stop_avoiding(self, link: WorkerLink) -> None:
+        """Offer a worker the head of the queue again."""
+        if link.avoiding:
+            link.avoiding = False
+            self.serve(link.endpoint_id)
+
+    def _resume(self, endpoint_id: str, line: _Line) -> None:
+        line.paused = False
+        line.believed = _UNKNOWN
+        self.serve(endpoint_id)

@@ -1,0 +1,169 @@
+"""What the gateway knows of one worker's life in the protocol.
+
+What was handed out, what it last said it holds, what it was told to stop, and its open polls. Changed only
+on the event loop, by the classes of this package; gone with the worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from pilotlight.domain.job import Job
+
+_STOP_POLL_MISSING_NS = 3_000_000_000
+"""A living worker opens the next stop poll within two seconds of an answer (worker-protocol.md §6.5)."""
+
+
+@dataclass(slots=True, eq=False)
+class HandOut:
+    """One attempt of a job at one worker.
+
+    Attributes:
+        job_id: Which job.
+        at_ns: When it was handed out, monotonic.
+        peer: The connection it was written to, where that is known. A later request on the same
+            connection proves that the answer arrived.
+        confirmed: Whether the worker has shown that it holds the job.
+        posts: Posts for this job that are being received now.
+        post_failed: Whether we failed to take a post, so that a missing result may be our fault (L2).
+        first_chunk_ms: When its first stream chunk arrived.
+        usage_chunk: The last chunk that speaks of usage.
+        last_sequence: Number of the last chunk, for workers that count them.
+    """
+
+    job_id: str
+    at_ns: int
+    peer: tuple[str, int] | None
+    confirmed: bool = False
+    posts: int = 0
+    post_failed: bool = False
+    first_chunk_ms: int | None = None
+    usage_chunk: bytes | None = None
+    last_sequence: int = -1
+
+
+@dataclass(slots=True, eq=False)
+class Poll:
+    """One open take.
+
+    Attributes:
+        link: Whose.
+        count: Jobs it asks for.
+        peer: Its connection.
+        future: Resolved with the jobs; with none when the hold is over.
+        asking: Whether a take for it is under way in the store.
+        expired: Whether its hold is over, so that it is answered as soon as that take returns.
+        closed: Whether the client has gone, so that it must get nothing.
+    """
+
+    link: WorkerLink
+    count: int
+    peer: tuple[str, int] | None
+    future: asyncio.Future[list[Job]]
+    asking: bool = False
+    expired: bool = False
+    closed: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class WorkerLink:
+    """One worker.
+
+    Attributes:
+        worker_id: Who.
+        endpoint_id: Whom it serves.
+        hand_outs: Attempts it has not finished.
+        listed: Ids in its last ping.
+        avoid: Jobs taken away from it that it may still hold, until when (monotonic ns) they must not
+            be handed to it again: it could not tell the attempts apart (worker-protocol.md §3.2).
+        avoiding: Whether it gets nothing because the next job in the queue is one of those.
+        stopping: Jobs that ended while it ran them: when it must have let go (monotonic ns).
+        stop_pending: Ids for its next stop poll.
+        stop_changed: Set when that poll has something to say.
+        polls: Its open takes.
+        asking: Takes for it under way in the store.
+        ended_early: (job, attempt) of those that ended between the store's take and the hand-out.
+        retiring: Whether it gets nothing more for good.
+        released: Whether its polls are to be answered at once, because it is being ended.
+        key_warned: Whether a wrong key was reported already.
+        pinged_ns: When its last heartbeat came, monotonic; None before the first.
+        stop_polls: Its open stop polls.
+        stop_polled_ns: When its last stop poll was answered.
+    """
+
+    worker_id: str
+    endpoint_id: str
+    hand_outs: dict[str, HandOut] = field(default_factory=dict)
+    listed: frozenset[str] = frozenset()
+    avoid: dict[str, int] = field(default_factory=dict)
+    avoiding: bool = False
+    stopping: dict[str, int] = field(default_factory=dict)
+    stop_pending: dict[str, None] = field(default_factory=dict)
+    stop_changed: asyncio.Event = field(default_factory=asyncio.Event)
+    polls: set[Poll] = field(default_factory=set)
+    asking: int = 0
+    ended_early: set[tuple[str, int]] = field(default_factory=set)
+    retiring: bool = False
+    released: bool = False
+    key_warned: bool = False
+    pinged_ns: int | None = None
+    stop_polls: int = 0
+    stop_polled_ns: int = 0
+
+    def begin(self, job_id: str) -> None:
+        """Forget what was said of an earlier attempt of a job: it says nothing of the one that begins."""
+        self.stop_pending.pop(job_id, None)
+        self.stopping.pop(job_id, None)
+        self.avoid.pop(job_id, None)
+        self.listed -= {job_id}
+
+    def stop(self, job_id: str, *, deadline_ns: int) -> None:
+        """Tell it to let go of a job with its next stop poll, and remember until when it should have."""
+        self.stopping.setdefault(job_id, deadline_ns)
+        self.stop_pending[job_id] = None
+        self.stop_changed.set()
+
+    def take_stops(self) -> list[str]:
+        """The ids to stop; each is delivered once."""
+        ids = list(self.stop_pending)
+        self.stop_pending.clear()
+        self.stop_changed.clear()
+        return ids
+
+    def release(self) -> None:
+        """Answer all its polls now, and every later one soon: it is being ended."""
+        self.retiring = self.released = True
+        for poll in list(self.polls):
+            poll.expired = True
+            if not poll.asking and not poll.future.done():
+                poll.future.set_result([])
+        self.stop_changed.set()
+
+    def silent(self, now_ns: int, *, pings_missing_ns: int) -> bool:
+        """Whether neither heartbeats nor stop polls come any more (worker-protocol.md §6.5, §8).
+
+        Heartbeats alone do not count, they may come from another process than the worker, and a worker that
+        runs a blocking handler does not poll.
+        """
+        if self.pinged_ns is None or now_ns - self.pinged_ns <= pings_missing_ns:
+            return False
+        return not self.stop_polls and now_ns - self.stop_polled_ns > _STOP_POLL_MISSING_NS
+
+    @contextlib.contextmanager
+    def posting(self, job_id: str) -> Iterator[HandOut | None]:
+        """Count a post for a job while it is received; a failure is remembered against us."""
+        hand_out = self.hand_outs.get(job_id)
+        if hand_out is None:
+            yield None
+            return
+        hand_out.posts += 1
+        try:
+            yield hand_out
+        except BaseException:
+            hand_out.post_failed = True
+            raise
+        finally:
+            hand_out.posts -= 1

@@ -1,0 +1,75 @@
+"""The request log's writer: rows are collected in memory and written in batches, off the hot path."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+import structlog
+
+from pilotlight.domain.usage import RequestRecord
+from pilotlight.errors import StoreError
+from pilotlight.ports.store import RequestLog
+
+_log = structlog.get_logger()
+
+_INTERVAL_S = 1.0
+_BATCH_MAX = 5000
+_PENDING_MAX = 100_000
+"""Rows kept while the store cannot write; beyond it the oldest are dropped, counted and reported."""
+
+
+class RequestRecorder:
+    """Takes one row per request and writes them about once a second.
+
+    Args:
+        store: Where rows go.
+    """
+
+    def __init__(self, store: RequestLog) -> None:
+        self._store = store
+        self._pending: list[RequestRecord] = []
+        self._dropped = 0
+        self._task: asyncio.Task[None] | None = None
+
+    def record(self, record: RequestRecord) -> None:
+        """Take a row; never blocks."""
+        self._pending.append(record)
+        if len(self._pending) > _PENDING_MAX:
+            del self._pending[: _PENDING_MAX // 10]
+            self._dropped += _PENDING_MAX // 10
+
+    def start(self) -> None:
+        """Begin to write."""
+        if self._task is None:
+            self._task = asyncio.create_task(self._run(), name="request-recorder")
+
+    async def stop(self) -> None:
+        """Write what is left and end."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+            self._task = None
+        await self.flush()
+
+    async def flush(self) -> None:
+        """Write everything taken so far."""
+        while self._pending:
+            batch = self._pending[:_BATCH_MAX]
+            try:
+                await self._store.add_requests(batch)
+            except StoreError as error:
+                _log.warning("request_log_write_failed", error=str(error), pending=len(self._pending))
+                return
+            except Exception:  # noqa: BLE001 - a row that cannot be written must not stop those after it
+                _log.exception("request_log_rows_refused", rows=len(batch))
+            del self._pending[: len(batch)]
+        if self._dropped:
+            _log.warning("request_log_rows_dropped", rows=self._dropped)
+            self._dropped = 0
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(_INTERVAL_S)
+            await self.flush()

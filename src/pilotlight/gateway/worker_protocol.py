@@ -1,0 +1,266 @@
+"""The HTTP protocol of workers (worker-protocol.md), and the state URL of our own worker program.
+
+Whatever the worker's library cannot survive is avoided here: a quick empty answer or refusal makes it ask
+thousands of times a second, so takes are held and only 429 refuses; an answer of 4xx to a result loses the
+result, so posts are answered 200 unless the caller is not the worker it says it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+import structlog
+from starlette.responses import Response
+from starlette.routing import BaseRoute
+
+from pilotlight.domain.worker import Address, Failure, Registration, Stage, Worker
+from pilotlight.errors import InvalidInputError, PilotlightError
+from pilotlight.gateway.directory import secret_of
+from pilotlight.gateway.errors import PayloadTooLargeError, UnauthorizedError, native_error
+from pilotlight.gateway.jobs.desk import TooManyPollsError, WorkerDesk
+from pilotlight.gateway.jobs.http import Call, Handler, Operation, SegmentRoute, json_answer
+from pilotlight.gateway.jobs.service import JobService
+from pilotlight.gateway.jobs.views import taken_view
+from pilotlight.gateway.jobs.waiting import watched
+from pilotlight.ports.fleet import Fleet, StageReport
+from pilotlight.settings import LimitSettings
+
+_log = structlog.get_logger()
+
+_BATCH_MAX = 1000
+"""Jobs in one answer; arbitrary, above the concurrency of any engine."""
+
+_REFUSED_HOLD_S = 5.0
+_REFUSED_MAX = 256
+"""Calls with a wrong key are held, so that they cannot become a storm, but not more than this many."""
+
+_JOB_IDS_COMPLETE = 60_000
+"""The library cuts a heartbeat's list at 64 KiB; a longer one may be incomplete (§3.6)."""
+
+_STATE_BODY_MAX = 64 * 1024
+
+_GET = frozenset({"GET"})
+_POST = frozenset({"POST"})
+
+
+class _Server(msgspec.Struct):
+    address: str
+    key: str = ""
+
+
+class _State(msgspec.Struct):
+    """Body of a stage report."""
+
+    stage: Stage
+    detail: dict[str, object] | None = None
+    engine: _Server | None = None
+    listener: _Server | None = None
+    models: list[str] = []
+    max_concurrency: int = 1
+    versions: dict[str, str] = {}
+
+
+_states = msgspec.json.Decoder(_State)
+
+
+def worker_routes(service: JobService, fleet: Fleet, *, limits: LimitSettings) -> list[BaseRoute]:
+    """Routes for workers.
+
+    Args:
+        service: Jobs.
+        fleet: Who is a worker, and takes their stage reports.
+        limits: Sizes of bodies.
+    """
+    api = _WorkerApi(service, fleet, limits)
+    table: dict[tuple[str, int], tuple[frozenset[str], Handler]] = {
+        ("job-take", 1): (_GET, api.take),
+        ("job-take-batch", 1): (_GET, api.take_batch),
+        ("job-stop", 1): (_GET, api.stop),
+        ("ping", 1): (_GET, api.ping),
+        ("job-done", 2): (_POST, api.done),
+        ("job-stream", 2): (_POST, api.stream),
+    }
+    return [
+        SegmentRoute({key: Operation(*value) for key, value in table.items()}),
+        SegmentRoute(
+            {("", 1): Operation(_POST, api.state)},
+            prefix=("pilotlight", "v1", "worker-state"),
+            verbless=True,
+        ),
+    ]
+
+
+class _WorkerApi:
+    def __init__(self, service: JobService, fleet: Fleet, limits: LimitSettings) -> None:
+        self._service = service
+        self._desk: WorkerDesk = service.workers
+        self._fleet = fleet
+        self._limits = limits
+        self._refused = 0
+
+    async def take(self, call: Call) -> Response:
+        return await self._take(call, count=1, single=True)
+
+    async def take_batch(self, call: Call) -> Response:
+        size = call.query.get("batch_size", "1")
+        count = int(size) if size.isascii() and size.isdigit() and len(size) < 10 else 1
+        return await self._take(call, count=max(1, min(_BATCH_MAX, count)), single=False)
+
+    async def _take(self, call: Call, *, count: int, single: bool) -> Response:
+        worker = self._worker(call)
+        if worker is None or self._service.closing:
+            return await self._refuse(call)
+        async with watched(call.receive) as gone:
+            try:
+                jobs = await self._desk.take(
+                    worker,
+                    count=count,
+                    holding=call.query.get("job_in_progress") != "0",
+                    gone=gone,
+                    peer=call.peer,
+                )
+            except (TooManyPollsError, PilotlightError) as error:
+                # Anything but 429 would make the worker ask again at once (§9).
+                _log.warning("take_refused", worker_id=worker.id, error=str(error))
+                return native_error(429, str(error))
+        return json_answer(taken_view(jobs, single=single)) if jobs else Response(status_code=204)
+
+    async def stop(self, call: Call) -> Response:
+        worker = self._worker(call)
+        if worker is None:
+            return await self._refuse(call)
+        async with watched(call.receive) as gone:
+            ids = await self._desk.stop_poll(worker, gone=gone)
+        if not ids:
+            return Response(status_code=204)
+        return json_answer(msgspec.json.encode({"jobsToStop": ids}))
+
+    async def ping(self, call: Call) -> Response:
+        worker = self._worker(call)
+        if worker is None:
+            raise UnauthorizedError
+        query = call.query
+        if query.get("status") == "unhealthy":
+            await self._desk.unhealthy(
+                worker, check=query.get("check", "")[:100], reason=query.get("reason", "")[:256]
+            )
+            return json_answer(b"{}")
+        listed = query.get("job_id", "")
+        job_ids = [job_id for job_id in listed.split(",") if job_id]
+        await self._desk.ping(worker, job_ids, complete=len(listed) < _JOB_IDS_COMPLETE)
+        return json_answer(b"{}")
+
+    async def done(self, call: Call) -> Response:
+        worker, job_id = self._post(call)
+        link = self._desk.link(worker)
+        if link is not None:
+            with link.posting(job_id):
+                body, size = await call.body(limit=self._limits.worker_body_bytes)
+                final_stream = call.query.get("isStream") == "true"
+                await self._desk.result(worker, job_id, body, size, final_stream=final_stream)
+        return json_answer(b"{}")
+
+    async def stream(self, call: Call) -> Response:
+        worker, job_id = self._post(call)
+        link = self._desk.link(worker)
+        if link is not None:
+            with link.posting(job_id):
+                body, size = await call.body(limit=self._limits.worker_body_bytes)
+                number = call.query.get("seq", "")
+                sequence = int(number) if number.isascii() and number.isdigit() and len(number) < 10 else None
+                await self._desk.chunk(worker, job_id, body, size, sequence=sequence)
+        return json_answer(b"{}")
+
+    async def state(self, call: Call) -> Response:
+        worker = self._worker(call)
+        if worker is None:
+            if self._fleet.worker(call.ids[0]) is None:
+                return native_error(410, "this worker has ended or was never started")
+            raise UnauthorizedError
+        body, _ = await call.body(limit=_STATE_BODY_MAX)
+        if body is None:
+            raise PayloadTooLargeError(f"a stage report may have {_STATE_BODY_MAX} bytes")
+        await self._fleet.reported(worker.id, parse_state(body))
+        # A worker that registers brings slots.
+        self._service.slots_freed(worker.endpoint_id)
+        return json_answer(b"{}")
+
+    def _worker(self, call: Call) -> Worker | None:
+        worker_id = call.ids[0]
+        worker = self._fleet.authenticate(call.endpoint_id, worker_id, secret_of(call.headers))
+        if worker is None:
+            self._warn_of_key(worker_id)
+        return worker
+
+    def _post(self, call: Call) -> tuple[Worker, str]:
+        worker = self._worker(call)
+        if worker is None:
+            raise UnauthorizedError
+        return worker, call.ids[1]
+
+    def _warn_of_key(self, worker_id: str) -> None:
+        """Tell the operator, once per worker, that a living worker is refused."""
+        living = self._fleet.worker(worker_id)
+        link = self._desk.link(living) if living else None
+        if link is not None and not link.key_warned:
+            link.key_warned = True
+            _log.warning(
+                "worker_key_refused",
+                worker_id=worker_id,
+                endpoint_id=link.endpoint_id,
+                advice="a file ~/.runpod/config.toml in the worker's image replaces its key; remove it",
+            )
+
+    async def _refuse(self, call: Call) -> Response:
+        # Only 429 slows a worker down, and it comes from dead workers' orphans, too (§8, §13).
+        if self._refused < _REFUSED_MAX and not self._service.closing:
+            self._refused += 1
+            try:
+                async with watched(call.receive) as gone:
+                    await asyncio.wait({gone}, timeout=_REFUSED_HOLD_S)
+            finally:
+                self._refused -= 1
+        return native_error(429, "unauthorized", {"Retry-After": "5"})
+
+
+def parse_state(body: bytes) -> StageReport:
+    """Read a stage report.
+
+    Raises:
+        InvalidInputError: Names the field and what is legal.
+    """
+    try:
+        state = _states.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidInputError(f"bad stage report: {error}") from error
+    if not 1 <= state.max_concurrency <= _BATCH_MAX:
+        raise InvalidInputError(
+            f"max_concurrency must be between 1 and {_BATCH_MAX}, got {state.max_concurrency}",
+            field="max_concurrency",
+        )
+    detail = state.detail or {}
+    failure = None
+    if state.stage is Stage.FAILED:
+        kind, cause, advice = (str(detail.get(name) or "") for name in ("kind", "cause", "advice"))
+        failure = Failure(kind=kind or "unknown", cause=cause or "no cause given", advice=advice)
+    registration = None
+    if state.engine is not None:
+        registration = Registration(
+            engine=_address("engine", state.engine),
+            listener=_address("listener", state.listener) if state.listener else None,
+            models=tuple(state.models),
+            max_concurrency=state.max_concurrency,
+            versions=state.versions,
+        )
+    return StageReport(stage=state.stage, detail=detail, failure=failure, registration=registration)
+
+
+def _address(name: str, server: _Server) -> Address:
+    url = server.address
+    if not (url.startswith(("unix:/", "http://")) and len(url) > len("http://")):
+        raise InvalidInputError(
+            f"{name}.address must be unix:/path or http://host:port, got {url[:100]!r}",
+            field=f"{name}.address",
+        )
+    return Address(url=url, key=server.key)

@@ -1,0 +1,322 @@
+"""A gateway without data path and cluster: job routes, worker routes, memory store, and a fleet that only
+remembers what it was told."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from starlette.applications import Starlette
+
+from pilotlight.core.admission import AdmissionLimits
+from pilotlight.domain.endpoint import Endpoint, Revision
+from pilotlight.domain.key import ApiKey, Scope, hash_secret
+from pilotlight.domain.usage import RequestRecord
+from pilotlight.domain.worker import Worker, WorkerState
+from pilotlight.gateway.directory import Directory
+from pilotlight.gateway.jobs import JobService, job_routes
+from pilotlight.gateway.slots import SlotTable
+from pilotlight.gateway.worker_protocol import worker_routes
+from pilotlight.ports.fleet import Health, StageReport
+from pilotlight.ports.store import Store
+from pilotlight.settings import JobSettings, LimitSettings, Settings
+from pilotlight.stores import MemoryStore, open_sqlite_store
+
+ADMIN = "rpa_ADMIN"
+RUNNER = "rpa_RUNNER"
+ENDPOINT = "ep1"
+
+
+class ShiftedClock:
+    """The real clocks plus a shift, so that hours pass at once."""
+
+    def __init__(self) -> None:
+        self.shift_ms = 0
+
+    def now_ms(self) -> int:
+        return time.time_ns() // 1_000_000 + self.shift_ms
+
+    def monotonic_ns(self) -> int:
+        return time.monotonic_ns() + self.shift_ms * 1_000_000
+
+    def advance(self, seconds: float) -> None:
+        self.shift_ms += int(seconds * 1000)
+
+
+@dataclass
+class RecordingFleet:
+    """Implements the port `Fleet`; `kill` ends a worker at once, `drain` only marks it."""
+
+    slots: SlotTable
+    living: dict[str, Worker] = field(default_factory=dict)
+    secrets: dict[str, str] = field(default_factory=dict)
+    reports: list[tuple[str, StageReport]] = field(default_factory=list)
+    drained: list[tuple[str, str]] = field(default_factory=list)
+    killed: list[tuple[str, str]] = field(default_factory=list)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    state: Health = field(default_factory=Health)
+    service: JobService | None = None
+
+    def add(self, worker_id: str = "w1", *, endpoint_id: str = ENDPOINT, capacity: int | None = None) -> str:
+        self.living[worker_id] = Worker(id=worker_id, endpoint_id=endpoint_id, version=1)
+        self.secrets[worker_id] = f"secret-{worker_id}"
+        if capacity is not None:
+            self.become(worker_id, WorkerState.READY)
+            self.slots.open_worker(endpoint_id, worker_id, capacity=capacity, registration=None)
+        return self.secrets[worker_id]
+
+    def become(self, worker_id: str, state: WorkerState) -> None:
+        self.living[worker_id] = replace(self.living[worker_id], state=state)
+
+    def worker(self, worker_id: str) -> Worker | None:
+        return self.living.get(worker_id)
+
+    def workers(self, endpoint_id: str) -> list[Worker]:
+        return [worker for worker in self.living.values() if worker.endpoint_id == endpoint_id]
+
+    def authenticate(self, endpoint_id: str, worker_id: str, secret: str) -> Worker | None:
+        worker = self.living.get(worker_id)
+        ok = worker and worker.endpoint_id == endpoint_id and self.secrets[worker_id] == secret
+        return worker if ok else None
+
+    def health(self, endpoint_id: str) -> Health:
+        return self.state
+
+    async def reported(self, worker_id: str, report: StageReport) -> None:
+        self.reports.append((worker_id, report))
+
+    async def took(self, worker_id: str, *, slots: int) -> None:
+        worker = self.living[worker_id]
+        if worker.state is WorkerState.STARTING:
+            self.become(worker_id, WorkerState.READY)
+            self.slots.open_worker(worker.endpoint_id, worker_id, capacity=slots, registration=None)
+            self.changed.set()
+
+    async def drain(self, worker_id: str, *, reason: str) -> None:
+        self.drained.append((worker_id, reason))
+        self.become(worker_id, WorkerState.DRAINING)
+        self.changed.set()
+
+    async def kill(self, worker_id: str, *, reason: str) -> None:
+        self.killed.append((worker_id, reason))
+        await self.end(worker_id, reason)
+        self.changed.set()
+
+    async def end(self, worker_id: str, reason: str = "exit status 1") -> None:
+        """What the real fleet does when the last process of a worker is gone."""
+        self.living.pop(worker_id, None)
+        self.slots.drop_worker(worker_id)
+        if self.service is not None:
+            await self.service.worker_ended(worker_id, reason)
+
+
+@dataclass
+class Platform:
+    """Everything a test may want to look at."""
+
+    store: Store
+    clock: ShiftedClock
+    slots: SlotTable
+    fleet: RecordingFleet
+    directory: Directory
+    settings: Settings
+    service: JobService
+    app: Starlette
+    records: list[RequestRecord]
+    woken: list[str]
+    base: str = ""
+    client: httpx.AsyncClient = field(default=None)  # type: ignore[assignment]
+
+    @property
+    def endpoint(self) -> Endpoint:
+        endpoint = self.directory.endpoint(ENDPOINT)
+        assert endpoint is not None
+        return endpoint
+
+    @property
+    def key(self) -> ApiKey:
+        key = self.directory.key(ADMIN)
+        assert key is not None
+        return key
+
+    async def call(
+        self, method: str, path: str, *, key: str | None = ADMIN, endpoint: str = ENDPOINT, **arguments: Any
+    ) -> httpx.Response:
+        """A client's request to `/v2/{endpoint}{path}`."""
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        return await self.client.request(
+            method, f"/v2/{endpoint}{path}", headers=headers | arguments.pop("headers", {}), **arguments
+        )
+
+    async def ask(
+        self, method: str, path: str, *, worker: str = "w1", secret: str | None = None, **arguments: Any
+    ) -> httpx.Response:
+        """A worker's request to `/v2/{ENDPOINT}{path}`."""
+        headers = {"authorization": secret or f"secret-{worker}"}
+        return await self.client.request(method, f"/v2/{ENDPOINT}{path}", headers=headers, **arguments)
+
+    async def run(self, body: Mapping[str, Any] | None = None) -> str:
+        """Submit by `/run`; the job's id."""
+        answer = await self.call("POST", "/run", json=body or {"input": {"n": 1}})
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["id"])
+
+    async def take(self, worker: str = "w1", *, holding: bool = False, batch: int = 0) -> httpx.Response:
+        """One take of a worker."""
+        verb, size = ("job-take-batch", f"&batch_size={batch}") if batch else ("job-take", "")
+        return await self.ask(
+            "GET", f"/{verb}/{worker}?gpu=x{size}&job_in_progress={int(holding)}", worker=worker
+        )
+
+    async def done(
+        self, job_id: str, body: Any, worker: str = "w1", *, stream: bool = False
+    ) -> httpx.Response:
+        """Post a result as the library does: JSON under a form's content type."""
+        content = body if isinstance(body, bytes) else httpx.Response(200, json=body).content
+        return await self.client.post(
+            f"/v2/{ENDPOINT}/job-done/{worker}/{job_id}?gpu=x&isStream={str(stream).lower()}",
+            content=content,
+            headers={
+                "authorization": f"secret-{worker}",
+                "content-type": "application/x-www-form-urlencoded",
+            },
+        )
+
+    async def chunk(self, job_id: str, value: Any, worker: str = "w1") -> httpx.Response:
+        """Post one stream chunk."""
+        return await self.ask(
+            "POST",
+            f"/job-stream/{worker}/{job_id}?gpu=x&isStream=false",
+            worker=worker,
+            json={"output": value},
+        )
+
+    async def ping(self, *job_ids: str, worker: str = "w1") -> httpx.Response:
+        """Send a heartbeat."""
+        listed = f"&job_id={'%2C'.join(job_ids)}" if job_ids else ""
+        return await self.ask("GET", f"/ping/{worker}?gpu=x{listed}&runpod_version=1.12.0", worker=worker)
+
+    async def status(self, job_id: str) -> dict[str, Any]:
+        """The job object."""
+        answer = await self.call("GET", f"/status/{job_id}")
+        assert answer.status_code == 200, answer.text
+        return dict(answer.json())
+
+    async def watched(self) -> None:
+        """Return when some request waits for a job to change."""
+        while not self.service._ledger.signals._watches:
+            await asyncio.sleep(0.001)
+
+    async def parked(self, number: int = 1) -> None:
+        """Return when that many takes are parked. Signalled by the event loop: each turn lets I/O happen."""
+        while sum(len(link.polls) for link in self.service._ledger.links.values()) != number:
+            await asyncio.sleep(0.001)
+
+
+@contextlib.asynccontextmanager
+async def serving(app: Starlette) -> AsyncIterator[str]:
+    """Serve an app with the production HTTP stack on a free loopback port; yields the base URL."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(
+        app, log_level="error", lifespan="off", ws="none", loop="asyncio", timeout_keep_alive=75
+    )
+    server = uvicorn.Server(config)
+    server.config.load()
+    server.lifespan = config.lifespan_class(config)
+    await server.startup(sockets=[listener])
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        await server.shutdown(sockets=[listener])
+
+
+def settings_with(
+    home: Any, *, jobs: Mapping[str, int] | None = None, limits: Mapping[str, int] | None = None
+) -> Settings:
+    return Settings(home=home, jobs=JobSettings(**(jobs or {})), limits=LimitSettings(**(limits or {})))
+
+
+async def build(settings: Settings, store: Store) -> Platform:
+    await store.add_endpoint(
+        Endpoint(id=ENDPOINT, name="one", revision=Revision(endpoint_id=ENDPOINT, version=1, model="m"))
+    )
+    await store.add_endpoint(
+        Endpoint(
+            id="ep2", name="two", revision=Revision(endpoint_id="ep2", version=1, model="m"), workers_max=0
+        )
+    )
+    await store.add_key(ApiKey(id="k1", name="admin", scope=Scope.ADMIN, hash=hash_secret(ADMIN)))
+    await store.add_key(
+        ApiKey(
+            id="k2",
+            name="runner",
+            scope=Scope.RUN,
+            endpoint_ids=frozenset({ENDPOINT}),
+            hash=hash_secret(RUNNER),
+        )
+    )
+    directory = Directory(store)
+    await directory.refresh()
+    clock = ShiftedClock()
+    slots = SlotTable(clock, AdmissionLimits(requests=10, bytes=1000))
+    fleet = RecordingFleet(slots)
+    records: list[RequestRecord] = []
+    woken: list[str] = []
+    counter = itertools.count(1)
+    service = JobService(
+        store=store,
+        slots=slots,
+        fleet=fleet,
+        directory=directory,
+        clock=clock,
+        settings=settings,
+        entropy=lambda size: next(counter).to_bytes(size, "big") if size > 1 else b"\x80",
+        record=records.append,
+        wake=woken.append,
+    )
+    fleet.service = service
+    slots.on_free = service.slots_freed
+    routes = [
+        *worker_routes(service, fleet, limits=settings.limits),
+        *job_routes(service, directory, slots=slots, fleet=fleet, clock=clock, limits=settings.limits),
+    ]
+    app = Starlette(routes=routes)
+    return Platform(store, clock, slots, fleet, directory, settings, service, app, records, woken)
+
+
+@pytest.fixture
+def make_platform(tmp_path: Any) -> Callable[..., contextlib.AbstractAsyncContextManager[Platform]]:
+    @contextlib.asynccontextmanager
+    async def make(
+        *,
+        jobs: Mapping[str, int] | None = None,
+        limits: Mapping[str, int] | None = None,
+        sqlite: bool = False,
+    ) -> AsyncIterator[Platform]:
+        store = await open_sqlite_store(tmp_path / "data") if sqlite else MemoryStore()
+        made = await build(settings_with(tmp_path, jobs=jobs, limits=limits), store)
+        async with serving(made.app) as base, httpx.AsyncClient(base_url=base, timeout=50) as client:
+            made.base, made.client = base, client
+            try:
+                yield made
+            finally:
+                await made.service.close()
+                await store.close()
+
+    return make
+
+
+@pytest.fixture
+async def platform(make_platform: Any) -> AsyncIterator[Platform]:
+    """Production-like, with short holds."""
+    async with make_platform(jobs={"take_hold_s": 1, "stop_hold_s": 1}) as made:
+        yield made

@@ -1,0 +1,103 @@
+"""What the reaper makes the job service do: timeouts, unconfirmed hand-outs, workers that will not let go."""
+
+from __future__ import annotations
+
+import asyncio
+
+from pilotlight.domain.usage import Outcome
+
+
+async def test_execution_timeout_fails_the_job_and_stops_it(platform):
+    """serverless-api.md §2.10, §12 item 1."""
+    platform.fleet.add(capacity=1)
+    job_id = await platform.run({"input": 1, "policy": {"executionTimeout": 5000}})
+    await platform.take()
+    await platform.ping(job_id)
+    await platform.service.end_overdue()
+    assert (await platform.status(job_id))["status"] == "IN_PROGRESS"
+    platform.clock.advance(6)
+    await platform.service.end_overdue()
+    job = await platform.status(job_id)
+    assert (job["status"], job["error"]) == ("FAILED", "executionTimeout exceeded")
+    assert (await platform.ask("GET", "/job-stop/w1?gpu=x")).json() == {"jobsToStop": [job_id]}
+    assert platform.slots.worker("w1").free == 1
+
+
+async def test_ttl_of_a_queued_job_leaves_a_record(platform):
+    """§12 item 3; a caller that waits is told."""
+    job_id = await platform.run({"input": 1, "policy": {"ttl": 10_000}})
+    call = asyncio.create_task(platform.call("GET", f"/status-sync/{job_id}"))
+    await platform.watched()
+    platform.clock.advance(11)
+    await platform.service.end_overdue()
+    assert (await call).json()["status"] == "TIMED_OUT"
+    assert platform.records[-1].outcome is Outcome.TIMED_OUT
+
+
+async def test_ttl_of_a_running_job_removes_it(platform):
+    """§12 item 4: 404 at once, the worker is stopped."""
+    platform.fleet.add(capacity=1)
+    job_id = await platform.run({"input": 1, "policy": {"ttl": 10_000}})
+    await platform.take()
+    platform.clock.advance(11)
+    await platform.service.end_overdue()
+    assert (await platform.call("GET", f"/status/{job_id}")).status_code == 404
+    assert (await platform.ask("GET", "/job-stop/w1?gpu=x")).json() == {"jobsToStop": [job_id]}
+
+
+async def test_unconfirmed_hand_out_goes_back(platform):
+    """worker-protocol.md §8: six seconds without a sign; a confirmed one stays."""
+    platform.fleet.add("w1", capacity=2)
+    platform.fleet.add("w2", capacity=1)
+    ids = [await platform.run() for _ in range(2)]
+    await platform.take(batch=2)
+    await platform.ping(ids[0])
+    await platform.service.lose_unconfirmed()
+    platform.clock.advance(7)
+    await platform.service.lose_unconfirmed()
+    first, second = [await platform.store.job(job_id) for job_id in ids]
+    assert (first.status, second.status, second.retries) == ("IN_PROGRESS", "IN_QUEUE", 1)
+    assert platform.slots.worker("w1").jobs == 1
+    assert (await platform.take("w2")).json()["id"] == ids[1]
+
+
+async def test_worker_that_does_not_let_go_is_ended(platform):
+    """worker-protocol.md §8: two heartbeats after the signal, with nothing else in hand."""
+    platform.fleet.add(capacity=2)
+    ids = [await platform.run() for _ in range(2)]
+    await platform.take(batch=2)
+    await platform.ping(*ids)
+    await platform.call("POST", f"/cancel/{ids[0]}")
+    platform.clock.advance(5)
+    await platform.ping(*ids)
+    await platform.service.kill_stuck()
+    assert platform.fleet.killed == []
+    await platform.done(ids[1], {"output": 1})
+    await platform.service.kill_stuck()
+    await platform.fleet.changed.wait()
+    assert [worker_id for worker_id, _ in platform.fleet.killed] == ["w1"]
+    assert ids[0] in platform.fleet.killed[0][1]
+
+
+async def test_worker_that_lets_go_lives(platform):
+    platform.fleet.add(capacity=1)
+    job_id = await platform.run()
+    await platform.take()
+    await platform.ping(job_id)
+    await platform.call("POST", f"/cancel/{job_id}")
+    await platform.ping()
+    platform.clock.advance(60)
+    await platform.service.kill_stuck()
+    assert platform.fleet.killed == []
+
+
+async def test_worker_with_requests_of_the_data_path_is_not_ended(platform):
+    platform.fleet.add(capacity=2)
+    job_id = await platform.run()
+    await platform.take()
+    await platform.ping(job_id)
+    platform.slots.worker("w1").requests = 1
+    await platform.call("POST", f"/cancel/{job_id}")
+    platform.clock.advance(60)
+    await platform.service.kill_stuck()
+    assert platform.fleet.killed == []

@@ -1,0 +1,79 @@
+"""Many submitters, workers, hang-ups and cancellations at once: no job is lost, doubled or left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+
+import pytest
+
+from pilotlight.domain.job import JobStatus
+from pilotlight.gateway.jobs.waiting import Signals, happened
+
+
+async def work(platform, worker_id, seed, runs):
+    """A worker that hangs up now and then; returns only when it is cancelled."""
+    chance = random.Random(seed)
+    desk = platform.service.workers
+    worker = platform.fleet.worker(worker_id)
+    while True:
+        gone = asyncio.get_running_loop().create_future()
+        if chance.random() < 0.3:
+            asyncio.get_running_loop().call_later(chance.random() / 200, gone.set_result, None)
+        for job in await desk.take(worker, count=chance.randint(1, 4), holding=True, gone=gone):
+            runs.append(job.id)
+            await asyncio.sleep(0)
+            await desk.result(worker, job.id, json.dumps({"output": job.id}).encode(), 10, final_stream=False)
+        if not gone.done():
+            gone.cancel()
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("sqlite", [False, True])
+async def test_every_job_runs_once(make_platform, seed, sqlite):
+    async with make_platform(sqlite=sqlite) as platform:
+        chance = random.Random(seed)
+        runs: list[str] = []
+        workers = []
+        for number in range(4):
+            platform.fleet.add(f"w{number}", capacity=3)
+            workers.append(asyncio.create_task(work(platform, f"w{number}", f"{seed}-{number}", runs)))
+        ids, cancelled = [], set()
+        for number in range(150):
+            body = json.dumps({"input": number}).encode()
+            job = await platform.service.submit(platform.endpoint, platform.key, body, sync=False)
+            ids.append(job.id)
+            if chance.random() < 0.2:
+                job = await platform.service.cancel("ep1", chance.choice(ids))
+                if job.status is JobStatus.CANCELLED:
+                    cancelled.add(job.id)
+        jobs = [await platform.service.wait("ep1", job_id, timeout_s=40) for job_id in ids]
+        for worker in workers:
+            worker.cancel()
+        await asyncio.wait(workers)
+        assert {job.status for job in jobs} <= {JobStatus.COMPLETED, JobStatus.CANCELLED}
+        assert {job.id for job in jobs if job.status is JobStatus.CANCELLED} == cancelled
+        finished = [job_id for job_id in runs if job_id not in cancelled]
+        assert sorted(finished) == sorted(job.id for job in jobs if job.status is JobStatus.COMPLETED)
+        assert all(job.retries == 0 for job in jobs)
+        assert len(platform.records) == len(ids)
+        assert [platform.slots.worker(f"w{number}").jobs for number in range(4)] == [0] * 4
+
+
+async def test_signals_wake_those_who_watch_and_nobody_else():
+    signals = Signals()
+    loop = asyncio.get_running_loop()
+    with signals.watch("a") as first, signals.watch("a") as second, signals.watch("b") as other:
+        signals.notify("a")
+        assert (first.is_set(), second.is_set(), other.is_set()) == (True, True, False)
+        assert await happened(first, deadline=loop.time())
+        assert not await happened(other, deadline=loop.time() + 0.001)
+        gone = loop.create_future()
+        gone.set_result(None)
+        assert not await happened(other, deadline=loop.time() + 60, gone=gone)
+        signals.notify_all()
+        assert other.is_set()
+    signals.notify("a")
+    assert not signals._watches

@@ -1,0 +1,463 @@
+"""The clients' side of the job road (serverless-api.md §2, §10, §12)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+
+from pilotlight.domain.usage import Outcome, Road
+from pilotlight.domain.worker import WorkerState
+from pilotlight.ports.fleet import Health
+
+ERROR_KEYS = {"error", "detail"}
+
+
+async def finish(platform, job_id, output, **more):
+    taken = await platform.take()
+    assert taken.json()["id"] == job_id
+    await platform.done(job_id, {"output": output, **more})
+
+
+async def test_run_answers_at_once_and_the_job_can_be_read(platform):
+    """§2.4, §2.6, §2.9: no worker exists; keys that do not apply are left out."""
+    answer = await platform.call("POST", "/run", json={"input": {"prompt": "hi"}, "unknown": 1})
+    assert answer.status_code == 200
+    job = answer.json()
+    assert job == {"id": job["id"], "status": "IN_QUEUE"}
+    assert job["id"].endswith("-u1")
+    assert await platform.status(job["id"]) == {"id": job["id"], "status": "IN_QUEUE"}
+    assert platform.woken == ["ep1"]
+
+
+async def test_job_object_of_a_completed_job(platform):
+    """§2.9."""
+    platform.fleet.add(capacity=1)
+    job_id = await platform.run()
+    await finish(platform, job_id, {"text": "hallo"})
+    job = await platform.status(job_id)
+    assert job.keys() == {"id", "status", "delayTime", "executionTime", "output", "workerId"}
+    assert (job["status"], job["output"], job["workerId"]) == ("COMPLETED", {"text": "hallo"}, "w1")
+    assert isinstance(job["delayTime"], int)
+    assert isinstance(job["executionTime"], int)
+
+
+@pytest.mark.parametrize("verb", ["/runsync", "/run_sync", "/runsync/", "//runsync"])
+async def test_runsync_waits_for_the_result(platform, verb):
+    """§2.5, §2.2 (alias), §2.1 (slashes)."""
+    platform.fleet.add(capacity=1)
+    take = asyncio.create_task(platform.take())
+    await platform.parked()
+    call = asyncio.create_task(platform.call("POST", verb, json={"input": 1}))
+    job = (await take).json()
+    assert job["id"].startswith("sync-")
+    await platform.done(job["id"], {"output": [1, 2]})
+    answer = (await call).json()
+    assert (answer["status"], answer["output"]) == ("COMPLETED", [1, 2])
+
+
+async def test_runsync_that_is_not_finished_in_time_is_still_200(platform):
+    """§2.5: never 202 or 408; `wait` below the range is clamped to 1 s."""
+    answer = await platform.call("POST", "/runsync?wait=1", json={"input": 1})
+    assert (answer.status_code, answer.json()["status"]) == (200, "IN_QUEUE")
+
+
+async def test_runsync_goes_on_when_its_caller_hangs_up(platform):
+    """§2.5: the job is not cancelled."""
+    platform.fleet.add(capacity=1)
+    call = asyncio.create_task(platform.call("POST", "/runsync", json={"input": 1}))
+    job = (await platform.take()).json()
+    call.cancel()
+    await asyncio.wait({call})
+    await platform.done(job["id"], {"output": 2})
+    assert (await platform.status(job["id"]))["status"] == "COMPLETED"
+
+
+async def test_sync_results_stay_as_long_as_the_caller_was_ready_to_wait(platform):
+    """§2.11: 1 min, or the wait when that was longer; §2.9 expired records are 404."""
+    platform.fleet.add(capacity=2)
+    ids = []
+    for query in ("", "?wait=200000"):
+        call = asyncio.create_task(platform.call("POST", f"/runsync{query}", json={"input": 1}))
+        job_id = (await platform.take(holding=True)).json()["id"]
+        await platform.done(job_id, {"output": 1})
+        ids.append((await call).json()["id"])
+    platform.clock.advance(90)
+    assert [(await platform.call("GET", f"/status/{job_id}")).status_code for job_id in ids] == [404, 200]
+
+
+@pytest.mark.parametrize(
+    "value", [{}, None, 0, False, "", [], "text", [1, {"a": None}], {"input": {"input": {}}}]
+)
+async def test_any_input_reaches_the_worker_unchanged(platform, value):
+    """§2.3: falsy inputs too; §12 item 42."""
+    platform.fleet.add(capacity=1)
+    await platform.run({"input": value})
+    assert (await platform.take()).json()["input"] == value
+
+
+@pytest.mark.parametrize("body", [{}, {"policy": {"ttl": 10_000}}])
+async def test_missing_input_is_an_empty_one_when_nothing_else_is_there(platform, body):
+    """§2.3: the Go client drops empty maps."""
+    platform.fleet.add(capacity=1)
+    answer = await platform.call("POST", "/run", json=body)
+    assert answer.status_code == 200
+    assert (await platform.take()).json()["input"] == {}
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        (b"{", "request body is not valid JSON"),
+        (b"", "request body is not valid JSON"),
+        (b'{"input": NaN}', "request body is not valid JSON"),
+        (b'{"input": "\xff"}', "request body is not valid JSON"),
+        (b"[1]", "must be a JSON object"),
+        (b'{"prompt": "hi"}', 'input is required; wrap the payload in {"input": …}'),
+        (b'{"input": 1, "policy": {"ttl": 9999}}', "policy.ttl must be between 10000 and 604800000"),
+        (b'{"input": 1, "policy": {"ttl": "1"}}', "policy.ttl must be between 10000 and 604800000"),
+        (
+            b'{"input": 1, "policy": {"executionTimeout": 604800001}}',
+            "policy.executionTimeout must be between 5000 and 604800000",
+        ),
+        (b'{"input": 1, "policy": {"lowPriority": 1}}', "policy.lowPriority must be true or false"),
+        (b'{"input": 1, "policy": 3}', "policy must be an object"),
+        (b'{"input": 1, "webhook": "https://example.com"}', "webhook is not supported"),
+        (b'{"input": 1, "webhookV2": "https://example.com"}', "webhookV2 is not supported"),
+        (b'{"input": 1, "s3Config": {}}', "s3Config is not supported"),
+        (b'{"input": ' + b"[" * 100_000, "request body"),
+    ],
+)
+async def test_bad_bodies_are_named(platform, body, text):
+    """§2.3, §2.14: 400 with both keys and never a `status`."""
+    answer = await platform.call("POST", "/run", content=body)
+    assert answer.status_code == 400
+    assert answer.json().keys() == ERROR_KEYS
+    assert text in answer.json()["error"]
+    assert [record.outcome for record in platform.records] == [Outcome.REJECTED]
+
+
+async def test_half_an_emoji_is_legal_json(platform):
+    platform.fleet.add(capacity=1)
+    answer = await platform.call("POST", "/run", content=b'{"input": "cut \\ud83d"}')
+    assert answer.status_code == 200
+    assert "\\ud83d" in (await platform.take()).text
+
+
+async def test_oversize_bodies(make_platform):
+    """§2.13: 400 with a code, because old code tests for 400; /runsync has a limit of its own."""
+    limits = {"run_body_bytes": 1024 * 1024, "body_bytes": 2 * 1024 * 1024}
+    async with make_platform(limits=limits) as platform:
+        body = {"input": "x" * 1_500_000}
+        answer = await platform.call("POST", "/run", json=body)
+        assert answer.status_code == 400
+        text = "request body exceeds 1 MB limit"
+        assert answer.json() == {"error": text, "detail": text, "code": "payload_too_large"}
+        answer = await platform.call("POST", "/runsync?wait=1000", json=body)
+        assert answer.status_code == 200
+
+
+async def test_full_queue_sheds(make_platform):
+    """§2.14, §12 item 30: 429 with Retry-After; a freed place can be used again."""
+    async with make_platform(limits={"queue_jobs": 2}) as platform:
+        first = await platform.run()
+        await platform.run()
+        answer = await platform.call("POST", "/run", json={"input": 1})
+        assert answer.status_code == 429
+        assert int(answer.headers["retry-after"]) > 0
+        assert platform.records[-1].outcome is Outcome.SHED
+        await platform.call("POST", f"/cancel/{first}")
+        await platform.run()
+
+
+async def test_policy_reaches_the_job(platform):
+    """§2.3: low priority is served last; ttl and execution timeout are kept."""
+    platform.fleet.add(capacity=2)
+    low = await platform.run(
+        {"input": 1, "policy": {"lowPriority": True, "ttl": 20_000.0, "executionTimeout": 5000}}
+    )
+    high = await platform.run()
+    taken = (await platform.take(batch=2)).json()
+    assert [job["id"] for job in taken] == [high, low]
+    job = await platform.store.job(low)
+    assert (job.expires_ms - job.created_ms, job.execution_timeout_ms) == (20_000, 5_000)
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize("verb", ["status", "status-sync", "stream"])
+async def test_job_routes_answer_get_and_post_with_or_without_bodies(platform, method, verb):
+    """§2.1."""
+    job_id = await platform.run()
+    await platform.call("POST", f"/cancel/{job_id}")
+    for content in (b"", b"{}", b"null"):
+        answer = await platform.call(method, f"/{verb}/{job_id}/", content=content)
+        assert answer.json()["status"] == "CANCELLED"
+
+
+@pytest.mark.parametrize("verb", ["status", "status-sync", "stream", "cancel"])
+async def test_unknown_and_foreign_jobs(platform, verb):
+    """§2.14."""
+    job_id = await platform.run()
+    for endpoint, wanted in (("ep1", "nope"), ("ep2", job_id)):
+        answer = await platform.call("POST", f"/{verb}/{wanted}", endpoint=endpoint)
+        assert answer.status_code == 404
+        assert answer.json() == {"error": "job not found", "detail": "job not found"}
+
+
+async def test_keys_and_scopes(platform):
+    """§10, §12 item 43."""
+
+    async def health(key, endpoint="ep1", **headers):
+        answer = await platform.call("GET", "/health", key=key, endpoint=endpoint, headers=headers)
+        return answer.status_code
+
+    assert await health(None) == 401
+    assert await health("rpa_WRONG") == 401
+    assert await health("rpa_ADMIN") == 200
+    assert await health(None, authorization="rpa_ADMIN") == 200
+    assert await health(None, authorization="bearer  rpa_ADMIN") == 200
+    assert await health(None, **{"x-api-key": "rpa_ADMIN"}) == 200
+    assert await health("rpa_RUNNER") == 200
+    assert await health("rpa_RUNNER", "ep2") == 403
+    assert await health("rpa_RUNNER", "ep9") == 404
+    assert await health("rpa_ADMIN", "ep9") == 404
+    refused = await platform.call("GET", "/health", key=None)
+    assert refused.json() == {"error": "unauthorized", "detail": "unauthorized"}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allow"),
+    [
+        ("GET", "/run", "POST"),
+        ("PUT", "/runsync", "POST"),
+        ("GET", "/cancel/x", "POST"),
+        ("POST", "/health", "GET"),
+        ("DELETE", "/status/x", "GET, POST"),
+    ],
+)
+async def test_wrong_verbs(platform, method, path, allow):
+    """§2.14."""
+    answer = await platform.call(method, path)
+    assert (answer.status_code, answer.headers["allow"]) == (405, allow)
+    assert answer.json()["error"] == "method not allowed"
+
+
+@pytest.mark.parametrize("path", ["/requests", "/retry/x", "/purge-queue", "/batch", "/status", "/run/x"])
+async def test_what_is_not_there_is_404(platform, path):
+    assert (await platform.call("POST", path)).status_code == 404
+
+
+async def test_reserved_words_are_left_to_rest_v2(platform):
+    """§1: `/v2/serverless/health` is no endpoint of ours."""
+    answer = await platform.call("GET", "/health", endpoint="serverless")
+    assert (answer.status_code, answer.text) == (404, "Not Found")
+
+
+async def test_status_ttl_shortens_the_record(platform):
+    """§2.6: it may only shorten; values below 1 s are raised to it."""
+    platform.fleet.add(capacity=1)
+    job_id = await platform.run()
+    await finish(platform, job_id, 1)
+    assert (await platform.call("GET", f"/status/{job_id}?ttl=1")).status_code == 200
+    platform.clock.advance(1.5)
+    assert (await platform.call("GET", f"/status/{job_id}")).status_code == 404
+    assert (await platform.call("GET", f"/status/{job_id}?ttl=abc")).status_code == 400
+
+
+async def test_progress_is_visible_while_running(platform):
+    """§2.6, worker-protocol.md §1 line 16: late progress changes nothing."""
+    platform.fleet.add(capacity=1)
+    job_id = await platform.run()
+    await platform.take()
+    await platform.done(job_id, {"status": "IN_PROGRESS", "output": "42 % done"})
+    job = await platform.status(job_id)
+    assert (job["status"], job["output"], job["workerId"]) == ("IN_PROGRESS", "42 % done", "w1")
+    assert "executionTime" not in job
+    await platform.done(job_id, {"output": "all"})
+    await platform.done(job_id, {"status": "IN_PROGRESS", "output": "43 % done"})
+    assert (await platform.status(job_id))["output"] == "all"
+
+
+async def test_status_sync_holds_until_the_end(platform):
+    """§2.7."""
+    platform.fleet.add(capacity=1)
+    job_id = await platform.run()
+    await platform.take()
+    call = asyncio.create_task(platform.call("POST", f"/status-sync/{job_id}?wait=30000"))
+    await platform.done(job_id, {"error": "bad", "output": {"partial": 1}})
+    job = (await call).json()
+    assert (job["status"], job["error"], job["output"]) == ("FAILED", "bad", {"partial": 1})
+
+
+async def test_stream_drains_and_ends(platform):
+    """§2.8: destructive, ordered, terminal answer carries the rest, then empty lists."""
+    platform.fleet.add(capacity=1)
+    job_id = await platform.run()
+    await platform.take()
+    held = asyncio.create_task(platform.call("GET", f"/stream/{job_id}"))
+    await platform.chunk(job_id, "a")
+    assert (await held).json() == {"status": "IN_PROGRESS", "stream": [{"output": "a"}]}
+    await platform.chunk(job_id, {"b": 1})
+    await platform.chunk(job_id, "c")
+    await platform.done(job_id, {"output": []}, stream=True)
+    answer = await platform.call("POST", f"/stream/{job_id}")
+    assert answer.json() == {"status": "COMPLETED", "stream": [{"output": {"b": 1}}, {"output": "c"}]}
+    again = await platform.call("GET", f"/stream/{job_id}")
+    assert again.json() == {"status": "COMPLETED", "stream": []}
+
+
+async def test_stream_is_held_until_the_state_changes(platform):
+    """§2.8."""
+    platform.fleet.add(capacity=1)
+    job_id = await platform.run()
+    held = asyncio.create_task(platform.call("GET", f"/stream/{job_id}"))
+    await platform.watched()
+    await platform.take()
+    assert (await held).json() == {"status": "IN_PROGRESS", "stream": []}
+    held = asyncio.create_task(platform.call("GET", f"/stream/{job_id}"))
+    await platform.watched()
+    await platform.done(job_id, {"output": 5})
+    assert (await held).json() == {"status": "COMPLETED", "stream": []}
+
+
+async def test_large_streams_come_in_parts_and_end_with_the_last(platform):
+    """§2.8: a terminal status only with every remaining chunk, and no answer without bound."""
+    platform.fleet.add(capacity=1)
+    job_id = await platform.run()
+    await platform.take()
+    for number in range(11):
+        await platform.chunk(job_id, f"{number}" + "x" * 1_000_000)
+    await platform.done(job_id, {"output": []}, stream=True)
+    first = (await platform.call("GET", f"/stream/{job_id}")).json()
+    second = (await platform.call("GET", f"/stream/{job_id}")).json()
+    assert (first["status"], second["status"]) == ("IN_PROGRESS", "COMPLETED")
+    assert len(first["stream"]) + len(second["stream"]) == 11
+
+
+async def test_cancelled_stream_ends_for_readers_that_do_not_stop(platform):
+    """§2.8: 404 sixty seconds after the first empty CANCELLED answer."""
+    job_id = await platform.run()
+    await platform.call("POST", f"/cancel/{job_id}")
+    for _ in range(2):
+        assert (await platform.call("GET", f"/stream/{job_id}")).json() == {
+            "status": "CANCELLED",
+            "stream": [],
+        }
+    platform.clock.advance(61)
+    assert (await platform.call("GET", f"/stream/{job_id}")).status_code == 404
+    assert (await platform.call("GET", f"/status/{job_id}")).status_code == 200
+
+
+async def test_cancel(platform):
+    """§2.15, §12 item 15: queued jobs never start; terminal ones stay as they are."""
+    platform.fleet.add(capacity=1)
+    job_id = await platform.run()
+    assert (await platform.call("POST", f"/cancel/{job_id}")).json() == {"id": job_id, "status": "CANCELLED"}
+    assert (await platform.take()).status_code == 204
+    done = await platform.run()
+    await finish(platform, done, 1)
+    answer = (await platform.call("POST", f"/cancel/{done}")).json()
+    assert (answer["status"], answer.keys()) == ("COMPLETED", {"id", "status", "delayTime", "executionTime"})
+
+
+async def test_cancel_of_a_running_job_stops_it(platform):
+    """§2.15, worker-protocol.md §3.3: one signal, the late result is dropped, the slot is free."""
+    platform.fleet.add(capacity=1)
+    job_id = await platform.run()
+    await platform.take()
+    poll = asyncio.create_task(platform.ask("GET", "/job-stop/w1?gpu=x"))
+    answer = (await platform.call("POST", f"/cancel/{job_id}")).json()
+    assert answer["status"] == "CANCELLED"
+    assert (await poll).json() == {"jobsToStop": [job_id]}
+    assert (await platform.ask("GET", "/job-stop/w1?gpu=x")).status_code == 204
+    assert (await platform.done(job_id, {"output": "late"})).status_code == 200
+    assert (await platform.status(job_id))["status"] == "CANCELLED"
+    assert platform.slots.worker("w1").free == 1
+
+
+async def test_health_has_all_counters(platform):
+    """§2.15."""
+    platform.fleet.add("w1", capacity=2)
+    platform.fleet.add("w2", capacity=1)
+    platform.fleet.add("w3")
+    platform.fleet.add("w4", capacity=1)
+    platform.fleet.become("w4", WorkerState.DRAINING)
+    platform.fleet.state = Health(failures=2, throttled="no memory")
+    first = await platform.run()
+    await platform.take()
+    await platform.done(first, {"error": "no"})
+    await platform.run()
+    await platform.take()
+    await platform.run()
+    assert (await platform.call("GET", "/health")).json() == {
+        "jobs": {"completed": 0, "failed": 1, "inProgress": 1, "inQueue": 1, "retried": 0},
+        "workers": {
+            "idle": 1, "initializing": 1, "ready": 2, "running": 2, "throttled": 1, "unhealthy": 2,
+        },
+    }  # fmt: skip
+
+
+async def test_paused_endpoint_queues(platform):
+    """§12 item 40."""
+    answer = await platform.call("POST", "/run", endpoint="ep2", json={"input": 1})
+    assert (answer.status_code, answer.headers["x-endpoint-paused"]) == (200, "1")
+
+
+async def test_one_row_per_job(platform):
+    """Every job leaves one row of the request log, with the tokens its output speaks of."""
+    platform.fleet.add(capacity=3)
+    outputs = [
+        [{"choices": [], "usage": {"input": 5, "output": 7}}],
+        {"usage": {"prompt_tokens": 3, "completion_tokens": 4}},
+        "no usage here",
+    ]
+    for output in outputs:
+        job_id = await platform.run()
+        await platform.take()
+        await platform.done(job_id, {"output": output})
+    rows = platform.records
+    assert [(row.tokens_in, row.tokens_out) for row in rows] == [(5, 7), (3, 4), (None, None)]
+    assert {(row.road, row.route, row.status, row.outcome, row.worker_id, row.key_id) for row in rows} == {
+        (Road.JOB, "/run", 200, Outcome.OK, "w1", "k1")
+    }
+
+
+async def test_tokens_of_a_stream_come_from_its_last_chunk(platform):
+    platform.fleet.add(capacity=1)
+    job_id = await platform.run()
+    await platform.take()
+    await platform.chunk(job_id, "data: {}\n\n")
+    usage = {"prompt_tokens": 9, "completion_tokens": 2}
+    await platform.chunk(job_id, f"data: {json.dumps({'choices': [], 'usage': usage})}\n\ndata: [DONE]\n\n")
+    await platform.done(job_id, {"output": []}, stream=True)
+    row = platform.records[-1]
+    assert (row.tokens_in, row.tokens_out) == (9, 2)
+    assert row.first_token_ms is not None
+
+
+async def test_deleted_endpoint_cancels_its_jobs(platform):
+    """§12 item 41: a caller that waits gets the answer."""
+    platform.fleet.add(capacity=1)
+    running = await platform.run()
+    await platform.take()
+    queued = await platform.run()
+    waiting = asyncio.create_task(platform.call("GET", f"/status-sync/{queued}"))
+    await platform.service.endpoint_deleted("ep1")
+    assert (await platform.status(running))["status"] == "CANCELLED"
+    assert (await waiting).json()["status"] == "CANCELLED"
+
+
+async def test_closing_answers_everybody(make_platform):
+    """A gateway that ends leaves no request hanging."""
+    async with make_platform() as platform:
+        platform.fleet.add(capacity=1)
+        take = asyncio.create_task(platform.take())
+        await platform.parked()
+        wait = asyncio.create_task(platform.call("POST", "/runsync", endpoint="ep2", json={"input": 1}))
+        stop = asyncio.create_task(platform.ask("GET", "/job-stop/w1?gpu=x"))
+        await platform.watched()
+        await platform.service.close()
+        assert (await take).status_code == 204
+        assert (await wait).json()["status"] == "IN_QUEUE"
+        assert (await stop).json() == {"jobsToStop": ["-"]}

@@ -1,0 +1,164 @@
+"""What workers post and what becomes of it (worker-protocol.md §4, serverless-api.md §2.13)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+
+from pilotlight.domain.usage import Outcome
+
+ENVELOPE = {"error": {"message": "engine died", "type": "InternalServerError", "code": 500}}
+
+
+async def signal(predicate):
+    """Return when a condition of the platform holds; each turn lets its I/O happen."""
+    while not predicate():
+        await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize(
+    ("body", "state", "output", "error"),
+    [
+        ({"output": {"x": 1}}, "COMPLETED", {"x": 1}, None),
+        ({"output": None}, "COMPLETED", None, None),
+        ({"output": False}, "COMPLETED", False, None),
+        ({}, "COMPLETED", ..., None),
+        ({"error": "bad"}, "FAILED", ..., "bad"),
+        ({"error": {"code": 5}}, "FAILED", ..., '{"code":5}'),
+        ({"output": {"detail": 42}, "error": "user level"}, "FAILED", {"detail": 42}, "user level"),
+        ({"output": 1, "error": ""}, "COMPLETED", 1, None),
+        (
+            b'{"output": [NaN, Infinity, -Infinity, 1e999, "x"]}',
+            "COMPLETED",
+            [None, None, None, None, "x"],
+            None,
+        ),
+        (b'{"output": "caf\xe9"}', "COMPLETED", "caf\ufffd", None),
+        (b'{"output": "\\ud83d"}', "COMPLETED", "\ud83d", None),
+        (b'{"error": "cut \\ud83d"}', "FAILED", ..., "cut \ufffd"),
+        (b"nonsense", "FAILED", ..., "the worker posted a result that is not valid JSON"),
+        (b"[1]", "FAILED", ..., "the worker posted a result that is not valid JSON"),
+        (b'{"output": ' + b"[" * 200_000, "FAILED", ..., "the worker posted a result that is not valid JSON"),
+    ],
+)
+async def test_result_bodies(platform, body, state, output, error):
+    """§4.1, §4.2: JSON whatever the content type, lenient numbers, error strings untouched."""
+    platform.fleet.add(capacity=1)
+    job_id = await platform.run()
+    await platform.take()
+    assert (await platform.done(job_id, body)).status_code == 200
+    answer = await platform.call("GET", f"/status/{job_id}")
+    job = json.loads(answer.content)
+    assert (job["status"], job.get("output", ...), job.get("error")) == (
+        state,
+        output,
+        error,
+    )
+    assert platform.slots.worker("w1").jobs == 0
+
+
+async def test_exception_text_is_kept(platform):
+    """§4.2, Appendix A."""
+    platform.fleet.add(capacity=1)
+    job_id = await platform.run()
+    await platform.take()
+    text = json.dumps({"error_type": "<class 'ValueError'>", "error_message": "boom"})
+    await platform.done(job_id, {"error": text})
+    assert (await platform.status(job_id))["error"] == text
+
+
+async def test_retryable_envelope_requeues_once(platform):
+    """vllm-worker.md §3.7: the engine's failure is tried again, the request's is not."""
+    platform.fleet.add("w1", capacity=1)
+    job_id = await platform.run()
+    await platform.take()
+    envelope = json.dumps({"error": {**ENVELOPE["error"], "retryable": True}})
+    await platform.done(job_id, {"error": envelope})
+    assert (await platform.status(job_id))["status"] == "IN_QUEUE"
+    await platform.take()
+    await platform.done(job_id, {"error": envelope})
+    job = await platform.status(job_id)
+    assert (job["status"], job["retries"], job["error"]) == ("FAILED", 1, envelope)
+    other = await platform.run()
+    await platform.take()
+    await platform.done(other, {"error": json.dumps(ENVELOPE)})
+    assert (await platform.status(other))["status"] == "FAILED"
+    assert [record.outcome for record in platform.records] == [Outcome.FAILED] * 2
+
+
+async def test_retried_job_is_not_handed_to_a_worker_that_may_hold_it(make_platform):
+    """§3.2: the same id twice at one worker cannot be told apart; its next heartbeat frees it."""
+    async with make_platform() as platform:
+        platform.fleet.add("w1", capacity=2)
+        job_id = await platform.run()
+        await platform.take()
+        take = asyncio.create_task(platform.take(holding=True))
+        await platform.parked()
+        await platform.done(job_id, {"error": json.dumps({"error": {"retryable": True}})})
+        await signal(lambda: platform.service._ledger.links["w1"].avoiding)
+        assert not take.done()
+        await platform.ping()
+        assert (await take).json()["id"] == job_id
+        assert platform.slots.worker("w1").jobs == 1
+
+
+async def test_limits_of_results(make_platform):
+    """serverless-api.md §2.13, worker-protocol.md §8: 200, and FAILED with the documented text."""
+    async with make_platform(
+        limits={
+            "result_bytes": 1024 * 1024,
+            "sync_result_bytes": 2 * 1024 * 1024,
+            "worker_body_bytes": 3_000_000,
+        }
+    ) as platform:
+        platform.fleet.add(capacity=1)
+        for length, text in (
+            (1024 * 1024, "output exceeds 1 MB limit (got 1048578 bytes)"),
+            (4_000_000, "output exceeds 1 MB limit (got 4000012 bytes)"),
+        ):
+            job_id = await platform.run()
+            await platform.take()
+            body = (
+                b'{"output":"' + b"x" * length + b'"}'
+                if length < 2_000_000
+                else b'{"output":"' + b"x" * (length - 1) + b'"}'
+            )
+            assert (await platform.done(job_id, body)).status_code == 200
+            job = await platform.status(job_id)
+            assert (job["status"], job["error"]) == ("FAILED", text)
+        call = asyncio.create_task(platform.call("POST", "/runsync", json={"input": 1}))
+        sync_id = (await platform.take()).json()["id"]
+        await platform.done(sync_id, {"output": "x" * 1_500_000})
+        assert (await call).json()["status"] == "COMPLETED"
+
+
+async def test_chunks_over_the_limit(make_platform):
+    """serverless-api.md §2.8, §2.13: strings are split, anything else fails the job."""
+    async with make_platform(limits={"chunk_bytes": 1000}) as platform:
+        platform.fleet.add(capacity=1)
+        job_id = await platform.run()
+        await platform.take()
+        text = "é\n" * 2000
+        await platform.chunk(job_id, text)
+        parts = (await platform.call("GET", f"/stream/{job_id}")).json()["stream"]
+        assert "".join(part["output"] for part in parts) == text
+        assert len(parts) > 1
+        assert (await platform.chunk(job_id, ["x" * 2000])).status_code == 200
+        job = await platform.status(job_id)
+        assert job["status"] == "FAILED"
+        assert job["error"].startswith("stream chunk exceeds")
+        assert (await platform.ask("GET", "/job-stop/w1?gpu=x")).json() == {"jobsToStop": [job_id]}
+
+
+async def test_counted_chunks_are_stored_once(platform):
+    """A worker that numbers its chunks may offer one again when it had no answer."""
+    platform.fleet.add(capacity=1)
+    job_id = await platform.run()
+    await platform.take()
+    for number in (0, 0, 1, 0, 1):
+        path = f"/job-stream/w1/{job_id}?gpu=x&isStream=false&seq={number}"
+        await platform.ask("POST", path, json={"output": number, "metrics": {}})
+    stream = (await platform.call("GET", f"/stream/{job_id}")).json()["stream"]
+    assert stream == [{"output": 0, "metrics": {}}, {"output": 1, "metrics": {}}]

@@ -1,0 +1,473 @@
+"""The workers' side of the job road (worker-protocol.md)."""
+
+from __future__ import annotations
+
+import asyncio
+
+import httpx
+
+from pilotlight.domain.worker import Stage, WorkerState
+from pilotlight.errors import StoreError
+
+ENVELOPE = {"error": {"message": "engine died", "type": "InternalServerError", "code": 500}}
+
+
+async def signal(predicate):
+    """Return when a condition of the platform holds; each turn lets its I/O happen."""
+    while not predicate():
+        await asyncio.sleep(0.001)
+
+
+async def test_single_take(platform):
+    """§3.1: an object with `id` and `input`; the first take makes the worker ready (§6.1)."""
+    platform.fleet.add()
+    job_id = await platform.run({"input": {"prompt": "hi"}})
+    answer = await platform.take()
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.json() == {"id": job_id, "input": {"prompt": "hi"}}
+    assert platform.fleet.worker("w1").state is WorkerState.READY
+    assert (await platform.status(job_id))["status"] == "IN_PROGRESS"
+
+
+async def test_empty_take_is_held_and_answered_204(platform):
+    """§8."""
+    platform.fleet.add(capacity=1)
+    answer = await platform.take()
+    assert (answer.status_code, answer.content) == (204, b"")
+
+
+async def test_parked_take_gets_a_job_at_once(make_platform):
+    """With production holds: no polling in between."""
+    async with make_platform() as platform:
+        platform.fleet.add(capacity=1)
+        take = asyncio.create_task(platform.take())
+        await platform.parked()
+        job_id = await platform.run()
+        assert (await take).json()["id"] == job_id
+
+
+async def test_batch_is_filled(platform):
+    """§3.2, §10.2: a list of up to n, bounded by free slots."""
+    platform.fleet.add(capacity=3)
+    ids = [await platform.run() for _ in range(4)]
+    assert [job["id"] for job in (await platform.take(batch=4)).json()] == ids[:3]
+    assert platform.slots.worker("w1").free == 0
+
+
+async def test_batch_of_one_is_a_list(platform):
+    """§3.2."""
+    platform.fleet.add(capacity=1)
+    job_id = await platform.run()
+    assert [job["id"] for job in (await platform.take(batch=4)).json()] == [job_id]
+
+
+async def test_longest_waiting_take_is_served_first(make_platform):
+    """serverless-api.md §12 item 35."""
+    async with make_platform() as platform:
+        takes = []
+        for number in range(3):
+            platform.fleet.add(f"w{number}", capacity=1)
+            takes.append(asyncio.create_task(platform.take(f"w{number}")))
+            await platform.parked(number + 1)
+        for take in takes:
+            job_id = await platform.run()
+            assert (await take).json()["id"] == job_id
+
+
+async def test_no_slot_no_job_until_one_is_free(make_platform):
+    """One slot count covers both roads: a request on the data path keeps the take waiting."""
+    async with make_platform() as platform:
+        platform.fleet.add(capacity=1)
+        assert platform.slots.reserve_jobs("w1", 1) == 1
+        job_id = await platform.run()
+        take = asyncio.create_task(platform.take())
+        await platform.parked()
+        platform.slots.release_jobs("w1")
+        assert (await take).json()["id"] == job_id
+
+
+async def test_take_of_a_worker_that_hung_up_costs_no_retry(make_platform):
+    """§7.1 L3, scenario 12: the job goes back untouched and runs once elsewhere."""
+    async with make_platform() as platform:
+        platform.fleet.add("w1", capacity=1)
+        platform.fleet.add("w2", capacity=1)
+        gone = asyncio.create_task(platform.take("w1"))
+        await platform.parked()
+        gone.cancel()
+        await asyncio.wait({gone})
+        job_id = await platform.run()
+        assert (await platform.take("w2")).json()["id"] == job_id
+        job = await platform.store.job(job_id)
+        assert (job.retries, job.worker_id) == (0, "w2")
+
+
+async def test_job_handed_over_while_the_worker_hangs_up_goes_back(make_platform):
+    """As above, with the store's take under way when the connection breaks."""
+    async with make_platform() as platform:
+        platform.fleet.add("w1", capacity=1)
+        gate, entered = asyncio.Event(), asyncio.Event()
+        take_of_store = platform.store.take
+
+        async def slow(*arguments, **named):
+            jobs = await take_of_store(*arguments, **named)
+            entered.set()
+            await gate.wait()
+            return jobs
+
+        platform.store.take = slow
+        job_id = await platform.run()
+        take = asyncio.create_task(platform.take())
+        await entered.wait()
+        take.cancel()
+        await asyncio.wait({take})
+        await platform.parked(0)
+        platform.store.take = take_of_store
+        gate.set()
+        assert (await platform.take()).json()["id"] == job_id
+        job = await platform.store.job(job_id)
+        assert (job.retries, job.attempt) == (0, 2)
+        assert platform.slots.worker("w1").jobs == 1
+
+
+async def test_cancel_between_the_take_and_the_hand_out(make_platform):
+    """A job cancelled in that moment is not delivered, and its slot is counted once."""
+    async with make_platform() as platform:
+        platform.fleet.add("w1", capacity=1)
+        gate, entered = asyncio.Event(), asyncio.Event()
+        take_of_store = platform.store.take
+
+        async def slow(*arguments, **named):
+            jobs = await take_of_store(*arguments, **named)
+            entered.set()
+            await gate.wait()
+            return jobs
+
+        platform.store.take = slow
+        take = asyncio.create_task(platform.take())
+        first = await platform.run()
+        await entered.wait()
+        await platform.call("POST", f"/cancel/{first}")
+        platform.store.take = take_of_store
+        second = await platform.run()
+        gate.set()
+        assert (await take).json()["id"] == second
+        assert platform.slots.worker("w1").jobs == 1
+
+
+async def test_store_failure_during_a_take_is_survived(make_platform):
+    """The take stays parked and is served when the store is well again."""
+    async with make_platform() as platform:
+        platform.fleet.add("w1", capacity=1)
+        take_of_store, failed = platform.store.take, asyncio.Event()
+
+        async def broken(*_, **__):
+            platform.store.take = take_of_store
+            failed.set()
+            raise StoreError("disk full")
+
+        platform.store.take = broken
+        job_id = await platform.run()
+        assert (await platform.take()).json()["id"] == job_id
+        assert failed.is_set()
+        assert platform.slots.worker("w1").jobs == 1
+
+
+async def test_draining_worker_gets_nothing(platform):
+    """§8, §6.3: held as usual, then 204."""
+    platform.fleet.add(capacity=1)
+    platform.fleet.become("w1", WorkerState.DRAINING)
+    await platform.run()
+    assert (await platform.take()).status_code == 204
+
+
+async def test_released_polls_are_answered_at_once(make_platform):
+    """§6.3 step 3: 204 on the take, `-` on the stop poll; jobs in hand can still be posted."""
+    async with make_platform() as platform:
+        platform.fleet.add(capacity=2)
+        job_id = await platform.run()
+        await platform.take()
+        take = asyncio.create_task(platform.take(holding=True))
+        stop = asyncio.create_task(platform.ask("GET", "/job-stop/w1?gpu=x"))
+        await platform.parked()
+        platform.fleet.become("w1", WorkerState.DRAINING)
+        platform.service.release_polls("w1")
+        assert (await take).status_code == 204
+        assert (await stop).json() == {"jobsToStop": ["-"]}
+        assert (await platform.take(holding=True)).status_code == 204
+        await platform.done(job_id, {"output": 1})
+        assert (await platform.status(job_id))["status"] == "COMPLETED"
+
+
+async def test_wrong_keys(platform, monkeypatch):
+    """§13: takes and stops are held and answered 429, posts 401, and nothing is lost by it."""
+    monkeypatch.setattr("pilotlight.gateway.worker_protocol._REFUSED_HOLD_S", 0.01)
+    platform.fleet.add(capacity=1)
+    platform.fleet.add("w2", capacity=1)
+    job_id = await platform.run()
+    for verb in ("job-take/w1", "job-take-batch/w1", "job-stop/w1", "job-take/w9"):
+        for secret in ("wrong", "secret-w2"):
+            answer = await platform.ask("GET", f"/{verb}?gpu=x&job_in_progress=0", secret=secret)
+            assert answer.status_code == 429
+    assert (await platform.ask("GET", "/ping/w1?gpu=x", secret="wrong")).status_code == 401
+    answer = await platform.ask("POST", f"/job-done/w1/{job_id}?gpu=x", secret="wrong", json={"output": 1})
+    assert answer.status_code == 401
+    assert (await platform.status(job_id))["status"] == "IN_QUEUE"
+
+
+async def test_worker_of_another_endpoint(platform):
+    """§13: the key is bound to endpoint and worker."""
+    platform.fleet.add("w1", endpoint_id="ep2", capacity=1)
+    assert (await platform.ask("GET", "/ping/w1?gpu=x")).status_code == 401
+
+
+async def test_posts_for_jobs_of_others_change_nothing(platform):
+    """§13, §7.2: late, duplicate and unknown results are answered 200; the first one stays."""
+    platform.fleet.add("w1", capacity=1)
+    platform.fleet.add("w2", capacity=1)
+    job_id = await platform.run()
+    await platform.take("w1")
+    assert (await platform.done(job_id, {"output": "forged"}, worker="w2")).status_code == 200
+    assert (await platform.chunk(job_id, "forged", worker="w2")).status_code == 200
+    assert (await platform.done("unknown", {"output": 1})).status_code == 200
+    assert (await platform.status(job_id))["status"] == "IN_PROGRESS"
+    await platform.done(job_id, {"output": "first"})
+    await platform.done(job_id, {"output": "second"})
+    assert (await platform.status(job_id))["output"] == "first"
+    assert (await platform.call("GET", f"/stream/{job_id}")).json()["stream"] == []
+
+
+async def test_ping_confirms_and_its_silence_loses(platform):
+    """§5: listed once and absent the next time without a result is lost; L1 is not retried."""
+    platform.fleet.add(capacity=1)
+    job_id = await platform.run()
+    await platform.take()
+    await platform.ping()
+    assert (await platform.status(job_id))["status"] == "IN_PROGRESS"
+    await platform.ping(job_id)
+    assert (await platform.store.job(job_id)).confirmed
+    await platform.ping()
+    job = await platform.status(job_id)
+    assert (job["status"], job["error"]) == ("FAILED", "worker produced no result")
+
+
+async def test_lost_result_that_is_our_fault_is_retried(platform):
+    """§7.1 L2: the post met our 5xx."""
+    platform.fleet.add(capacity=1)
+    job_id = await platform.run()
+    await platform.take()
+    await platform.ping(job_id)
+    apply_of_store = platform.store.apply
+
+    async def broken(*_):
+        raise StoreError("disk full")
+
+    platform.store.apply = broken
+    assert (await platform.done(job_id, {"output": 1})).status_code == 503
+    platform.store.apply = apply_of_store
+    await platform.ping()
+    job = await platform.status(job_id)
+    assert (job["status"], job["retries"]) == ("IN_QUEUE", 1)
+
+
+async def test_ping_during_a_post_decides_nothing(platform):
+    """§5: compared in the order of commits; the result that is being received counts."""
+    platform.fleet.add(capacity=1)
+    job_id = await platform.run()
+    await platform.take()
+    await platform.ping(job_id)
+    gate = asyncio.Event()
+
+    async def body():
+        yield b'{"output": '
+        await gate.wait()
+        yield b"5}"
+
+    post = asyncio.create_task(
+        platform.client.post(
+            f"/v2/ep1/job-done/w1/{job_id}?gpu=x&isStream=false",
+            content=body(),
+            headers={"authorization": "secret-w1"},
+        )
+    )
+    await signal(lambda: platform.service._ledger.links["w1"].hand_outs[job_id].posts)
+    await platform.ping()
+    gate.set()
+    await post
+    assert (await platform.status(job_id))["status"] == "COMPLETED"
+
+
+async def test_idle_take_closes_earlier_hand_outs(platform):
+    """§5: what is not final then never will be; a confirmed job had no result, another never arrived."""
+    platform.fleet.add(capacity=1)
+    confirmed = await platform.run()
+    await platform.take()
+    await platform.ping(confirmed)
+    assert (await platform.take()).status_code == 204
+    assert (await platform.status(confirmed))["error"] == "worker produced no result"
+    lost = await platform.run()
+    async with httpx.AsyncClient(base_url=platform.base) as other:
+        headers = {"authorization": "secret-w1"}
+        await other.get("/v2/ep1/job-take/w1?gpu=x&job_in_progress=0", headers=headers)
+    assert (await platform.take()).json()["id"] == lost
+    assert (await platform.store.job(lost)).retries == 1
+
+
+async def test_idle_take_on_the_same_connection_proves_delivery(platform):
+    """§7.1 L1 without a heartbeat in between: FAILED at once, not run again."""
+    platform.fleet.add(capacity=1)
+    job_id = await platform.run()
+    async with httpx.AsyncClient(base_url=platform.base) as worker:
+        headers = {"authorization": "secret-w1"}
+        for _ in range(2):
+            await worker.get("/v2/ep1/job-take/w1?gpu=x&job_in_progress=0", headers=headers)
+    assert (await platform.status(job_id))["error"] == "worker produced no result"
+
+
+async def test_worker_end_requeues_once(platform):
+    """§7.1 L6, serverless-api.md §2.10: retried once, then failed with the text clients know."""
+    for number in range(2):
+        platform.fleet.add(f"w{number}", capacity=1)
+    job_id = await platform.run()
+    await platform.take("w0")
+    await platform.fleet.end("w0")
+    job = await platform.status(job_id)
+    assert (job["status"], job["retries"]) == ("IN_QUEUE", 1)
+    await platform.take("w1")
+    await platform.fleet.end("w1")
+    job = await platform.status(job_id)
+    assert (job["status"], job["error"]) == ("FAILED", "job timed out after 1 retries")
+
+
+async def test_worker_end_after_a_chunk_was_read_fails_the_job(platform):
+    """Retrying would tell the reader something twice."""
+    platform.fleet.add(capacity=1)
+    job_id = await platform.run()
+    await platform.take()
+    await platform.chunk(job_id, "a")
+    await platform.call("GET", f"/stream/{job_id}")
+    await platform.fleet.end("w1", "exit status 137")
+    job = await platform.status(job_id)
+    assert job["status"] == "FAILED"
+    assert "exit status 137" in job["error"]
+
+
+async def test_worker_end_while_the_store_fails_is_settled_later(platform):
+    """The reaper's next sweep does it."""
+    platform.fleet.add(capacity=1)
+    job_id = await platform.run()
+    await platform.take()
+    running = platform.store.running
+
+    async def broken(**_):
+        raise StoreError("disk full")
+
+    platform.store.running = broken
+    await platform.fleet.end("w1")
+    platform.store.running = running
+    assert (await platform.status(job_id))["status"] == "IN_PROGRESS"
+    await platform.service.lose_unconfirmed()
+    assert (await platform.status(job_id))["status"] == "IN_QUEUE"
+
+
+async def test_gateway_restart_uses_up_no_retry(platform):
+    """`recover` at the start: interruptions by the platform are not the job's fault."""
+    platform.fleet.add(capacity=2)
+    ids = [await platform.run() for _ in range(2)]
+    await platform.take(batch=2)
+    await platform.chunk(ids[1], "a")
+    await platform.call("GET", f"/stream/{ids[1]}")
+    assert await platform.service.recover() == 2
+    first, second = [await platform.status(job_id) for job_id in ids]
+    assert (first["status"], "retries" in first) == ("IN_QUEUE", False)
+    assert second["status"] == "FAILED"
+
+
+async def test_gateway_stop_uses_up_no_retry(platform):
+    """Workers that end because the gateway ends."""
+    platform.fleet.add(capacity=1)
+    job_id = await platform.run()
+    await platform.take()
+    await platform.service.close()
+    await platform.fleet.end("w1")
+    job = await platform.store.job(job_id)
+    assert (job.status, job.retries) == ("IN_QUEUE", 0)
+
+
+async def test_replacement_on_request(platform):
+    """§6.4: `stopPod` drains the worker, and it gets nothing from that moment on."""
+    platform.fleet.add(capacity=1)
+    job_id = await platform.run()
+    await platform.take()
+    await platform.done(job_id, {"output": 1, "stopPod": True})
+    await platform.fleet.changed.wait()
+    assert platform.fleet.drained == [("w1", "the worker asked to be replaced")]
+    await platform.run()
+    assert (await platform.take()).status_code == 204
+    assert (await platform.status(job_id))["status"] == "COMPLETED"
+
+
+async def test_unhealthy_worker_is_ended_with_its_reason(platform):
+    """§3.6, scenario 16."""
+    platform.fleet.add()
+    query = "status=unhealthy&check=my_check&reason=RuntimeError%3A+model+file+is+missing"
+    assert (await platform.ask("GET", f"/ping/w1?gpu=x&{query}")).status_code == 200
+    await platform.fleet.changed.wait()
+    text = "fitness check my_check failed: RuntimeError: model file is missing"
+    assert platform.fleet.killed == [("w1", text)]
+    assert platform.fleet.reports[0][1].failure.cause == text
+
+
+async def test_stop_signals_are_repeated_while_the_worker_goes_on(platform):
+    """§3.3: a signal within 100 ms of the delivery is ignored by the library."""
+    platform.fleet.add(capacity=1)
+    job_id = await platform.run()
+    await platform.take()
+    await platform.call("POST", f"/cancel/{job_id}")
+    for _ in range(2):
+        assert (await platform.ask("GET", "/job-stop/w1?gpu=x")).json() == {"jobsToStop": [job_id]}
+        await platform.ping(job_id)
+    await platform.ping()
+    assert (await platform.ask("GET", "/job-stop/w1?gpu=x")).status_code == 204
+
+
+async def test_state_reports(platform):
+    """The state URL of our own worker program."""
+    platform.fleet.add()
+
+    async def report(worker="w1", secret=None, **body):
+        return await platform.client.post(
+            f"/pilotlight/v1/worker-state/ep1/{worker}",
+            json=body,
+            headers={"authorization": secret or f"secret-{worker}"},
+        )
+
+    server = {"address": "unix:/run/engine.sock", "key": "k"}
+    answer = await report(
+        stage="ready",
+        detail={"seconds": 3},
+        engine=server,
+        listener={"address": "http://127.0.0.1:9", "key": "l"},
+        models=["m"],
+        max_concurrency=30,
+        versions={"vllm": "0.32.0"},
+    )
+    assert answer.status_code == 200
+    worker_id, stage = platform.fleet.reports[0]
+    assert (worker_id, stage.stage, stage.detail) == ("w1", Stage.READY, {"seconds": 3})
+    registration = stage.registration
+    assert (registration.engine.url, registration.engine.key) == ("unix:/run/engine.sock", "k")
+    assert (registration.max_concurrency, registration.listener.url) == (30, "http://127.0.0.1:9")
+    detail = {"kind": "out_of_memory", "cause": "OOM", "advice": "smaller"}
+    assert (await report(stage="failed", detail=detail)).status_code == 200
+    assert platform.fleet.reports[1][1].failure.kind == "out_of_memory"
+    assert (await report(worker="w9", stage="ready")).status_code == 410
+    assert (await report(secret="wrong", stage="ready")).status_code == 401
+    for bad in (
+        {"stage": "nonsense"},
+        {},
+        {"stage": "ready", "engine": {"address": "ftp://x"}},
+        {"stage": "ready", "engine": server, "max_concurrency": 0},
+        {"stage": "ready", "detail": "text"},
+    ):
+        assert (await report(**bad)).status_code == 400
+    assert len(platform.fleet.reports) == 2

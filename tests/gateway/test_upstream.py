@@ -1,0 +1,192 @@
+"""Upstream connections against a real server on a Unix socket that misbehaves on request."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from pilotlight.domain.worker import Address
+from pilotlight.gateway.upstream import UpstreamError, UpstreamPool
+
+
+class Server:
+    """Answers each request with the next script: bytes to write, "close", or a future to wait for."""
+
+    def __init__(self) -> None:
+        self.scripts = []
+        self.requests = []
+        self.connections = 0
+        self.closed = asyncio.Event()
+
+    async def serve(self, reader, writer):
+        self.connections += 1
+        try:
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                length = next(
+                    (
+                        int(line.split(b":")[1])
+                        for line in head.split(b"\r\n")
+                        if line.lower().startswith(b"content-length")
+                    ),
+                    0,
+                )
+                self.requests.append(head + await reader.readexactly(length))
+                for step in self.scripts.pop(0):
+                    if step == "close":
+                        return
+                    if isinstance(step, bytes):
+                        writer.write(step)
+                        await writer.drain()
+                    else:
+                        await step
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            self.closed.set()
+            writer.close()
+
+
+@pytest.fixture
+async def server(tmp_path):
+    made = Server()
+    listener = await asyncio.start_unix_server(made.serve, tmp_path / "s")
+    made.address = Address(url=f"unix:{tmp_path / 's'}", key="secret")
+    yield made
+    listener.close()
+
+
+@pytest.fixture
+def pool():
+    made = UpstreamPool(idle_s=60)
+    yield made
+    made.close()
+
+
+def ok(body=b"hello", more=b""):
+    return (
+        b"HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\n"
+        + more
+        + b"content-length: %d\r\n\r\n" % len(body)
+        + body
+    )
+
+
+async def ask(pool, server, *, timeout_s=10):
+    return await pool.request(server.address, "POST", "/x?y=1", [(b"a", b"b")], b"body", timeout_s=timeout_s)
+
+
+async def whole(response):
+    data = b""
+    while (piece := await response.read(10)) is not None:
+        data += piece
+    response.release()
+    return data
+
+
+async def test_a_request_carries_key_length_and_headers_and_the_connection_is_used_again(server, pool):
+    server.scripts = [[ok()], [ok(b"again")]]
+    first = await ask(pool, server)
+    assert (first.status, dict(first.headers)[b"content-type"]) == (200, b"text/plain")
+    assert await whole(first) == b"hello"
+    assert await whole(await ask(pool, server)) == b"again"
+    assert server.connections == 1
+    assert server.requests[0] == (
+        b"POST /x?y=1 HTTP/1.1\r\nhost: localhost\r\na: b\r\nauthorization: Bearer secret\r\ncontent-length: 4\r\n\r\nbody"
+    )
+
+
+async def test_a_reused_connection_found_dead_is_replaced_once(server, pool):
+    server.scripts = [[ok()], ["close"], [ok(b"new")]]
+    await whole(await ask(pool, server))
+    assert await whole(await ask(pool, server)) == b"new"
+    assert (server.connections, len(server.requests)) == (2, 3)
+
+
+async def test_a_new_connection_that_breaks_is_an_error(server, pool):
+    server.scripts = [["close"]]
+    with pytest.raises(UpstreamError) as error:
+        await ask(pool, server)
+    assert not error.value.answered
+
+
+async def test_an_answer_that_breaks_off_is_an_error_and_not_a_short_answer(server, pool):
+    server.scripts = [[b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n", "close"]]
+    response = await ask(pool, server)
+    assert await response.read(10) == b"abc"
+    with pytest.raises(UpstreamError) as error:
+        await response.read(10)
+    assert error.value.answered
+    response.release()
+
+
+async def test_releasing_an_unread_answer_closes_the_connection(server, pool):
+    gate = asyncio.get_running_loop().create_future()
+    server.scripts = [
+        [b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n", gate, b"3\r\nabc\r\n" * 9999]
+    ]
+    response = await ask(pool, server)
+    response.release()
+    gate.set_result(None)
+    async with asyncio.timeout(10):
+        await server.closed.wait()
+
+
+async def test_silence_ends_in_an_error(server, pool):
+    server.scripts = [[asyncio.get_running_loop().create_future()]]
+    with pytest.raises(UpstreamError, match="sent nothing in time"):
+        await ask(pool, server, timeout_s=0.05)
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"SSH-2.0\r\n\r\n", b"HTTP/1.1 200 OK\r\n" + b"x: " + b"y" * 70_000 + b"\r\n\r\n"]
+)
+async def test_what_is_not_http_is_an_error(server, pool, garbage):
+    server.scripts = [[garbage]]
+    with pytest.raises(UpstreamError):
+        await ask(pool, server)
+
+
+async def test_a_slow_reader_pauses_the_engine(server, pool):
+    done = asyncio.get_running_loop().create_future()
+    size = 16 * 1024 * 1024
+
+    async def note():
+        done.set_result(None)
+
+    server.scripts = [[b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % size, b"x" * size, note()]]
+    response = await ask(pool, server)
+    while not response._paused:
+        await asyncio.sleep(0)
+    assert response._buffered < 2 * 1024 * 1024
+    assert not done.done()
+    total = 0
+    while (piece := await response.read(10)) is not None:
+        total += len(piece)
+    assert total == size
+    response.release()
+
+
+async def test_silence_on_a_reused_connection_is_not_asked_again(server, pool):
+    server.scripts = [[ok()], [asyncio.get_running_loop().create_future()]]
+    await whole(await ask(pool, server))
+    with pytest.raises(UpstreamError, match="sent nothing in time"):
+        await ask(pool, server, timeout_s=0.05)
+    assert len(server.requests) == 2
+
+
+async def test_an_answer_that_ends_with_its_connection_is_whole(server, pool):
+    server.scripts = [[b"HTTP/1.1 200 OK\r\n\r\nall of it", "close"]]
+    assert await whole(await ask(pool, server)) == b"all of it"
+
+
+async def test_bytes_nobody_asked_for_close_an_idle_connection(server, pool):
+    server.scripts = [[ok(), b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nevil"], [ok(b"good")]]
+    await whole(await ask(pool, server))
+    await asyncio.sleep(0.05)
+    assert await whole(await ask(pool, server)) == b"good"
+
+
+async def test_no_server_is_an_error(tmp_path, pool):
+    with pytest.raises(UpstreamError, match="cannot be reached"):
+        await pool.request(Address(url=f"unix:{tmp_path}/none"), "GET", "/", [], b"", timeout_s=1)
