@@ -1,0 +1,383 @@
+"""What the management API accepts and answers, as pydantic models: validation and OpenAPI from one place.
+
+Everything a request can get wrong by itself is caught here. What depends on the machine, the engine or
+other endpoints is checked in `checks` and `service`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+NAME_LENGTH_MAX = 191
+MODEL_LENGTH_MAX = 1024
+ENV_NAMES_MAX = 200
+ENV_VALUE_BYTES_MAX = 32 * 1024
+ENV_BYTES_MAX = 256 * 1024
+"""All names and values together; far below what the kernel lets a process inherit."""
+
+MASK = "********"
+"""Shown instead of a secret. Sent back in a revision, it means: keep what is stored."""
+
+EXECUTION_TIMEOUT_MS_MIN = 5_000
+EXECUTION_TIMEOUT_MS_MAX = 7 * 86_400_000
+WORKERS_LIMIT = 1000
+CONCURRENCY_LIMIT = 1000
+
+_ENV_NAME = re.compile(r"[A-Z_][A-Z0-9_]*")
+_OWNED_PREFIXES = ("RUNPOD_", "PILOTLIGHT_")
+_OWNED_NAMES = frozenset({"VLLM_API_KEY", "CUDA_VISIBLE_DEVICES"})
+_SECRET_WORDS = frozenset({"TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "CREDENTIALS"})
+_SECRET_PAIRS = ("API_KEY", "ACCESS_KEY", "PRIVATE_KEY", "SECRET_KEY")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+def looks_secret(name: str) -> bool:
+    """Whether a variable's name says that its value must not be shown.
+
+    Words count whole: HF_TOKEN is a secret, TOKENIZER and MAX_NUM_BATCHED_TOKENS are none.
+    """
+    words = name.split("_")
+    joined = f"_{name}_"
+    return not _SECRET_WORDS.isdisjoint(words) or any(f"_{pair}_" in joined for pair in _SECRET_PAIRS)
+
+
+def _check_text(value: str) -> str:
+    if _CONTROL.search(value) or value != value.strip() or not value:
+        raise ValueError("must not be empty, begin or end with blanks, or hold control characters")
+    return value
+
+
+def _check_env(env: dict[str, str]) -> dict[str, str]:
+    if len(env) > ENV_NAMES_MAX:
+        raise ValueError(f"{len(env)} variables; at most {ENV_NAMES_MAX} are allowed")
+    total = 0
+    for name, value in env.items():
+        size = len(value.encode())
+        total += len(name) + size
+        if not _ENV_NAME.fullmatch(name):
+            raise ValueError(
+                f"{name[:80]!r} is no variable's name: capital letters, digits and _, no digit first"
+            )
+        if name in _OWNED_NAMES or name.startswith(_OWNED_PREFIXES):
+            raise ValueError(f"{name} is set by the platform and cannot be chosen")
+        if size > ENV_VALUE_BYTES_MAX:
+            raise ValueError(f"{name} has {size} bytes; at most {ENV_VALUE_BYTES_MAX} are allowed")
+        if "\0" in value:
+            raise ValueError(f"{name} holds a zero byte, which no environment can carry")
+    if total > ENV_BYTES_MAX:
+        raise ValueError(f"all variables together have {total} bytes; at most {ENV_BYTES_MAX} are allowed")
+    return env
+
+
+def _check_engine_url(url: str) -> str:
+    parts = urlsplit(url)
+    try:
+        port_is_legal = parts.port is None or parts.port > 0
+    except ValueError:
+        port_is_legal = False
+    if parts.scheme == "https":
+        raise ValueError(
+            "engines are reached by plain HTTP; put a local proxy in front of one that speaks TLS"
+        )
+    if parts.scheme != "http" or not parts.hostname or not port_is_legal:
+        raise ValueError(f"{_without_credentials(url)!r} is not of the form http://host:port")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("must not hold a user name or password")
+    if parts.path.strip("/") or parts.query or parts.fragment:
+        raise ValueError(f"{url!r} must be a base URL, without path or query")
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+def _without_credentials(url: str) -> str:
+    return re.sub(r"//[^/@]*@", "//…@", url)[:200]
+
+
+Name = Annotated[str, Field(min_length=1, max_length=NAME_LENGTH_MAX), AfterValidator(_check_text)]
+Model = Annotated[str, Field(min_length=1, max_length=MODEL_LENGTH_MAX), AfterValidator(_check_text)]
+Environment = Annotated[dict[str, str], AfterValidator(_check_env)]
+EngineUrl = Annotated[str, Field(max_length=500), AfterValidator(_check_engine_url)]
+Workers = Annotated[int, Field(ge=0, le=WORKERS_LIMIT)]
+IdleTimeout = Annotated[int, Field(ge=1, le=3600)]
+Concurrency = Annotated[int, Field(ge=1, le=CONCURRENCY_LIMIT)]
+Scaler = Literal["QUEUE_DELAY", "REQUEST_COUNT"]
+ScalerValue = Annotated[float, Field(gt=0, le=100_000, allow_inf_nan=False)]
+ExecutionTimeout = Annotated[int, Field(ge=EXECUTION_TIMEOUT_MS_MIN, le=EXECUTION_TIMEOUT_MS_MAX)]
+GpuCount = Annotated[int, Field(ge=0, le=64)]
+
+
+def check_scaler(scaler: str, value: float) -> None:
+    """Return when a scaler's value is legal for its kind (serverless-api.md §5.1), else raise ValueError."""
+    if scaler == "QUEUE_DELAY" and value < 0.5:
+        raise ValueError(f"scaler_value is {value:g}; QUEUE_DELAY takes seconds, at least 0.5")
+    if scaler == "REQUEST_COUNT" and (value < 1 or value != int(value)):
+        raise ValueError(f"scaler_value is {value:g}; REQUEST_COUNT takes a whole number, at least 1")
+
+
+def check_workers(workers_min: int, workers_max: int) -> None:
+    """Return when both counts agree, else raise ValueError."""
+    if workers_min > workers_max:
+        raise ValueError(f"min is {workers_min}, but must not be above max, which is {workers_max}")
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class CreateEndpoint(_Body):
+    """A new endpoint, made from a model or from an engine that runs already."""
+
+    model: Model | None = None
+    """`pilotlight/ember`, a folder, or a Hugging Face id; with `engine_url` the name that engine serves."""
+    name: Name | None = None
+    """Unique among the endpoints; left out, it is made from the model's name."""
+    min: Workers = 0
+    """Workers kept although idle."""
+    max: Workers = 3
+    """Upper bound of workers; 0 pauses the endpoint."""
+    idle_timeout_s: IdleTimeout = 60
+    """Seconds for which a worker above `min` stays without work."""
+    concurrency: Concurrency = 30
+    """Requests and jobs one worker serves at a time."""
+    flashboot: bool = True
+    """Whether its last workers may be kept frozen."""
+    env: Environment = {}
+    """The workers' environment; names of the engine's options in capitals set them."""
+    engine_url: EngineUrl | None = None
+    """Base URL of a fixed engine, which is used instead of workers of our own."""
+    scaler: Scaler = "QUEUE_DELAY"
+    """Which rule scales it."""
+    scaler_value: ScalerValue = 4
+    """Seconds of queue delay, or requests per worker."""
+    execution_timeout_ms: ExecutionTimeout = 600_000
+    """Milliseconds one attempt of a job may run."""
+    gpu_count: GpuCount | None = None
+    """GPUs per worker; left out, the engine's need: one per tensor-parallel rank, none on a CPU engine."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.model is None and self.engine_url is None:
+            raise ValueError("one of model and engine_url is needed")
+        check_workers(self.min, self.max)
+        check_scaler(self.scaler, self.scaler_value)
+        return self
+
+
+class ReviseEndpoint(_Body):
+    """A change of an endpoint: only the fields that are sent change."""
+
+    model: Model = ""
+    """Makes a new revision, also with the same model, whose files may have changed."""
+    name: Name = ""
+    """Unique among the endpoints."""
+    min: Workers = 0
+    """Workers kept although idle."""
+    max: Workers = 0
+    """Upper bound of workers; 0 pauses the endpoint."""
+    idle_timeout_s: IdleTimeout = 60
+    """Seconds for which a worker above `min` stays without work."""
+    concurrency: Concurrency = 30
+    """Requests and jobs one worker serves at a time."""
+    flashboot: bool = True
+    """Whether its last workers may be kept frozen."""
+    env: Environment = {}
+    """Replaces the environment; a value shown as ******** may be sent back and stays as it is."""
+    engine_url: EngineUrl | None = None
+    """Base URL of a fixed engine; null goes back to workers of our own."""
+    scaler: Scaler = "QUEUE_DELAY"
+    """Which rule scales it."""
+    scaler_value: ScalerValue = 4
+    """Seconds of queue delay, or requests per worker."""
+    execution_timeout_ms: ExecutionTimeout = 600_000
+    """Milliseconds one attempt of a job may run."""
+    gpu_count: GpuCount | None = None
+    """GPUs per worker; null lets the engine's need decide."""
+
+
+class CreateKey(_Body):
+    """A new API key."""
+
+    name: Name | None = None
+    """A label for lists."""
+    scope: Literal["admin", "run"] = "run"
+    """`admin` may do everything, `run` may call the named endpoints."""
+    endpoints: Annotated[list[Name], Field(max_length=1000)] = []
+    """Ids of the endpoints a run-only key may call."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.scope == "run" and not self.endpoints:
+            raise ValueError("a key of scope run needs at least one endpoint id in endpoints")
+        if self.scope == "admin" and self.endpoints:
+            raise ValueError("a key of scope admin may call every endpoint; leave endpoints out")
+        return self
+
+
+class FailureView(BaseModel):
+    """Why starts of an endpoint's workers fail."""
+
+    kind: str
+    cause: str
+    advice: str
+
+
+class EndpointView(BaseModel):
+    """An endpoint and how it is."""
+
+    id: str
+    name: str
+    status: Literal["paused", "unhealthy", "idle", "starting", "ready"]
+    model: str
+    version: int
+    kind: Literal["vllm", "engine_url"]
+    url: str
+    openai_url: str
+    served_names: list[str]
+    min: int
+    max: int
+    idle_timeout_s: int
+    concurrency: int
+    flashboot: bool
+    scaler: Scaler
+    scaler_value: float
+    execution_timeout_ms: int
+    env: dict[str, str]
+    engine_url: str | None
+    gpu_count: int
+    created_at: str
+    updated_at: str
+    workers: dict[str, int]
+    failure: FailureView | None
+    retry_at: str | None
+
+
+class EndpointList(BaseModel):
+    """All endpoints, oldest first."""
+
+    endpoints: list[EndpointView]
+
+
+class KeyView(BaseModel):
+    """A stored key, without its secret."""
+
+    id: str
+    name: str
+    status: Literal["active"]
+    scope: Literal["admin", "run"]
+    endpoints: list[str]
+    created_at: str
+
+
+class NewKeyView(KeyView):
+    """A new key; the only answer that ever shows its secret."""
+
+    key: str
+
+
+class KeyList(BaseModel):
+    """All keys, oldest first."""
+
+    keys: list[KeyView]
+
+
+class StageView(BaseModel):
+    """One step of a start."""
+
+    stage: str
+    at_ms: int
+    after_ms: int
+
+
+class StartView(BaseModel):
+    """One start of a worker, stage by stage."""
+
+    worker_id: str
+    version: int
+    rung: str
+    outcome: str
+    stages: list[StageView]
+
+
+class StartList(BaseModel):
+    """Starts, newest first."""
+
+    starts: list[StartView]
+
+
+class IntervalView(BaseModel):
+    """A closed span of a worker's life in one state."""
+
+    worker_id: str
+    sequence: int
+    endpoint_id: str
+    version: int
+    state: str
+    devices: int
+    start_ms: int
+    end_ms: int
+    duration_ms: int
+
+
+class UsageTotal(BaseModel):
+    """All intervals of one endpoint in one state."""
+
+    endpoint_id: str
+    state: str
+    duration_ms: int
+
+
+class UsageView(BaseModel):
+    """Usage intervals and their sums."""
+
+    intervals: list[IntervalView]
+    totals: list[UsageTotal]
+
+
+class RequestView(BaseModel):
+    """One row of the request log."""
+
+    id: str
+    road: str
+    endpoint_id: str
+    key_id: str
+    worker_id: str
+    route: str
+    status: int
+    outcome: str
+    arrival_ms: int
+    wait_ms: int
+    first_token_ms: int | None
+    duration_ms: int
+    tokens_in: int | None
+    tokens_out: int | None
+    estimated: bool
+
+
+class RequestList(BaseModel):
+    """Requests, newest first."""
+
+    requests: list[RequestView]
+
+
+class StatusView(BaseModel):
+    """The installation at a glance."""
+
+    version: str
+    url: str
+    home: str
+    engine: dict[str, Any]
+    host: dict[str, Any]
+    endpoints: int
+    workers: int
+
+
+class Problem(BaseModel):
+    """An error by RFC 9457, as serverless-api.md §7.1 has it."""
+
+    title: str
+    status: int
+    detail: str
+    errors: list[str] | None = None

@@ -1,0 +1,405 @@
+"""Endpoints: made, revised, deleted. The one place that changes them; every management API speaks to it.
+
+A change has two halves. The first checks, may fetch gigabytes, and touches nothing; giving it up leaves no
+trace. The second stores, tells the directory, and wakes the autoscaler; it is short, serialised, and
+finishes even when its caller has gone away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar
+
+from pilotlight.core.placement import HostResources
+from pilotlight.domain.endpoint import (
+    MODEL_VARIABLE,
+    RESERVED_ENDPOINT_IDS,
+    Endpoint,
+    Revision,
+    ScalerType,
+)
+from pilotlight.domain.ids import short_id
+from pilotlight.domain.worker import Worker
+from pilotlight.engines.manifest import EngineManifest
+from pilotlight.errors import ConflictError, InvalidInputError, NotFoundError
+from pilotlight.management.checks import CheckedModel, ModelChecker, Progress, ProgressStage
+from pilotlight.management.directory import EndpointDirectory
+from pilotlight.management.engine_url import served_model
+from pilotlight.management.schemas import (
+    MASK,
+    NAME_LENGTH_MAX,
+    CreateEndpoint,
+    EndpointView,
+    ReviseEndpoint,
+    check_scaler,
+    check_workers,
+)
+from pilotlight.management.views import endpoint_view
+from pilotlight.ports.clock import Clock
+from pilotlight.ports.fleet import Fleet
+from pilotlight.ports.store import EndpointStore, WorkerStore
+from pilotlight.settings import Settings
+
+ENDPOINTS_MAX = 1000
+"""Endpoints of one installation; the directory holds them all in memory."""
+
+_T = TypeVar("_T")
+
+_REVISION_FIELDS = frozenset({"model", "env", "engine_url", "gpu_count"})
+
+
+class ManagementStore(EndpointStore, WorkerStore, Protocol):
+    """What the service keeps."""
+
+
+def no_progress(
+    stage: ProgressStage, message: str, done: int | None = None, total: int | None = None
+) -> None:
+    """Progress that nobody wants to know."""
+
+
+class EndpointService:
+    """Makes, revises, deletes and describes endpoints.
+
+    Args:
+        store: Where endpoints are kept.
+        directory: The gateway's view of them, refreshed after each change.
+        fleet: The living workers.
+        settings: Where data lies, what is kept in reserve, when an endpoint counts as unhealthy.
+        clock: Time.
+        entropy: Gives that many random bytes, such as `os.urandom`.
+        wake: Tells the autoscaler that an endpoint has changed.
+        manifest_loader: Reads what the installed engine understands; raises EngineEnvironmentError.
+        host_reader: Reads what the host has; may block.
+        on_deleted: Awaited after an endpoint was deleted: cancels its jobs and held requests.
+        base_url: Gives the base URL under which clients reach us, without a slash at the end.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: ManagementStore,
+        directory: EndpointDirectory,
+        fleet: Fleet,
+        settings: Settings,
+        clock: Clock,
+        entropy: Callable[[int], bytes],
+        wake: Callable[[str], None],
+        manifest_loader: Callable[[], EngineManifest],
+        host_reader: Callable[[], HostResources],
+        on_deleted: Callable[[str], Awaitable[None]],
+        base_url: Callable[[], str],
+    ) -> None:
+        self._store = store
+        self._directory = directory
+        self._fleet = fleet
+        self._failures_max = settings.workers.start_failures_max
+        self._clock = clock
+        self._entropy = entropy
+        self._wake = wake
+        self._on_deleted = on_deleted
+        self.base_url = base_url
+        self.engine_home = settings.engine_home
+        self.checker = ModelChecker(
+            load_manifest=manifest_loader,
+            read_host=host_reader,
+            reserve_bytes=settings.workers.memory_reserve_bytes,
+        )
+        self._changing = asyncio.Lock()
+
+    def endpoints(self) -> Sequence[Endpoint]:
+        """All living endpoints, oldest first."""
+        return self._directory.endpoints()
+
+    def endpoint(self, endpoint_id: str) -> Endpoint:
+        """One living endpoint. NotFoundError when there is none with this id."""
+        endpoint = self._directory.endpoint(endpoint_id)
+        if endpoint is None:
+            raise NotFoundError(f"endpoint {endpoint_id} does not exist")
+        return endpoint
+
+    def workers(self, endpoint_id: str) -> Sequence[Worker]:
+        """The living workers of an endpoint, oldest first."""
+        return self._fleet.workers(endpoint_id)
+
+    async def worker(self, endpoint_id: str, worker_id: str) -> Worker:
+        """One worker of an endpoint, living or remembered. NotFoundError when there is none."""
+        self.endpoint(endpoint_id)
+        living = self._fleet.worker(worker_id)
+        if living is not None and living.endpoint_id == endpoint_id:
+            return living
+        for worker in await self._store.workers(endpoint_id=endpoint_id, living=False):
+            if worker.id == worker_id:
+                return worker
+        raise NotFoundError(f"endpoint {endpoint_id} has no worker {worker_id}")
+
+    def view(self, endpoint: Endpoint) -> EndpointView:
+        """An endpoint as `/pilotlight/v1` shows it, with its workers as they are now."""
+        return endpoint_view(
+            endpoint,
+            self._fleet.workers(endpoint.id),
+            self._fleet.health(endpoint.id),
+            base_url=self.base_url(),
+            failures_max=self._failures_max,
+        )
+
+    async def create(self, body: CreateEndpoint, progress: Progress = no_progress) -> Endpoint:
+        """A new endpoint, checked and stored, its weights on this machine.
+
+        Args:
+            body: What was asked for.
+            progress: Told about each step.
+
+        Raises:
+            InvalidInputError: Something about the model does not fit; nothing was stored.
+            ConflictError: The name is taken.
+            EngineEnvironmentError: No engine is installed.
+            UnavailableError: The hub or the fixed engine does not answer.
+        """
+        if body.name is not None:
+            self._check_name(body.name)
+        if len(self._directory.endpoints()) >= ENDPOINTS_MAX:
+            raise ConflictError(f"there are {ENDPOINTS_MAX} endpoints already; delete one first")
+        for name, value in body.env.items():
+            if value == MASK:
+                raise InvalidInputError(f"env.{name} holds the mask that answers show", field=f"env.{name}")
+        model = await self._checked(body.model, body.env, body.engine_url, body.gpu_count, progress)
+        progress("storing", "endpoint")
+        return await _finish(self._store_new(body, model))
+
+    async def revise(
+        self, endpoint_id: str, body: ReviseEndpoint, progress: Progress = no_progress
+    ) -> Endpoint:
+        """An endpoint with the fields changed that were sent.
+
+        Model, environment, engine URL and GPUs make a new revision, whose workers replace the old ones;
+        sending the same model again makes one too, since its files may have changed. All else changes in
+        place.
+
+        Args:
+            endpoint_id: Which endpoint.
+            body: What was asked for.
+            progress: Told about each step.
+
+        Raises:
+            NotFoundError: No such endpoint.
+            InvalidInputError: As for `create`.
+            ConflictError: The name is taken, or somebody else changed the endpoint meanwhile.
+        """
+        current = self.endpoint(endpoint_id)
+        sent = body.model_fields_set
+        if "name" in sent:
+            self._check_name(body.name, but=endpoint_id)
+        _apply_settings(current, body)
+        revision = await self._revised(current.revision, body, progress)
+        progress("storing", "endpoint")
+        return await _finish(self._store_changed(endpoint_id, body, revision))
+
+    async def delete(self, endpoint_id: str) -> None:
+        """Forget an endpoint: its jobs are cancelled, its workers end.
+
+        Raises:
+            NotFoundError: No such endpoint.
+        """
+        await _finish(self._store_deleted(endpoint_id))
+
+    async def _store_new(self, body: CreateEndpoint, model: CheckedModel) -> Endpoint:
+        async with self._changing:
+            now = self._clock.now_ms()
+            endpoint_id = self._new_id()
+            endpoint = Endpoint(
+                id=endpoint_id,
+                name=body.name or self._free_name(model.model),
+                revision=Revision(
+                    endpoint_id=endpoint_id,
+                    version=1,
+                    model=model.model,
+                    env=model.env,
+                    engine_url=body.engine_url,
+                    gpu_count=model.gpu_count,
+                    memory_bytes=model.memory_bytes,
+                    created_ms=now,
+                ),
+                workers_min=body.min,
+                workers_max=body.max,
+                idle_timeout_ms=body.idle_timeout_s * 1000,
+                scaler=ScalerType(body.scaler),
+                scaler_value=body.scaler_value,
+                execution_timeout_ms=body.execution_timeout_ms,
+                concurrency=body.concurrency,
+                flashboot=body.flashboot,
+                created_ms=now,
+                updated_ms=now,
+            )
+            await self._store.add_endpoint(endpoint)
+            await self._directory.refresh()
+        self._wake(endpoint_id)
+        return endpoint
+
+    async def _store_changed(
+        self, endpoint_id: str, body: ReviseEndpoint, revision: Revision | None
+    ) -> Endpoint:
+        async with self._changing:
+            current = self.endpoint(endpoint_id)
+            now = self._clock.now_ms()
+            if revision is not None and revision.version != current.revision.version + 1:
+                raise ConflictError(
+                    f"endpoint {endpoint_id} got version {current.revision.version} meanwhile; try again"
+                )
+            changed = replace(_apply_settings(current, body), updated_ms=now)
+            if revision is not None:
+                changed = replace(changed, revision=replace(revision, created_ms=now))
+            await self._store.update_endpoint(changed)
+            await self._directory.refresh()
+        self._wake(endpoint_id)
+        return changed
+
+    async def _store_deleted(self, endpoint_id: str) -> None:
+        async with self._changing:
+            self.endpoint(endpoint_id)
+            await self._store.delete_endpoint(endpoint_id, now_ms=self._clock.now_ms())
+            await self._directory.refresh()
+        # The endpoint is gone for new requests; what it still has ends after them.
+        await self._on_deleted(endpoint_id)
+        for worker in self._fleet.workers(endpoint_id):
+            await self._fleet.drain(worker.id, reason="endpoint deleted")
+        self._wake(endpoint_id)
+
+    async def _revised(self, current: Revision, body: ReviseEndpoint, progress: Progress) -> Revision | None:
+        sent = body.model_fields_set
+        if not _REVISION_FIELDS & sent:
+            return None
+        env = _kept_secrets(body.env, current) if "env" in sent else dict(current.env)
+        if "env" not in sent:
+            env.pop(MODEL_VARIABLE, None)
+            if "model" in sent and current.engine_url is None:
+                env = await self.checker.without_defaults(current.model, env)
+        engine_url = body.engine_url if "engine_url" in sent else current.engine_url
+        gpu_count = body.gpu_count if "gpu_count" in sent else None
+        gpus_kept = 0 if "gpu_count" in sent else current.gpu_count
+        same_kind = (engine_url is None) == (current.engine_url is None)
+        model = body.model if "model" in sent else current.model if same_kind else None
+        if model is None and engine_url is None:
+            raise InvalidInputError("engine_url is taken away, so model is needed", field="model")
+        checked = await self._checked(model, env, engine_url, gpu_count, progress, gpus_kept)
+        revision = Revision(
+            endpoint_id=current.endpoint_id,
+            version=current.version + 1,
+            model=checked.model,
+            env=checked.env,
+            engine_url=engine_url,
+            gpu_count=checked.gpu_count,
+            memory_bytes=checked.memory_bytes,
+        )
+        unchanged = replace(
+            revision,
+            version=current.version,
+            memory_bytes=current.memory_bytes,
+            created_ms=current.created_ms,
+        )
+        if unchanged == current and not {"model", "engine_url"} & sent:
+            return None
+        return revision
+
+    async def _checked(
+        self,
+        model: str | None,
+        env: dict[str, str],
+        engine_url: str | None,
+        gpu_count: int | None,
+        progress: Progress,
+        gpus_kept: int = 0,
+    ) -> CheckedModel:
+        if engine_url is None:
+            assert model is not None, "one of model and engine_url is given"
+            return await self.checker.check(model, env, gpu_count, progress, gpus_kept=gpus_kept)
+        if gpu_count:
+            raise InvalidInputError(
+                f"gpu_count is {gpu_count}, but an engine_url uses no GPU of ours", field="gpu_count"
+            )
+        if model is None:
+            progress("checking", f"engine {engine_url}")
+            model = await served_model(engine_url)
+        return CheckedModel(model=model, env={**env, MODEL_VARIABLE: model}, gpu_count=0, memory_bytes=0)
+
+    def _check_name(self, name: str, *, but: str = "") -> None:
+        taken = next((e for e in self._directory.endpoints() if e.name == name and e.id != but), None)
+        if taken is not None:
+            raise ConflictError(
+                f"name {name!r} belongs to endpoint {taken.id}; choose another, or revise that endpoint"
+            )
+
+    def _free_name(self, model: str) -> str:
+        base = re.sub(r"[^A-Za-z0-9._-]+", "-", model.rstrip("/").rsplit("/", 1)[-1]).strip("-.")
+        base = (base or "endpoint")[: NAME_LENGTH_MAX - 5]
+        taken = {endpoint.name for endpoint in self._directory.endpoints()}
+        candidates = [base, *(f"{base}-{number}" for number in range(2, len(taken) + 3))]
+        return next(name for name in candidates if name not in taken)
+
+    def _new_id(self) -> str:
+        while True:
+            candidate = short_id(self._entropy(14))
+            if candidate not in RESERVED_ENDPOINT_IDS and self._directory.endpoint(candidate) is None:
+                return candidate
+
+    async def manifest(self) -> EngineManifest:
+        """What the installed engine understands. EngineEnvironmentError when there is none."""
+        return await self.checker.manifest()
+
+    async def host(self) -> HostResources:
+        """What this host has now."""
+        return await self.checker.host()
+
+
+def _apply_settings(endpoint: Endpoint, body: ReviseEndpoint) -> Endpoint:
+    """The endpoint with what changes in place; InvalidInputError when it contradicts itself."""
+    sent = body.model_fields_set
+    changed = replace(
+        endpoint,
+        name=body.name if "name" in sent else endpoint.name,
+        workers_min=body.min if "min" in sent else endpoint.workers_min,
+        workers_max=body.max if "max" in sent else endpoint.workers_max,
+        idle_timeout_ms=(
+            body.idle_timeout_s * 1000 if "idle_timeout_s" in sent else endpoint.idle_timeout_ms
+        ),
+        scaler=ScalerType(body.scaler) if "scaler" in sent else endpoint.scaler,
+        scaler_value=body.scaler_value if "scaler_value" in sent else endpoint.scaler_value,
+        execution_timeout_ms=(
+            body.execution_timeout_ms if "execution_timeout_ms" in sent else endpoint.execution_timeout_ms
+        ),
+        concurrency=body.concurrency if "concurrency" in sent else endpoint.concurrency,
+        flashboot=body.flashboot if "flashboot" in sent else endpoint.flashboot,
+    )
+    try:
+        check_workers(changed.workers_min, changed.workers_max)
+        check_scaler(changed.scaler.value, changed.scaler_value)
+    except ValueError as error:
+        raise InvalidInputError(str(error)) from error
+    return changed
+
+
+def _kept_secrets(env: dict[str, str], current: Revision) -> dict[str, str]:
+    """The environment sent, with masks replaced by the values they stand for."""
+    kept = dict(env)
+    for name, value in env.items():
+        if value != MASK:
+            continue
+        if name not in current.env:
+            raise InvalidInputError(f"env.{name} holds the mask, but nothing is stored", field=f"env.{name}")
+        kept[name] = current.env[name]
+    return kept
+
+
+async def _finish(change: Coroutine[Any, Any, _T]) -> _T:
+    """Wait for a change that must not stop half-way; when we are cancelled, it still finishes first."""
+    task = asyncio.ensure_future(change)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        if not task.cancelled():
+            task.exception()  # seen, so that nobody is told it never was; our caller is gone
+        raise
