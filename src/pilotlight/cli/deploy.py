@@ -1,0 +1,252 @@
+"""`pilotlight deploy`: a model becomes an endpoint, or an endpoint gets a new revision."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pilotlight.cli.output import JsonOption, connect, duration, note, print_json, write
+from pilotlight.cli.progress import Waiting, describe_progress, watch_start
+from pilotlight.cli.targets import match_endpoint
+from pilotlight.client import BusyError, GatewayError, PilotlightClient
+from pilotlight.client.models import Endpoint
+from pilotlight.errors import PilotlightError
+
+WAIT_S_MAX = 3600
+"""Longest wait of --wait, over all attempts of the gateway to start a worker."""
+
+DEFAULTS: dict[str, Any] = {
+    "min": 0,
+    "max": 3,
+    "idle_timeout_s": 60,
+    "concurrency": 30,
+    "flashboot": True,
+    "scaler": "QUEUE_DELAY",
+    "scaler_value": 4,
+    "execution_timeout_ms": 600_000,
+}
+"""Sent with every new endpoint, so that an endpoint does not change when a gateway's defaults do."""
+
+
+class Scaler(StrEnum):
+    """RunPod's two scaling rules (serverless-api.md §5.2)."""
+
+    QUEUE_DELAY = "QUEUE_DELAY"
+    REQUEST_COUNT = "REQUEST_COUNT"
+
+
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="pilotlight/ember (built in), a Hugging Face id, or a folder with a config.json.",
+        show_default=False,
+    ),
+]
+Name = Annotated[str | None, typer.Option(help="Name of the endpoint; one that exists is revised.")]
+Min = Annotated[int | None, typer.Option("--min", min=0, help="Workers kept although idle.  [default: 0]")]
+Max = Annotated[int | None, typer.Option("--max", min=0, help="Most workers; 0 pauses.  [default: 3]")]
+Idle = Annotated[
+    int | None,
+    typer.Option("--idle-timeout", min=1, help="Seconds without work before a worker ends.  [default: 60]"),
+]
+Concurrency = Annotated[
+    int | None, typer.Option(min=1, help="Requests that one worker serves at a time.  [default: 30]")
+]
+Flashboot = Annotated[
+    bool | None,
+    typer.Option("--flashboot/--no-flashboot", help="Keep the last workers frozen.  [default: flashboot]"),
+]
+Env = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--env",
+        metavar="K=V",
+        help="A worker's variable, such as MAX_MODEL_LEN=4096; K alone takes it from here. Repeatable.",
+    ),
+]
+ScalerRule = Annotated[
+    Scaler | None, typer.Option(case_sensitive=False, help="When to add workers.  [default: QUEUE_DELAY]")
+]
+ScalerValue = Annotated[
+    float | None, typer.Option(min=0, help="Seconds of queue delay, or requests per worker.  [default: 4]")
+]
+ExecutionTimeout = Annotated[
+    int | None, typer.Option(min=5, max=604_800, help="Seconds that one job may run.  [default: 600]")
+]
+GpuCount = Annotated[
+    int | None, typer.Option(min=0, help="GPUs per worker.  [default: decided by the gateway]")
+]
+Wait = Annotated[bool, typer.Option("--wait", help="Start a worker and return when it is ready.")]
+EngineUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--engine-url", metavar="URL", help="A running OpenAI server to use instead of own workers."
+    ),
+]
+
+
+def deploy_command(
+    model: Model = None,
+    name: Name = None,
+    min_: Min = None,
+    max_: Max = None,
+    idle_timeout: Idle = None,
+    concurrency: Concurrency = None,
+    flashboot: Flashboot = None,
+    env: Env = None,
+    scaler: ScalerRule = None,
+    scaler_value: ScalerValue = None,
+    execution_timeout: ExecutionTimeout = None,
+    gpu_count: GpuCount = None,
+    wait: Wait = False,
+    engine_url: EngineUrl = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make an endpoint of a model, or revise one.
+
+    Model, options and memory are checked and the weights are fetched before anything is stored. No worker
+    starts until somebody asks, unless --wait or --min says so. With the --name of an endpoint that exists,
+    that endpoint gets a new revision: what you do not name stays as it is, and --env replaces all variables.
+
+    Examples:
+      pilotlight deploy pilotlight/ember
+      pilotlight deploy Qwen/Qwen3-0.6B --name qwen --max 2 --env MAX_MODEL_LEN=4096 --wait
+      pilotlight deploy --engine-url http://10.0.0.5:8000 --name fixed
+    """
+    if model is None and engine_url is None:
+        raise typer.BadParameter("give a MODEL, or the --engine-url of a running server", param_hint="MODEL")
+    given = {
+        "model": None if model is None else resolve_model(model),
+        "name": name,
+        "min": min_,
+        "max": max_,
+        "idle_timeout_s": idle_timeout,
+        "concurrency": concurrency,
+        "flashboot": flashboot,
+        "env": None if env is None else parse_env(env),
+        "scaler": None if scaler is None else scaler.value,
+        "scaler_value": scaler_value,
+        "execution_timeout_ms": None if execution_timeout is None else execution_timeout * 1000,
+        "gpu_count": gpu_count,
+        "engine_url": engine_url,
+    }
+    spec = {field: value for field, value in given.items() if value is not None}
+    with connect() as client:
+        endpoint, revised = _apply(client, spec)
+        try:
+            if wait:
+                endpoint = wait_ready(client, endpoint)
+        finally:
+            # Whatever became of the first worker, the endpoint exists, and its id must not be lost.
+            _print(endpoint, revised=revised, as_json=as_json)
+
+
+def _apply(client: PilotlightClient, spec: dict[str, Any]) -> tuple[Endpoint, bool]:
+    name = spec.get("name")
+    namesakes = [one for one in client.endpoints() if one["name"] == name] if name is not None else []
+    existing = match_endpoint(namesakes, str(name)) if namesakes else None
+    with Waiting() as waiting:
+        waiting.say("checking")
+
+        def on_progress(progress: Any) -> None:
+            step = f"{progress.get('stage')} {progress.get('message')}"
+            waiting.say(describe_progress(progress), step=step)
+
+        if existing is None:
+            endpoint = client.create_endpoint({**DEFAULTS, "env": {}, **spec}, on_progress=on_progress)
+        else:
+            changes = {field: value for field, value in spec.items() if field != "name"}
+            endpoint = client.revise_endpoint(existing["id"], changes, on_progress=on_progress)
+    if not endpoint.get("id"):
+        raise GatewayError(f"{client.url} answered without the endpoint that it made")
+    return endpoint, existing is not None
+
+
+def wait_ready(client: PilotlightClient, endpoint: Endpoint) -> Endpoint:
+    """The endpoint once a worker of it is ready.
+
+    Raises:
+        PilotlightError: Its worker cannot be started; the message has the cause and the advice.
+    """
+    began = time.monotonic()
+    while True:
+        try:
+            with watch_start(client, endpoint["id"]):
+                client.wake(endpoint["id"])
+        except BusyError as error:
+            now = client.endpoint(endpoint["id"])
+            if failure := now.get("failure"):
+                advice = f" {failure['advice']}" if failure.get("advice") else ""
+                raise PilotlightError(
+                    f"{now['name']} cannot start: {failure.get('cause')}.{advice}"
+                ) from error
+            # The gateway holds a request for some minutes; a large model may need more than one such hold.
+            if not now.get("workers", {}).get("starting") or time.monotonic() - began > WAIT_S_MAX:
+                raise
+            time.sleep(min(error.retry_after_s or 1.0, 5.0))
+        else:
+            note(f"ready after {duration(time.monotonic() - began)}")
+            return client.endpoint(endpoint["id"])
+
+
+def resolve_model(text: str) -> str:
+    """The model as the gateway wants it: folders as absolute paths, ids as they are."""
+    if text.startswith((".", "/", "~")) or (
+        not text.startswith("pilotlight/") and Path(text, "config.json").is_file()
+    ):
+        return str(Path(text).expanduser().resolve())
+    return text
+
+
+def parse_env(items: list[str]) -> dict[str, str]:
+    """Variables by name; `NAME` alone takes the value from our own environment, away from the process list.
+
+    Raises:
+        typer.BadParameter: A name that no variable can have, or one that is not set here.
+    """
+    values: dict[str, str] = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            message = f"{name!r} is not the name of a variable; write NAME=VALUE or NAME"
+            raise typer.BadParameter(message, param_hint="--env")
+        if not equals:
+            if name not in os.environ:
+                message = f"{name} has no value: it is not set here; write {name}=VALUE"
+                raise typer.BadParameter(message, param_hint="--env")
+            value = os.environ[name]
+        values[name] = value
+    return values
+
+
+def _print(endpoint: Endpoint, *, revised: bool, as_json: bool) -> None:
+    name, version = endpoint["name"], endpoint.get("version", 1)
+    if revised:
+        note(f"revision {version} of {name}")
+    if as_json:
+        print_json(endpoint)
+        return
+    model = next(iter(endpoint.get("served_names") or [endpoint.get("model", "")]))
+    url = endpoint.get("openai_url", "")
+    write(
+        f"{name} is deployed (revision {version}, {endpoint.get('status', 'unknown')})\n"
+        f"  id      {endpoint['id']}\n"
+        f"  model   {endpoint.get('model') or endpoint.get('engine_url')}\n"
+        f"  OpenAI  {url}\n"
+        "\n"
+        f"curl {url}/chat/completions \\\n"
+        '  -H "Authorization: Bearer $PILOTLIGHT_API_KEY" -H "Content-Type: application/json" \\\n'
+        f"""  -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'\n"""
+        "\n"
+        "Next:\n"
+        f'  pilotlight chat {name} "Hello"            talk to it\n'
+        f"  pilotlight keys create --endpoint {name}  a key for its callers\n"
+        f"  pilotlight ps {name}                      its workers\n"
+    )
