@@ -1,0 +1,78 @@
+"""The command line of the benchmarks. Exit code 0 with all figures printed, whatever they say."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from pilotlight.cli.root import help_text, new_app
+
+app = new_app()
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print nothing but one JSON object per figure; no table for people.")
+]
+
+
+@app.callback(no_args_is_help=True)
+def bench() -> None:
+    """Measure Pilotlight on this machine; nothing that runs on it is touched.
+
+    Figures are JSON lines on standard output; progress and a table go to standard error.
+    """
+
+
+def gateway_command(
+    seconds: Annotated[int, typer.Option(min=1, max=600, help="Length of each measurement.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, max=100, help="How often all of it is repeated.")] = 3,
+    as_json: JsonOption = False,
+) -> None:
+    """What the gateway costs per request and per streamed event, beside nginx.
+
+    Needs nginx and wrk. Takes about two minutes.
+    """
+    from pilotlight.bench.figures import Report  # noqa: PLC0415 - `--help` must stay quick
+    from pilotlight.bench.gateway import Load, run  # noqa: PLC0415
+
+    run(Load(seconds=seconds, rounds=rounds), Report("gateway", as_json=as_json))
+
+
+def coldstart_command(
+    n: Annotated[int, typer.Option("-n", "--n", min=1, max=100, help="Starts of each kind.")] = 3,
+    arrivals: Annotated[
+        int, typer.Option(min=0, max=1000, help="Arrivals at an endpoint without workers; 0 leaves them out.")
+    ] = 20,
+    as_json: JsonOption = False,
+) -> None:
+    """From a request to an endpoint without workers to its first token, beside a plain vLLM server's start.
+
+    Needs the engine (`make setup`). Takes about five minutes on two cores.
+    """
+    from pilotlight.bench.coldstart import run  # noqa: PLC0415
+    from pilotlight.bench.figures import Report  # noqa: PLC0415
+
+    run(n, arrivals, Report("coldstart", as_json=as_json))
+
+
+def throughput_command(
+    pairs: Annotated[int, typer.Option(min=2, max=1000, help="Runs of each kind, in pairs.")] = 20,
+    streams: Annotated[int, typer.Option(min=1, max=1000, help="Streams at the same time.")] = 32,
+    tokens: Annotated[int, typer.Option(min=1, max=1900, help="Tokens per stream.")] = 128,
+    as_json: JsonOption = False,
+) -> None:
+    """Tokens per second through Pilotlight against the same vLLM without it.
+
+    Needs the engine (`make setup`). Takes about three minutes on two cores.
+    """
+    from pilotlight.bench.figures import Report  # noqa: PLC0415
+    from pilotlight.bench.throughput import run  # noqa: PLC0415
+
+    run(pairs, streams, tokens, Report("throughput", as_json=as_json))
+
+
+for _name, _function in (
+    ("gateway", gateway_command),
+    ("coldstart", coldstart_command),
+    ("throughput", throughput_command),
+):
+    app.command(_name, help=help_text(_function))(_function)

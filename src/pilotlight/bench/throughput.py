@@ -1,0 +1,105 @@
+"""`pilotlight bench throughput`: tokens per second through Pilotlight against the same vLLM without it.
+
+One engine; runs in pairs, directly and through the gateway, the order turning with each pair, so that a slow
+minute of the machine hits both of a pair. The ratio is taken pair by pair; its geometric mean has a lower
+bound from Student's t over the pairs, because pairs are independent of each other and streams inside one run
+are not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+from pilotlight.bench.engine import MODEL, PlainEngine, start_plain_engine, wait_first_token
+from pilotlight.bench.figures import Report, lower_bound_95
+from pilotlight.bench.installation import Installation
+from pilotlight.bench.processes import Bench, environment, python_module
+from pilotlight.cli.output import note
+
+DIRECT = "vllm-direct"
+PILOTLIGHT = "pilotlight"
+ROUTE = "/v1/chat/completions"
+RUN_S = 600.0
+"""Longest single run."""
+
+
+def run(pairs: int, streams: int, tokens: int, report: Report) -> None:
+    """Measure and print.
+
+    Raises:
+        BenchError: Something that was started failed, or a stream was not whole.
+        EngineEnvironmentError: No engine is installed.
+    """
+    with Bench() as bench, contextlib.closing(report):
+        installation = Installation(bench)
+        # Only to learn which environment a deployment on this machine gets; it never starts a worker.
+        env = installation.client.endpoint(installation.deploy(model=MODEL, name="settings", max=0))["env"]
+        note("throughput: starting vLLM")
+        # An engine behind `engine_url` is reached without a key.
+        engine = start_plain_engine(bench, env | {"MAX_MODEL_LEN": "2048"}, key="")
+        wait_first_token(engine)
+        endpoint_id = installation.deploy(
+            model=MODEL, name="bench", engine_url=engine.url, concurrency=max(streams, 30)
+        )
+        roads = {
+            DIRECT: (engine.port, ROUTE, ""),
+            PILOTLIGHT: (
+                installation.port,
+                f"/v2/{endpoint_id}/openai{ROUTE}",
+                installation.run_key(endpoint_id),
+            ),
+        }
+        seen: dict[str, list[dict[str, Any]]] = {case: [] for case in roads}
+        for number in range(-1, pairs):
+            for case in list(roads)[:: -1 if number % 2 else 1]:
+                result = _measure(bench, engine, roads[case], streams, tokens)
+                told = "not counted" if number < 0 else f"pair {number + 1} of {pairs}"
+                note(f"throughput: {told}: {case}: {result['tokens_per_s']:.0f} tokens/s")
+                if number >= 0:
+                    seen[case].append(result)
+        _print(report, seen)
+
+
+def _measure(
+    bench: Bench, engine: PlainEngine, road: tuple[int, str, str], streams: int, tokens: int
+) -> dict[str, Any]:
+    port, path, key = road
+    if not engine.child.running:
+        raise engine.child.error("has ended")
+    module = "pilotlight.bench.harness.tokens"
+    out = bench.run(
+        "streams",
+        python_module(module, port, path, MODEL, streams, tokens),
+        env=environment(KEY=key),
+        timeout_s=RUN_S,
+    )
+    result: dict[str, Any] = json.loads(out)
+    return result
+
+
+def _print(report: Report, seen: dict[str, list[dict[str, Any]]]) -> None:
+    for metric, unit in (("tokens_per_s", "1/s"), ("first_ms_p50", "ms")):
+        direct = report.add(DIRECT, metric, unit, [result[metric] for result in seen[DIRECT]])
+        ours = [result[metric] for result in seen[PILOTLIGHT]]
+        report.add(PILOTLIGHT, metric, unit, ours, reference=direct)
+    ratios = [
+        ours["tokens_per_s"] / direct["tokens_per_s"]
+        for ours, direct in zip(seen[PILOTLIGHT], seen[DIRECT], strict=True)
+    ]
+    mean, lower = mean_ratio(ratios)
+    report.add(PILOTLIGHT, "ratio", "ratio", ratios, value=mean)
+    report.add(PILOTLIGHT, "ratio_lower_95", "ratio", ratios, value=lower)
+
+
+def mean_ratio(ratios: Sequence[float]) -> tuple[float, float]:
+    """The geometric mean of ratios and the lower end of its 95 % confidence interval.
+
+    In logarithms, because an arithmetic mean of noisy ratios flatters: of 1/2 and 2 it is 1.25, not 1.
+    """
+    logarithms = [math.log(ratio) for ratio in ratios]
+    return math.exp(fmean(logarithms)), math.exp(lower_bound_95(logarithms))
