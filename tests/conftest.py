@@ -1,0 +1,116 @@
+"""The one real installation that every test with a real engine shares: vLLM starts once for all of them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+START_TIMEOUT_S = 420
+"""A cold engine on a busy two-core machine; the tests wait for the start and not for this."""
+
+
+class LiveInstallation:
+    """`pilotlight up` as a process of its own, and a client with its admin key."""
+
+    def __init__(self, home: Path, environment: dict[str, str]) -> None:
+        self.home = home
+        self.environment = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("PILOTLIGHT_", "RUNPOD_"))
+        } | {"PILOTLIGHT_HOME": str(home), **environment}
+        self.log = (home / "up.log").open("ab")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "pilotlight", "up", "--json", "--port", "0"],
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            start_new_session=True,
+        )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, (home / "up.log").read_text()
+        self.facts = json.loads(line)
+        self.url = self.facts["url"]
+        self.key = (home / "cli.key").read_text().strip()
+        self.headers = {"authorization": f"Bearer {self.key}"}
+        self.api = httpx.Client(
+            base_url=self.url,
+            headers=self.headers,
+            timeout=httpx.Timeout(10, read=START_TIMEOUT_S),
+            trust_env=False,
+        )
+
+    def deploy(self, model: str, name: str, **settings: object) -> dict:
+        answer = self.api.post("/pilotlight/v1/endpoints", json={"model": model, "name": name, **settings})
+        assert answer.status_code == 201, answer.text
+        return answer.json()
+
+    def stop(self) -> None:
+        self.api.close()
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+        try:
+            self.process.wait(timeout=30)
+        finally:
+            if self.process.poll() is None:
+                self.process.kill()
+                self.process.wait()
+            self.process.stdout.close()
+            self.log.close()
+
+
+@contextlib.contextmanager
+def live_installation(**environment: str) -> Iterator[LiveInstallation]:
+    """A fresh installation in a folder with a short path, as Unix sockets need it."""
+    with tempfile.TemporaryDirectory(prefix="pl-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        installation = LiveInstallation(Path(folder), environment)
+        try:
+            yield installation
+        finally:
+            installation.stop()
+
+
+@pytest.fixture
+def live() -> Iterator[LiveInstallation]:
+    """A fresh installation for one test."""
+    with live_installation() as installation:
+        yield installation
+
+
+@pytest.fixture(scope="session")
+def real() -> Iterator[LiveInstallation]:
+    """An installation with the real engine and a ready worker of the built-in model, `real.endpoint`."""
+    with live_installation() as installation:
+        installation.endpoint = installation.deploy(
+            "pilotlight/ember", "ember", idle_timeout_s=3600, execution_timeout_ms=600_000
+        )
+        answer = installation.api.get(f"/v2/{installation.endpoint['id']}/openai/health")
+        if answer.status_code != 200:
+            worker = installation.api.get(f"/v2/serverless/{installation.endpoint['id']}/workers").text
+            pytest.fail(
+                f"the engine did not start: {answer.text}\n{worker}\n{(installation.home / 'up.log').read_text()}"
+            )
+        yield installation
+
+
+@pytest.fixture(scope="session")
+def ember_url(real: LiveInstallation) -> str:
+    """OpenAI base URL of the built-in model."""
+    return real.endpoint["openai_url"]
+
+
+@pytest.fixture(scope="session")
+def ember_headers(real: LiveInstallation) -> dict[str, str]:
+    """Headers with a key for it."""
+    return dict(real.headers)
