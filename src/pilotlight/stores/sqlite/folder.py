@@ -67,6 +67,8 @@ class FolderLock:
     def release(self) -> None:
         """Give the folder up; idempotent."""
         if self._descriptor is not None:
+            # Closing is not enough: a child between fork and exec has a copy that would keep the lock.
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
             os.close(self._descriptor)
             self._descriptor = None
 
