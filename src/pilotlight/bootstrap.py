@@ -36,6 +36,7 @@ from pilotlight.gateway.data_path import DataPath, StartFailedError
 from pilotlight.gateway.directory import Directory
 from pilotlight.gateway.errors import native_error
 from pilotlight.gateway.jobs import JobService, job_routes
+from pilotlight.gateway.protocol import GatewayProtocol
 from pilotlight.gateway.recorder import RequestRecorder
 from pilotlight.gateway.slots import SlotTable
 from pilotlight.gateway.upstream import UpstreamPool
@@ -445,7 +446,7 @@ async def open_installation(
     installation = Installation(settings, store, local_url)
     config = uvicorn.Config(
         installation.app,
-        http="httptools",
+        http=GatewayProtocol,
         ws="none",
         lifespan="off",
         log_config=None,

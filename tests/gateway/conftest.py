@@ -19,6 +19,7 @@ from pilotlight.domain.worker import Address, Registration
 from pilotlight.gateway.app import Gateway
 from pilotlight.gateway.data_path import DataPath
 from pilotlight.gateway.directory import Directory
+from pilotlight.gateway.protocol import GatewayProtocol
 from pilotlight.gateway.slots import SlotTable
 from pilotlight.gateway.upstream import UpstreamPool
 from pilotlight.ports.fleet import Health
@@ -160,7 +161,7 @@ class Rig:
 async def serving(app, path):
     """Uvicorn on a Unix socket, as `bootstrap` configures it."""
     config = uvicorn.Config(
-        app, uds=str(path), http="httptools", ws="none", lifespan="off", log_config=None, access_log=False,
+        app, uds=str(path), http=GatewayProtocol, ws="none", lifespan="off", log_config=None, access_log=False,
         server_header=False, timeout_graceful_shutdown=1,
     )  # fmt: skip
     server = uvicorn.Server(config)

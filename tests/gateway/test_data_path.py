@@ -8,10 +8,12 @@ import json
 
 import httpx
 import pytest
+from aiohttp import web
 
 from pilotlight.domain.usage import Outcome
 from pilotlight.domain.worker import Address, Failure, Registration
 from pilotlight.gateway.data_path import StartFailedError
+from pilotlight.gateway.protocol import ClientStream
 from pilotlight.ports.fleet import Health
 
 from .conftest import ADMIN, OTHER, RUN
@@ -129,8 +131,6 @@ async def test_malformed_json_is_a_400_in_openais_shape(rig, body):
     rig.open_worker()
 
     async def complain(request, data):
-        from aiohttp import web
-
         return web.json_response({"error": {"message": "empty", "code": 400}}, status=400)
 
     rig.engine.script["/v1/chat/completions"] = complain
@@ -248,8 +248,6 @@ async def test_an_engine_that_dies_in_mid_body_does_not_leave_a_whole_answer(rig
     rig.open_worker()
 
     async def dying(request, body):
-        from aiohttp import web
-
         response = web.StreamResponse(headers={"content-type": "application/json", "content-length": "1000"})
         await response.prepare(request)
         await response.write(b'{"choices":')
@@ -293,8 +291,6 @@ async def test_engine_errors_keep_their_status_and_body(rig):
     rig.open_worker()
 
     async def refuse(request, body):
-        from aiohttp import web
-
         return web.json_response({"error": {"message": "context length is 2048", "code": 400}}, status=400)
 
     rig.engine.script["/v1/chat/completions"] = refuse
@@ -367,3 +363,35 @@ async def test_a_fault_of_ours_is_a_500_with_an_id_and_frees_the_slot(rig, monke
     assert answer.status_code == 500
     assert answer.headers["x-request-id"] in answer.json()["error"]["message"]
     assert rig.slots.worker("w1").occupied == 0
+
+
+async def test_a_client_that_reads_slowly_slows_the_engine_and_misses_nothing(rig, monkeypatch):
+    rig.open_worker()
+    pauses = []
+    drain = ClientStream.drain
+
+    async def counted(stream):
+        pauses.append(1)
+        await drain(stream)
+
+    monkeypatch.setattr(ClientStream, "drain", counted)
+    event = b"data: " + b"x" * 65_000 + b"\n\n"
+    produced = asyncio.Event()
+
+    async def flood(request, body):
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        for _ in range(200):
+            await response.write(event)
+        produced.set()
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+    rig.engine.script["/v1/chat/completions"] = flood
+    async with rig.client.stream("POST", CHAT, json=BODY | {"stream": True}) as answer:
+        async with asyncio.timeout(20):
+            while not pauses:
+                await asyncio.sleep(0.001)
+        assert not produced.is_set(), "the engine must wait for the client"
+        text = b"".join([piece async for piece in answer.aiter_bytes()])
+    assert text == event * 200 + b"data: [DONE]\n\n"

@@ -167,6 +167,51 @@ async def test_a_slow_reader_pauses_the_engine(server, pool):
     response.release()
 
 
+async def test_a_sink_gets_all_of_it_once_and_may_ask_for_pauses(server, pool):
+    size = 8 * 1024 * 1024
+    server.scripts = [[b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % size, b"x" * size], [ok(b"next")]]
+    response = await ask(pool, server)
+    got, pauses = [], 0
+
+    def sink(data):
+        got.append(len(data))
+        return len(got) % 3 != 0
+
+    while not await response.pass_to(sink, 10):
+        pauses += 1
+        before = len(got)
+        assert response._paused
+        await asyncio.sleep(0)
+        assert len(got) == before
+    assert (sum(got), pauses) == (size, len(got) // 3)
+    response.release()
+    assert await whole(await ask(pool, server)) == b"next"
+    assert server.connections == 1
+
+
+async def test_a_sink_that_breaks_is_heard_by_its_owner(server, pool):
+    server.scripts = [[b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n"]]
+    response = await ask(pool, server)
+
+    def sink(data):
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        await response.pass_to(sink, 10)
+    response.release()
+
+
+async def test_silence_behind_a_sink_is_an_error_counted_from_the_last_piece(server, pool):
+    never = asyncio.get_running_loop().create_future()
+    server.scripts = [[b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n", never]]
+    response = await ask(pool, server)
+    got = []
+    with pytest.raises(UpstreamError, match="in time"):
+        await response.pass_to(lambda data: bool(got.append(data)) or True, 0.05)
+    assert got == [b"abc"]
+    response.release()
+
+
 async def test_silence_on_a_reused_connection_is_not_asked_again(server, pool):
     server.scripts = [[ok()], [asyncio.get_running_loop().create_future()]]
     await whole(await ask(pool, server))

@@ -36,6 +36,7 @@ from pilotlight.gateway.asgi import (
 from pilotlight.gateway.body import BodyPlan, plan_body
 from pilotlight.gateway.directory import Directory, secret_of
 from pilotlight.gateway.events import EventStream, TokenCount
+from pilotlight.gateway.protocol import EXTENSION, ClientStream
 from pilotlight.gateway.refusal import RequestRefusedError, anthropic_body, openai_body
 from pilotlight.gateway.slots import HoldExpiredError, SlotTable, WorkerSlots
 from pilotlight.gateway.upstream import UpstreamError, UpstreamPool, UpstreamResponse
@@ -290,7 +291,7 @@ class DataPath:
         assert slots.registration is not None
         response = await self._ask(exchange, decision, scope, headers, plan, slots.registration)
         try:
-            await self._answer(exchange, response, plan, send)
+            await self._answer(exchange, response, scope, plan, send)
         finally:
             response.release()
 
@@ -376,7 +377,7 @@ class DataPath:
         )
 
     async def _answer(
-        self, exchange: _Exchange, response: UpstreamResponse, plan: BodyPlan, send: Send
+        self, exchange: _Exchange, response: UpstreamResponse, scope: Scope, plan: BodyPlan, send: Send
     ) -> None:
         content_type = next((value for name, value in response.headers if name == b"content-type"), b"")
         events = None
@@ -392,22 +393,32 @@ class DataPath:
         if events is None:
             await self._pass_whole(exchange, response, content_type, send)
         else:
-            await self._pass_events(exchange, response, events, send)
+            client = scope["extensions"][EXTENSION]
+            await self._pass_events(exchange, response, events, client, send)
         if exchange.outcome is Outcome.FAILED and response.status < 400 and not (events and events.failed):
             exchange.outcome = Outcome.OK
         elif 400 <= response.status < 500:
             exchange.outcome = Outcome.REJECTED
 
     async def _pass_events(
-        self, exchange: _Exchange, response: UpstreamResponse, events: EventStream, send: Send
+        self,
+        exchange: _Exchange,
+        response: UpstreamResponse,
+        events: EventStream,
+        client: ClientStream,
+        send: Send,
     ) -> None:
+        def pass_on(data: bytes) -> bool:
+            whole = events.feed(data)
+            if not whole:
+                return True
+            if exchange.first_byte_ns is None:
+                exchange.first_byte_ns = self._clock.monotonic_ns()
+            return client.write(whole)
+
         try:
-            while (data := await response.read(self._limits.upstream_read_s)) is not None:
-                whole = events.feed(data)
-                if whole:
-                    if exchange.first_byte_ns is None:
-                        exchange.first_byte_ns = self._clock.monotonic_ns()
-                    await send({"type": "http.response.body", "body": whole, "more_body": True})
+            while not await response.pass_to(pass_on, self._limits.upstream_read_s):
+                await client.drain()
         finally:
             if events.events and exchange.count.tokens_out is None:
                 # One event a token is vLLM's habit; a stream that was cut has no better count.

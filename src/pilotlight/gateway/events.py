@@ -52,7 +52,7 @@ class TokenCount:
         """Count the usage in a JSON object; returns whether it holds usage and no choices."""
         try:
             event = _decoder.decode(data)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, RecursionError):
             return False
         if event.response is not None and event.response.usage is not None:
             self._add(event.response.usage)

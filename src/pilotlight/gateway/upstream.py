@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 from urllib.parse import urlsplit
 
@@ -71,6 +71,10 @@ class UpstreamResponse(asyncio.Protocol):
         self._broken: str | None = None
         self._timed_out = False
         self._waiter: asyncio.Future[None] | None = None
+        self._sink: Callable[[bytes], bool] | None = None
+        self._sink_error: Exception | None = None
+        self._silence_s = 0.0
+        self._blocked = False
 
     @property
     def alive(self) -> bool:
@@ -101,6 +105,11 @@ class UpstreamResponse(asyncio.Protocol):
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
             self._abort(f"the engine's answer is not HTTP: {error}")
+            return
+        if self._sink is not None:
+            self._fill_sink()
+            if self._complete or self._blocked or self._sink_error is not None:
+                self._wake()
             return
         if self._buffered > _BUFFER_HIGH and not self._paused and self._transport is not None:
             self._transport.pause_reading()
@@ -167,13 +176,60 @@ class UpstreamResponse(asyncio.Protocol):
             await self._arrival(timeout_s)
         if not self._chunks:
             return None
+        data = self._take()
+        self._resume()
+        return data
+
+    async def pass_to(self, sink: Callable[[bytes], bool], timeout_s: float) -> bool:
+        """Hand the body on as it arrives, from within the callback in which it does.
+
+        Args:
+            sink: Takes a piece; False asks for a pause, and no more is read until the next call.
+            timeout_s: Longest silence.
+
+        Returns:
+            True at the end of the body, False when `sink` asked for a pause.
+
+        Raises:
+            UpstreamError: The connection broke before the end, or nothing came in time.
+        """
+        self._sink, self._silence_s, self._blocked = sink, timeout_s, False
+        try:
+            self._fill_sink()
+            if not self._blocked:
+                self._resume()
+            while not self._blocked:
+                if self._sink_error is not None:
+                    raise self._sink_error
+                if self._complete:
+                    return True
+                await self._arrival(timeout_s)
+            return False
+        finally:
+            self._sink = None
+
+    def _take(self) -> bytes:
         data = self._chunks.popleft() if len(self._chunks) == 1 else b"".join(self._chunks)
         self._chunks.clear()
         self._buffered = 0
+        return data
+
+    def _fill_sink(self) -> None:
+        if not self._chunks or self._sink is None:
+            return
+        self._deadline = asyncio.get_running_loop().time() + self._silence_s
+        try:
+            self._blocked = not self._sink(self._take())
+        except Exception as error:  # noqa: BLE001 - raised again where the sink's owner waits
+            self._sink_error = error
+        if self._blocked and not self._paused and self._transport is not None:
+            self._transport.pause_reading()
+            self._paused = True
+
+    def _resume(self) -> None:
         if self._paused and self._transport is not None:
             self._transport.resume_reading()
             self._paused = False
-        return data
 
     def release(self) -> None:
         """Give the connection back to the pool, or close it when the answer was not read to its end.

@@ -53,6 +53,7 @@ async def open_sqlite_store(folder: Path, *, synchronous: str = "FULL") -> Sqlit
         await reader.start()
     except BaseException:
         writer.stop()
+        await writer.join()
         raise
     return SqliteStore(writer, reader)
 

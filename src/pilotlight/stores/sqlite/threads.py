@@ -142,12 +142,16 @@ class DatabaseThread:
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
 
     async def start(self) -> None:
-        """Start the thread and return when its connection is open; raises what opening it raised."""
+        """Start the thread and return when its connection is open; raises what opening it raised.
+
+        When it raises, the thread has ended and given up what it held.
+        """
         self._thread.start()
         try:
             await self._opened
         except BaseException:
             self.stop()
+            await self.join()
             raise
 
     def submit(self, run: Callable[[Transaction], T], *, size: int = 0) -> asyncio.Future[T]:
