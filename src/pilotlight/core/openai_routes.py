@@ -106,9 +106,6 @@ ROUTES: Final = MappingProxyType(
 )
 """The allow-list of `vllm-worker.md` §6.1: path template to accepted methods and body kind."""
 
-MODELS_ROUTES: Final = frozenset({"/v1/models"})
-"""Routes that can be answered from stored names, without waking a worker (§6.1)."""
-
 STREAM_USAGE_ROUTES: Final = frozenset({"/v1/chat/completions", "/v1/completions"})
 """Routes whose streams carry token counts only when `stream_options.include_usage` asks for them (§6.3)."""
 

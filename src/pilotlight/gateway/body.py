@@ -9,11 +9,8 @@ from typing import cast
 
 import msgspec
 
-from pilotlight.core.openai_routes import REWRITTEN_FIELDS
+from pilotlight.core.openai_routes import REWRITTEN_FIELDS, STREAM_USAGE_ROUTES
 from pilotlight.errors import InvalidInputError
-
-_ASKS_FOR_USAGE = frozenset({"/v1/chat/completions", "/v1/completions"})
-"""Routes whose streams carry usage only on request; Responses and Messages always do."""
 
 
 class _StreamOptions(msgspec.Struct):
@@ -69,7 +66,7 @@ def plan_body(route: str, body: bytes) -> BodyPlan:
     rewrite = type(peek) is not _Asked and any(
         bytes(getattr(peek, name)) not in _NULLS for name in REWRITTEN_FIELDS
     )
-    if not stream or route not in _ASKS_FOR_USAGE:
+    if not stream or route not in STREAM_USAGE_ROUTES:
         return BodyPlan(body=body, stream=stream, hide_usage=False, rewrite=rewrite)
     options = bytes(peek.stream_options)
     if options in _NULLS:

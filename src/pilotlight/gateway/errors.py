@@ -1,7 +1,7 @@
-"""Error answers in the two shapes clients know, and the one place where errors become HTTP statuses.
+"""Error answers of the job road, and the one place where errors become HTTP statuses there.
 
 Job routes, worker protocol and the app's fallback answers use `native_error` (serverless-api.md §2.14);
-OpenAI routes use `openai_error`. `native_error_of` maps the error tree of `pilotlight.errors`.
+`native_error_of` maps the error tree of `pilotlight.errors`. OpenAI routes have `gateway.refusal`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from pilotlight.errors import (
     PilotlightError,
     StoreError,
 )
-from pilotlight.gateway.refusal import openai_body
 
 _log = structlog.get_logger()
 
@@ -79,26 +78,6 @@ def native_error(
     return Response(
         msgspec.json.encode(body), status_code=status, headers=headers, media_type="application/json"
     )
-
-
-def openai_error(
-    status: int,
-    message: str,
-    type: str,
-    code: str | int | None = None,
-    headers: Mapping[str, str] | None = None,
-) -> Response:
-    """An error in OpenAI's shape, for routes below `/openai`.
-
-    Args:
-        status: HTTP status.
-        message: One sentence for the caller.
-        type: OpenAI's error type, such as `invalid_request_error`.
-        code: OpenAI's error code; the HTTP status when None.
-        headers: More headers.
-    """
-    body = openai_body(status, message, type=type, code=code)
-    return Response(body, status_code=status, headers=headers, media_type="application/json")
 
 
 def native_error_of(error: PilotlightError) -> Response:

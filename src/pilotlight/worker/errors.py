@@ -34,7 +34,3 @@ class ConfigError(Exception):
 
 class EngineGoneError(Exception):
     """The engine died or closed the connection before it answered; the job may run elsewhere."""
-
-
-class UnwantedError(Exception):
-    """The platform answered 410: this worker is not wanted any more and has to drain and exit."""
