@@ -56,6 +56,7 @@ lock: ## resolve the dependencies again after pyproject.toml or a .in file chang
 
 bench: setup ## every benchmark, one JSON line per figure
 	@$(BIN)/pilotlight bench gateway --json
+	@$(BIN)/pilotlight bench queue --json
 	@$(BIN)/pilotlight bench coldstart --json
 	@$(BIN)/pilotlight bench throughput --json
 
@@ -69,5 +70,5 @@ clean: ## remove environments and caches of this checkout; the engine stays in t
 	rm -rf .venv .venv-engine .cache build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean ## also remove the engines of all checkouts from the user's cache
-	rm -rf "$(CACHE)/engines"
+distclean: clean ## also remove the engines and test clients of all checkouts from the user's cache
+	rm -rf "$(CACHE)/engines" "$(CACHE)/clients"

