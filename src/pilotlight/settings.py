@@ -44,6 +44,9 @@ class ServerSettings(_Section):
     """TCP port; 0 takes a free one (printed at start)."""
     public_url: str | None = None
     """Base URL under which clients reach us, for URLs in answers; None derives it from host and port."""
+    secret_key_file: Path | None = None
+    """File with the installation's secret, which signs webhooks and seals credentials; made when missing.
+    None means `secret.key` in the data folder. Gateways that share a store must share this file's content."""
     shutdown_s: Positive = 8
     """Seconds given to requests and workers when the gateway is told to stop, before everything is killed."""
 
@@ -73,6 +76,20 @@ class LimitSettings(_Section):
     """Largest body read from a worker, so that an oversize result can be told from a broken one."""
     queue_jobs: Positive = 1_000_000
     """Jobs queued per endpoint; one more is answered 429."""
+    queue_bytes: Positive = 8 * 1024 * 1024 * 1024
+    """Bytes of inputs queued per endpoint; beyond that 429."""
+    stream_bytes: Positive = 256 * 1024 * 1024
+    """Bytes of a job's stream chunks that wait for a reader; one more chunk fails the job."""
+    batches: Positive = 10
+    """Batches of an endpoint that may be under way at once (serverless-api.md §2.16)."""
+    batch_requests: Positive = 5_000
+    """Requests in one batch."""
+    batch_queued: Positive = 50_000
+    """Requests of batches queued per endpoint."""
+    batch_body_bytes: Positive = 10 * 1024 * 1024
+    """Largest body that adds requests to a batch."""
+    profile: Annotated[str, Field(pattern="^(none|runpod)$")] = "none"
+    """Rate limits: none, or those of RunPod (serverless-api.md §2.2, §2.14), with its limit on queues."""
     upstream_idle_s: Positive = 60
     """Idle upstream connections are closed after this; below the engine's 75 s."""
     upstream_read_s: Positive = 3600
@@ -98,6 +115,36 @@ class JobSettings(_Section):
     """A hand-out not confirmed by then is lost (worker-protocol.md §8)."""
     ping_interval_ms: Annotated[int, Field(ge=1000)] = 2000
     """Heartbeat period given to workers."""
+    retries_max: Annotated[int, Field(ge=0, le=5)] = 1
+    """Re-dispatches of a job whose worker was lost (serverless-api.md §12 item 17)."""
+    batch_retention_ms: Positive = 7 * 86_400_000
+    """How long the result of a request in a batch stays readable."""
+    ttl_tombstone: bool = True
+    """Keep a TIMED_OUT record of a job whose time ended in the queue; else it is gone (§12 item 3)."""
+
+
+class WebhookSettings(_Section):
+    """Sending webhooks (serverless-api.md §2.12)."""
+
+    allow_private: bool = False
+    """Send to private, loopback and link-local addresses, too."""
+    timeout_s: Positive = 10
+    """Longest time for one try."""
+    retry_delays_s: tuple[Positive, ...] = (10, 10)
+    """Pauses before the second and each further try, from the beginning of the one before; after the last
+    try a delivery is a dead letter."""
+    concurrency: Positive = 16
+    """Deliveries under way at once; a single host gets a quarter of them."""
+
+
+class UploadSettings(_Section):
+    """Storing results that are too large in the bucket that a job's `s3Config` names."""
+
+    allow_private: bool = False
+    """Upload to buckets at private, loopback and link-local addresses, too; apart from webhooks, because a
+    bucket in one's own network is common and its address is given together with a key."""
+    timeout_s: Positive = 60
+    """Longest time for one result; the worker that posts it waits meanwhile."""
 
 
 class WorkerSettings(_Section):
@@ -125,6 +172,31 @@ class WorkerSettings(_Section):
     """How long ended workers and their logs are remembered."""
 
 
+class LoadBalancerSettings(_Section):
+    """Requests to workers that serve HTTP themselves (serverless-api.md §3)."""
+
+    wait_s: Positive = 120
+    """How long a request waits for a routable worker."""
+    pinned_wait_s: Positive = 300
+    """How long a request waits for the one worker it is pinned to."""
+    request_s: Positive = 330
+    """Longest duration of one request, from the moment it has a worker to the end of the answer."""
+    websocket_s: Positive = 86_400
+    """Longest life of a WebSocket."""
+    body_bytes: Positive = 30 * 1024 * 1024
+    """Largest body of a request."""
+    response_bytes: Positive = 30 * 1024 * 1024
+    """Largest body of an answer; a longer one is cut."""
+    check_interval_ms: Positive = 1000
+    """Pause between two health checks of a routable worker; until then it is asked five times as often."""
+    check_timeout_s: Positive = 5
+    """How long an answer to a health check is waited for."""
+    unhealthy_s: Positive = 480
+    """A worker that was unhealthy for so long is ended."""
+    initializing_s: Positive = 3600
+    """A worker that answered 204 for so long is ended."""
+
+
 class EngineSettings(_Section):
     """Where the engine lives."""
 
@@ -137,6 +209,9 @@ class EngineSettings(_Section):
 class StoreSettings(_Section):
     """What is kept and for how long."""
 
+    url: str = ""
+    """`postgresql://user:password@host/database` of a PostgreSQL that several gateways may share; empty means
+    SQLite in the data folder."""
     request_log_rows: Positive = 1_000_000
     """Rows kept in the request log; the oldest go first."""
     synchronous: Annotated[str, Field(pattern="^(FULL|NORMAL)$")] = "FULL"
@@ -174,7 +249,10 @@ class Settings(BaseSettings):
     server: ServerSettings = ServerSettings()
     limits: LimitSettings = LimitSettings()
     jobs: JobSettings = JobSettings()
+    webhooks: WebhookSettings = WebhookSettings()
+    uploads: UploadSettings = UploadSettings()
     workers: WorkerSettings = WorkerSettings()
+    load_balancer: LoadBalancerSettings = LoadBalancerSettings()
     engine: EngineSettings = EngineSettings()
     store: StoreSettings = StoreSettings()
     log: LogSettings = LogSettings()

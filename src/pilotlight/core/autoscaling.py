@@ -16,7 +16,7 @@ jobs start nothing but keep a ready worker from ending.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from pilotlight.domain.endpoint import ScalerType
@@ -49,6 +49,7 @@ class WorkerView:
         occupied: Slots in use.
         capacity: Slots in all.
         idle_since_ms: Since when no slot is in use; None while one is, or before it was ready.
+        healthy: Whether health checks leave it in rotation; only load-balancing workers have any.
     """
 
     id: str
@@ -57,6 +58,7 @@ class WorkerView:
     occupied: int
     capacity: int
     idle_since_ms: int | None
+    healthy: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +133,11 @@ def decide_scale(snapshot: ScaleSnapshot, now_ms: int, settings: ScaleSettings) 
         for worker in snapshot.workers
         if worker.current and worker.state in {WorkerState.STARTING, WorkerState.READY}
     ]
+    if snapshot.waiting and len(alive) <= settings.workers_max:
+        # Somebody waits, and those out of rotation serve nobody: others are started in the room that is left.
+        sick = sum(not worker.healthy for worker in alive)
+        alive = [worker for worker in alive if worker.healthy]
+        settings = replace(settings, workers_max=settings.workers_max - sick)
     desired, reason = _desired(snapshot, now_ms, settings, alive)
     surplus, surplus_reason = _surplus(snapshot, now_ms, settings, alive)
     start = max(0, desired - len(alive))

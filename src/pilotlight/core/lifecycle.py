@@ -1,64 +1,38 @@
 """The life of a job and of a worker, as tables.
 
 Stores call `apply` inside their own exclusion (a transaction, a lock): they load a job, ask here what
-an event does to it, and write what comes back. Nothing else may change a job's state. The legal
-changes of status are `JOB_TRANSITIONS`; everything not in the table is refused or changes nothing.
+an event does to it, and write what comes back. Nothing else may change a job's state. `JOB_TRANSITIONS`
+says where each event may lead from each status; an event that has no entry for a status changes nothing,
+so what comes late, twice or out of order is harmless by construction.
 
     IN_QUEUE ──taken──► IN_PROGRESS ──result──► COMPLETED | FAILED
-       ▲  │                 │
-       │  │ cancelled,      │ cancelled, execution timeout, time to live,
-       │  │ time to live    │ lost with no retry left
-       │  ▼                 ▼
-       │  CANCELLED | TIMED_OUT | FAILED
-       └── lost or interrupted, retry left
+     ▲ ▲ │                  │
+     │ │ │ cancelled,       │ cancelled, execution timeout, time to live,
+     │ │ │ time to live     │ lost with no retry left
+     │ │ ▼                  ▼
+     │ │ CANCELLED | TIMED_OUT | FAILED
+     │ └── lost or interrupted, retry left
+     └──── retried by the client (FAILED, TIMED_OUT)
+
+A hand-out is a lease. Its token is (worker, attempt): an event that names another attempt than the running
+one is refused. Workers of the reference protocol know no attempts (worker-protocol.md §1 rule 20); there the
+gateway, which remembers what it handed to whom, names the attempt for them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import StrEnum
+from types import MappingProxyType
 
-from pilotlight.domain.job import Job, JobStatus
+from pilotlight.domain.job import ATTEMPTS_KEPT, WIPED, Attempt, Job, JobStatus, changed
 from pilotlight.domain.worker import WorkerState
-
-JOB_TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
-    JobStatus.IN_QUEUE: frozenset(
-        {JobStatus.IN_PROGRESS, JobStatus.CANCELLED, JobStatus.TIMED_OUT, JobStatus.FAILED}
-    ),
-    JobStatus.IN_PROGRESS: frozenset(
-        {
-            JobStatus.IN_QUEUE,
-            JobStatus.COMPLETED,
-            JobStatus.FAILED,
-            JobStatus.CANCELLED,
-            JobStatus.TIMED_OUT,
-        }
-    ),
-    JobStatus.COMPLETED: frozenset(),
-    JobStatus.FAILED: frozenset(),
-    JobStatus.CANCELLED: frozenset(),
-    JobStatus.TIMED_OUT: frozenset(),
-}
-
-WORKER_TRANSITIONS: dict[WorkerState, frozenset[WorkerState]] = {
-    WorkerState.STARTING: frozenset(
-        {WorkerState.READY, WorkerState.DRAINING, WorkerState.STOPPING, WorkerState.FAILED}
-    ),
-    WorkerState.READY: frozenset(
-        {WorkerState.DRAINING, WorkerState.FROZEN, WorkerState.STOPPING, WorkerState.FAILED}
-    ),
-    WorkerState.DRAINING: frozenset({WorkerState.STOPPING, WorkerState.STOPPED, WorkerState.FAILED}),
-    WorkerState.FROZEN: frozenset({WorkerState.READY, WorkerState.STOPPING, WorkerState.FAILED}),
-    WorkerState.STOPPING: frozenset({WorkerState.STOPPED, WorkerState.FAILED}),
-    WorkerState.STOPPED: frozenset(),
-    WorkerState.FAILED: frozenset(),
-}
 
 EXECUTION_TIMEOUT_ERROR = "executionTimeout exceeded"
 """The text clients match on (serverless-api.md §2.10)."""
 
-RETRIES_MAX = 1
-"""Re-dispatches after a lost worker (serverless-api.md §12 item 17)."""
+TTL_ERROR = "job exceeded its time to live"
 
 
 class InvalidTransitionError(AssertionError):
@@ -78,6 +52,8 @@ class Confirmed:
     """The worker has shown that it holds the job (worker-protocol.md §5)."""
 
     worker_id: str
+    now_ms: int
+    attempt: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +61,9 @@ class Progressed:
     """The worker posted a progress value; `output` is raw JSON."""
 
     worker_id: str
+    now_ms: int
     output: bytes | None
+    attempt: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +78,7 @@ class ResultPosted:
     output: bytes | None = None
     error: str | None = None
     retryable: bool = False
+    attempt: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,13 +88,17 @@ class WorkerLost:
     worker_id: str
     now_ms: int
     reason: str
+    attempt: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlatformInterrupted:
-    """We ended the attempt ourselves, by a restart of the gateway; uses up no retry."""
+    """We ended the attempt ourselves (restart, worker hung up before it got the job); uses up no retry."""
 
     now_ms: int
+    reason: str = "gateway restarted"
+    worker_id: str | None = None
+    attempt: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +113,7 @@ class ExecutionTimedOut:
     """The attempt ran longer than allowed."""
 
     now_ms: int
+    attempt: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,11 +124,11 @@ class TtlReached:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StartRefused:
-    """The endpoint cannot serve: it was deleted while the job waited."""
+class Retried:
+    """The client wants a job that failed to run again, with a new time to live (serverless-api.md §2.15)."""
 
     now_ms: int
-    reason: str
+    expires_ms: int
 
 
 JobEvent = (
@@ -157,8 +141,54 @@ JobEvent = (
     | Cancelled
     | ExecutionTimedOut
     | TtlReached
-    | StartRefused
+    | Retried
 )
+
+_QUEUED, _RUNNING = JobStatus.IN_QUEUE, JobStatus.IN_PROGRESS
+_COMPLETED, _FAILED = JobStatus.COMPLETED, JobStatus.FAILED
+_CANCELLED, _TIMED_OUT = JobStatus.CANCELLED, JobStatus.TIMED_OUT
+
+JOB_TRANSITIONS: Mapping[tuple[JobStatus, type[JobEvent]], frozenset[JobStatus]] = MappingProxyType(
+    {
+        (_QUEUED, Taken): frozenset({_RUNNING}),
+        (_QUEUED, Cancelled): frozenset({_CANCELLED}),
+        (_QUEUED, TtlReached): frozenset({_TIMED_OUT}),
+        (_RUNNING, Confirmed): frozenset({_RUNNING}),
+        (_RUNNING, Progressed): frozenset({_RUNNING}),
+        (_RUNNING, ResultPosted): frozenset({_COMPLETED, _FAILED, _QUEUED}),
+        (_RUNNING, WorkerLost): frozenset({_QUEUED, _FAILED}),
+        (_RUNNING, PlatformInterrupted): frozenset({_QUEUED, _FAILED}),
+        (_RUNNING, Cancelled): frozenset({_CANCELLED}),
+        (_RUNNING, ExecutionTimedOut): frozenset({_FAILED}),
+        (_RUNNING, TtlReached): frozenset({_TIMED_OUT}),
+        (_FAILED, Retried): frozenset({_QUEUED}),
+        (_TIMED_OUT, Retried): frozenset({_QUEUED}),
+    }
+)
+"""Where an event may lead from a status; what is not here changes nothing."""
+
+
+def transition_table() -> str:
+    """`JOB_TRANSITIONS` as a Markdown table, one row per status and event."""
+    rows = ["| from | event | to |", "|---|---|---|"]
+    for (status, event), targets in JOB_TRANSITIONS.items():
+        rows.append(f"| {status} | {event.__name__} | {', '.join(sorted(targets))} |")
+    return "\n".join(rows)
+
+
+WORKER_TRANSITIONS: dict[WorkerState, frozenset[WorkerState]] = {
+    WorkerState.STARTING: frozenset(
+        {WorkerState.READY, WorkerState.DRAINING, WorkerState.STOPPING, WorkerState.FAILED}
+    ),
+    WorkerState.READY: frozenset(
+        {WorkerState.DRAINING, WorkerState.FROZEN, WorkerState.STOPPING, WorkerState.FAILED}
+    ),
+    WorkerState.DRAINING: frozenset({WorkerState.STOPPING, WorkerState.STOPPED, WorkerState.FAILED}),
+    WorkerState.FROZEN: frozenset({WorkerState.READY, WorkerState.STOPPING, WorkerState.FAILED}),
+    WorkerState.STOPPING: frozenset({WorkerState.STOPPED, WorkerState.FAILED}),
+    WorkerState.STOPPED: frozenset(),
+    WorkerState.FAILED: frozenset(),
+}
 
 
 class Effect(StrEnum):
@@ -168,6 +198,8 @@ class Effect(StrEnum):
     IGNORED_TERMINAL = "ignored_terminal"
     IGNORED_OTHER_ATTEMPT = "ignored_other_attempt"
     IGNORED_STATE = "ignored_state"
+    IGNORED_WIPED = "ignored_wiped"
+    """A retry of a job whose s3Config has been deleted: it would run, and have nowhere to put its result."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,11 +224,7 @@ class Applied:
     @property
     def requeued(self) -> bool:
         """Whether the job went back to the queue."""
-        return (
-            self.changed
-            and self.before.status is JobStatus.IN_PROGRESS
-            and self.after.status is JobStatus.IN_QUEUE
-        )
+        return self.changed and self.after.status is JobStatus.IN_QUEUE
 
     @property
     def finished(self) -> bool:
@@ -225,115 +253,138 @@ def apply(job: Job, event: JobEvent) -> Applied:
     Returns:
         The job after the event and whether it counted.
     """
-    if job.status.terminal:
-        return Applied(before=job, after=job, effect=Effect.IGNORED_TERMINAL)
+    targets = JOB_TRANSITIONS.get((job.status, type(event)))
+    if targets is None:
+        effect = Effect.IGNORED_TERMINAL if job.status.terminal else Effect.IGNORED_STATE
+        return Applied(before=job, after=job, effect=effect)
+    if job.status is JobStatus.IN_PROGRESS and not _holds(job, event):
+        return Applied(before=job, after=job, effect=Effect.IGNORED_OTHER_ATTEMPT)
     after = _next(job, event)
     if isinstance(after, Effect):
         return Applied(before=job, after=job, effect=after)
-    if after.status is not job.status and after.status not in JOB_TRANSITIONS[job.status]:
+    if after.status not in targets:
         raise InvalidTransitionError(f"job {job.id}: {job.status} -> {after.status} by {event}")
     return Applied(before=job, after=after, effect=Effect.CHANGED)
 
 
+def _holds(job: Job, event: JobEvent) -> bool:
+    """Whether an event speaks of the running attempt; one that names neither worker nor attempt does."""
+    worker_id, attempt = getattr(event, "worker_id", None), getattr(event, "attempt", None)
+    return worker_id in {None, job.worker_id} and attempt in {None, job.attempt}
+
+
 def _next(job: Job, event: JobEvent) -> Job | Effect:
-    running = job.status is JobStatus.IN_PROGRESS
+    """The job after an event that `JOB_TRANSITIONS` has for its status, and that speaks of its attempt."""
     match event:
         case Taken(worker_id=worker_id, now_ms=now):
-            if running:
-                return Effect.IGNORED_STATE
-            return replace(
+            return changed(
                 job,
                 status=JobStatus.IN_PROGRESS,
                 attempt=job.attempt + 1,
                 worker_id=worker_id,
                 started_ms=now,
-                confirmed=False,
+                confirmed_ms=None,
+                first_output_ms=None,
                 output=None,
                 error=None,
             )
-        case Confirmed(worker_id=worker_id):
-            if not running or job.confirmed:
-                return Effect.IGNORED_STATE
-            return (
-                replace(job, confirmed=True) if job.worker_id == worker_id else Effect.IGNORED_OTHER_ATTEMPT
-            )
-        case Progressed(worker_id=worker_id, output=output):
-            if not running:
-                return Effect.IGNORED_STATE
-            if job.worker_id != worker_id:
-                return Effect.IGNORED_OTHER_ATTEMPT
-            return replace(job, output=output, confirmed=True)
+        case Confirmed(now_ms=now):
+            return Effect.IGNORED_STATE if job.confirmed_ms is not None else changed(job, confirmed_ms=now)
+        case Progressed(now_ms=now, output=output):
+            confirmed_ms = now if job.confirmed_ms is None else job.confirmed_ms
+            return changed(job, output=output, confirmed_ms=confirmed_ms)
         case ResultPosted():
             return _after_result(job, event)
-        case WorkerLost(worker_id=worker_id, now_ms=now, reason=reason):
-            if not running:
-                return Effect.IGNORED_STATE
-            if job.worker_id != worker_id:
-                return Effect.IGNORED_OTHER_ATTEMPT
+        case WorkerLost(now_ms=now, reason=reason):
             return _after_loss(job, now, reason)
-        case PlatformInterrupted(now_ms=now):
-            if not running:
-                return Effect.IGNORED_STATE
+        case PlatformInterrupted(now_ms=now, reason=reason):
             if job.chunk_read:
-                return _finish(
-                    job, JobStatus.FAILED, now, error=_CUT_STREAM.format(reason="gateway restarted")
-                )
-            return _requeue(job, now, retries=job.retries)
+                return _finish(job, JobStatus.FAILED, now, error=_CUT_STREAM.format(reason=reason))
+            return _requeue(job, now, reason, retries=job.retries)
         case Cancelled(now_ms=now):
             return _finish(job, JobStatus.CANCELLED, now)
         case ExecutionTimedOut(now_ms=now):
-            if not running:
-                return Effect.IGNORED_STATE
             return _finish(job, JobStatus.FAILED, now, error=EXECUTION_TIMEOUT_ERROR)
         case TtlReached(now_ms=now):
-            return _finish(job, JobStatus.TIMED_OUT, now, error="job exceeded its time to live")
-        case StartRefused(now_ms=now, reason=reason):
-            return _finish(job, JobStatus.FAILED, now, error=reason)
+            return _finish(job, JobStatus.TIMED_OUT, now, error=TTL_ERROR)
+        case Retried():
+            return _after_retry(job, event)
 
 
 _CUT_STREAM = "{reason} after part of the stream had been delivered; not retried"
 
 
-def _after_result(job: Job, event: ResultPosted) -> Job | Effect:
-    if job.status is not JobStatus.IN_PROGRESS:
-        return Effect.IGNORED_STATE
-    # An attempt that was requeued may still finish first: the first final wins (worker-protocol.md §7.2).
-    # It cannot be told from the running one by worker alone, so only the worker of record counts.
-    if job.worker_id != event.worker_id:
-        return Effect.IGNORED_OTHER_ATTEMPT
+def _after_result(job: Job, event: ResultPosted) -> Job:
     if event.error is None:
         return _finish(job, JobStatus.COMPLETED, event.now_ms, output=event.output)
-    if event.retryable and not job.chunk_read and job.retries < RETRIES_MAX:
-        return _requeue(job, event.now_ms, retries=job.retries + 1)
+    if event.retryable and not job.chunk_read and job.retries < job.retries_max:
+        return _requeue(job, event.now_ms, event.error, retries=job.retries + 1)
     return _finish(job, JobStatus.FAILED, event.now_ms, output=event.output, error=event.error)
 
 
 def _after_loss(job: Job, now_ms: int, reason: str) -> Job:
     if job.chunk_read:
         return _finish(job, JobStatus.FAILED, now_ms, error=_CUT_STREAM.format(reason=reason))
-    if job.retries >= RETRIES_MAX:
+    if job.retries >= job.retries_max:
+        # The text clients match on (serverless-api.md §2.10); the story is in the attempts.
         return _finish(job, JobStatus.FAILED, now_ms, error=f"job timed out after {job.retries} retries")
-    return _requeue(job, now_ms, retries=job.retries + 1)
+    return _requeue(job, now_ms, reason, retries=job.retries + 1)
 
 
-def _requeue(job: Job, now_ms: int, *, retries: int) -> Job:
+RETRIED_BY_CLIENT = "retried after"
+"""How the reason of an attempt begins that a client's retry followed; the rest is how it had ended."""
+
+
+def _after_retry(job: Job, event: Retried) -> Job | Effect:
+    if job.s3_config == WIPED:
+        return Effect.IGNORED_WIPED
+    reason = f"{RETRIED_BY_CLIENT} {job.status}: {job.error or 'no reason'}"
+    again = _requeue(job, event.now_ms, reason, retries=0)
+    return changed(again, expires_ms=event.expires_ms, finished_ms=None, chunk_read=False)
+
+
+_REASON_MAX = 500
+"""Characters of a reason kept in the story of a job."""
+
+
+def _requeue(job: Job, now_ms: int, reason: str, *, retries: int) -> Job:
+    ended = Attempt(
+        number=job.attempt,
+        worker_id=job.worker_id,
+        queued_ms=job.queued_ms,
+        started_ms=job.started_ms,
+        confirmed_ms=job.confirmed_ms,
+        first_output_ms=job.first_output_ms,
+        ended_ms=now_ms if job.finished_ms is None else job.finished_ms,
+        reason=reason[:_REASON_MAX],
+    )
     # delayTime is recomputed from the requeue (serverless-api.md §2.9).
-    return replace(
+    return changed(
         job,
         status=JobStatus.IN_QUEUE,
         queued_ms=now_ms,
         retries=retries,
+        worker_id=None,
         started_ms=None,
-        confirmed=False,
+        confirmed_ms=None,
+        first_output_ms=None,
         output=None,
         error=None,
+        attempts=(*job.attempts, ended)[-ATTEMPTS_KEPT:],
     )
 
 
 def _finish(
     job: Job, status: JobStatus, now_ms: int, *, output: bytes | None = None, error: str | None = None
 ) -> Job:
-    return replace(job, status=status, finished_ms=now_ms, output=output, error=error)
+    return changed(
+        job,
+        status=status,
+        finished_ms=now_ms,
+        output=output,
+        error=error,
+        s3_config=None if job.s3_config is None else WIPED,
+    )
 
 
 def check_worker_transition(before: WorkerState, after: WorkerState) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from urllib.parse import quote_plus, urlsplit
 
 STATE_URL_VARIABLE = "PILOTLIGHT_WORKER_STATE_URL"
@@ -30,8 +31,7 @@ def worker_environment(
         host_name: Name of its machine, for error reports.
 
     Returns:
-        Variables to add to the worker's environment. `NO_PROXY` must be joined with a value the user
-        has set; every other one wins over the user's.
+        Variables to add to the worker's environment, as `join_environment` does it.
     """
     base = base_url.rstrip("/")
     prefix, query = f"{base}/v2/{endpoint_id}", f"gpu={quote_plus(gpu)}"
@@ -54,4 +54,60 @@ def worker_environment(
         # Heartbeats honour HTTP_PROXY while takes and posts do not; behind a proxy they would be lost.
         "NO_PROXY": urlsplit(base).hostname or "",
         STATE_URL_VARIABLE: f"{base}/pilotlight/v1/worker-state/{endpoint_id}/{worker_id}",
+    }
+
+
+CHOOSABLE_VARIABLES = frozenset(
+    {
+        "RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS",
+        "RUNPOD_API_KEY",
+        "RUNPOD_BINARY_GPU_TEST_PATH",
+        "RUNPOD_DEBUG_LEVEL",
+        "RUNPOD_GPU_BENCHMARK_TIMEOUT",
+        "RUNPOD_GPU_MAX_ERROR_MESSAGES",
+        "RUNPOD_GPU_TEST_TIMEOUT",
+        "RUNPOD_LOG_LEVEL",
+        "RUNPOD_MAX_DOWNLOAD_BYTES",
+        "RUNPOD_MIN_CUDA_VERSION",
+        "RUNPOD_MIN_DISK_PERCENT",
+        "RUNPOD_MIN_MEMORY_GB",
+        "RUNPOD_NETWORK_CHECK_TIMEOUT",
+        "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS",
+        "RUNPOD_SKIP_GPU_CHECK",
+    }
+)
+"""Variables of the library that a user may set (worker-protocol.md §2.2); all other RUNPOD_* are ours."""
+
+_JOB_VARIABLES = frozenset({"RUNPOD_AI_API_KEY", "RUNPOD_PING_INTERVAL", STATE_URL_VARIABLE})
+"""What only workers that take jobs need, beside the templates of URLs."""
+
+_LOG_LEVELS = frozenset({"RUNPOD_LOG_LEVEL", "RUNPOD_DEBUG_LEVEL"})
+
+
+def join_environment(chosen: Mapping[str, str], platform: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a worker: what the user chose, and what the platform sets.
+
+    The platform wins, except for `CHOOSABLE_VARIABLES`; of `NO_PROXY` both are kept.
+
+    Args:
+        chosen: The endpoint's variables.
+        platform: From `worker_environment`, and whatever else must be there.
+    """
+    kept = {name: value for name, value in chosen.items() if name in CHOOSABLE_VARIABLES}
+    joined = {**chosen, **platform, **kept}
+    if not _LOG_LEVELS.isdisjoint(kept):
+        # The library reads RUNPOD_LOG_LEVEL first, which would hide the user's RUNPOD_DEBUG_LEVEL.
+        for name in _LOG_LEVELS - kept.keys():
+            joined.pop(name, None)
+    hosts = [chosen.get("NO_PROXY", ""), platform.get("NO_PROXY", "")]
+    joined["NO_PROXY"] = ",".join(filter(None, hosts))
+    return joined
+
+
+def without_jobs(platform: Mapping[str, str]) -> dict[str, str]:
+    """The platform's variables for a worker that takes no jobs: no addresses to poll, no credential."""
+    return {
+        name: value
+        for name, value in platform.items()
+        if name not in _JOB_VARIABLES and not name.startswith("RUNPOD_WEBHOOK_")
     }

@@ -19,6 +19,14 @@ MODEL_VARIABLE = "MODEL_NAME"
 """The environment variable by which a worker learns its model (vllm-worker.md §4.9)."""
 
 
+class EndpointKind(StrEnum):
+    """What the workers of an endpoint are; never changes after the endpoint was made."""
+
+    VLLM = "vllm"
+    QUEUE = "queue"
+    LOAD_BALANCER = "load-balancer"
+
+
 class ScalerType(StrEnum):
     """RunPod's two scaling rules (serverless-api.md §5.2)."""
 
@@ -33,7 +41,8 @@ class Revision:
     Attributes:
         endpoint_id: The endpoint it belongs to.
         version: 1 for the first, then counting up.
-        model: `pilotlight/ember`, a Hugging Face id, or an absolute folder.
+        model: `pilotlight/ember`, a Hugging Face id, or an absolute folder; "" for other kinds than vllm.
+        command: Program and arguments that a worker of the other kinds is; empty for vllm.
         env: The worker's environment as the user may see it; holds MODEL_NAME.
         engine_url: Base URL of a fixed engine that we do not start (`http://host:port`), or None.
         gpu_count: Devices per worker; 0 means the worker runs on the CPU.
@@ -44,6 +53,7 @@ class Revision:
     endpoint_id: str
     version: int
     model: str
+    command: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     engine_url: str | None = None
     gpu_count: int = 0
@@ -58,6 +68,7 @@ class Endpoint:
     Attributes:
         id: 14 lower-case letters and digits, never one of `RESERVED_ENDPOINT_IDS`.
         name: Up to 191 characters; unique among the living endpoints of an installation.
+        kind: What its workers are.
         revision: The current revision.
         workers_min: Workers kept although idle.
         workers_max: Upper bound; 0 pauses the endpoint (requests queue, nothing starts).
@@ -74,6 +85,7 @@ class Endpoint:
     id: str
     name: str
     revision: Revision
+    kind: EndpointKind = EndpointKind.VLLM
     workers_min: int = 0
     workers_max: int = 3
     idle_timeout_ms: int = 60_000
@@ -92,4 +104,4 @@ class Endpoint:
             "SERVED_MODEL_NAME", ""
         )
         names = [name.strip() for name in override.split(",") if name.strip()]
-        return tuple(dict.fromkeys([*names, self.revision.model]))
+        return tuple(dict.fromkeys(name for name in [*names, self.revision.model] if name))

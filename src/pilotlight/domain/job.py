@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
+from typing import Any
 
 
 class JobStatus(StrEnum):
@@ -22,15 +23,54 @@ class JobStatus(StrEnum):
         return self not in {JobStatus.IN_QUEUE, JobStatus.IN_PROGRESS}
 
 
+class Lane(StrEnum):
+    """The classes of a queue, the first to be served first."""
+
+    NORMAL = "normal"
+    BATCH = "batch"
+    LOW = "low"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """One ended hand-out of a job that was queued again afterwards.
+
+    Attributes:
+        number: 1 for the first.
+        worker_id: Who had it; None when the job ended without having been handed out.
+        queued_ms: Since when it had waited.
+        started_ms: When it was handed out.
+        confirmed_ms: When the worker showed that it held it.
+        first_output_ms: When the first stream chunk arrived.
+        ended_ms: When the attempt ended.
+        reason: Why, in words.
+    """
+
+    number: int
+    worker_id: str | None
+    queued_ms: int
+    started_ms: int | None
+    confirmed_ms: int | None
+    first_output_ms: int | None
+    ended_ms: int
+    reason: str
+
+
+ATTEMPTS_KEPT = 20
+"""Ended attempts a job remembers; more than any retry limit allows, interruptions by us aside."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """One queued unit of work.
 
     Attributes:
-        id: `{uuid}-u1`, or `sync-{uuid}-u1` for a synchronous one (serverless-api.md §1).
+        id: `{uuid}-u1`, `sync-{uuid}-u1` for a synchronous one, `req_…` for one of a batch
+            (serverless-api.md §1).
         endpoint_id: Where it was submitted.
         key_id: The API key that submitted it; "" when unknown.
-        input: Raw JSON, delivered to the worker unchanged.
+        input: Raw JSON, delivered to the worker unchanged; "" in a job read for anything but running it.
+        input_bytes: Its length.
         status: Where it stands.
         sync: Submitted by /runsync; decides retention and size limits.
         low_priority: Served only when no normal job waits.
@@ -40,20 +80,28 @@ class Job:
         execution_timeout_ms: Running time allowed to one attempt.
         retention_ms: How long the record stays readable after the terminal state.
         attempt: Number of hand-outs so far.
-        retries: Re-dispatches that used up the retry (lost worker, retryable error).
+        retries: Re-dispatches that used up a retry (lost worker, retryable error).
+        retries_max: How many of those it may have.
         worker_id: Worker of the (last) attempt.
         started_ms: When the (last) attempt was handed out.
-        confirmed: Whether the worker has shown that it holds the job (ping, chunk, progress).
+        confirmed_ms: When the worker first showed that it holds the job (ping, chunk, progress).
+        first_output_ms: When the first stream chunk of the attempt arrived.
         chunk_read: Whether a stream chunk has reached a reader.
         finished_ms: When it became terminal.
         output: Raw JSON: result, or the latest progress while running.
         error: Error text, stored untouched.
+        webhook: Whom to tell when it is terminal (serverless-api.md §2.12).
+        s3_config: Where the worker may put large results, sealed; None when none was given, `WIPED` once
+            the job was terminal.
+        batch_id: The batch it belongs to (serverless-api.md §2.16).
+        attempts: The attempts before the current one, oldest first, at most `ATTEMPTS_KEPT`.
     """
 
     id: str
     endpoint_id: str
     key_id: str = ""
-    input: bytes
+    input: bytes = b""
+    input_bytes: int = 0
     status: JobStatus = JobStatus.IN_QUEUE
     sync: bool = False
     low_priority: bool = False
@@ -64,13 +112,26 @@ class Job:
     retention_ms: int
     attempt: int = 0
     retries: int = 0
+    retries_max: int = 1
     worker_id: str | None = None
     started_ms: int | None = None
-    confirmed: bool = False
+    confirmed_ms: int | None = None
+    first_output_ms: int | None = None
     chunk_read: bool = False
     finished_ms: int | None = None
     output: bytes | None = None
     error: str | None = None
+    webhook: str | None = None
+    s3_config: bytes | None = None
+    batch_id: str | None = None
+    attempts: tuple[Attempt, ...] = ()
+
+    @property
+    def lane(self) -> Lane:
+        """Its class in the queue: batches yield to single jobs, low priority yields to both."""
+        if self.low_priority:
+            return Lane.LOW
+        return Lane.NORMAL if self.batch_id is None else Lane.BATCH
 
     @property
     def delay_ms(self) -> int | None:
@@ -83,6 +144,76 @@ class Job:
         if self.started_ms is None or self.finished_ms is None:
             return None
         return max(0, self.finished_ms - self.started_ms)
+
+
+WIPED = b""
+"""`Job.s3_config` after the terminal state: there was one, and it is gone."""
+
+
+class OpenJob:
+    """A job under construction: the fields and the layout of a `Job`, and not frozen.
+
+    The queue makes several records per job served, and setting a field of a frozen one costs ten times as
+    much. Set every field, then call `close`.
+    """
+
+    __slots__ = tuple(field.name for field in fields(Job))
+
+
+def close(job: Any) -> Job:
+    """The finished job that an `OpenJob` becomes; frozen from now on."""
+    job.__class__ = Job
+    finished: Job = job
+    return finished
+
+
+def changed(before: Job, **changes: Any) -> Job:
+    """A job like another but for some fields; `dataclasses.replace` in half the time."""
+    job: Any = OpenJob()
+    job.id = before.id
+    job.endpoint_id = before.endpoint_id
+    job.key_id = before.key_id
+    job.input = before.input
+    job.input_bytes = before.input_bytes
+    job.status = before.status
+    job.sync = before.sync
+    job.low_priority = before.low_priority
+    job.created_ms = before.created_ms
+    job.queued_ms = before.queued_ms
+    job.expires_ms = before.expires_ms
+    job.execution_timeout_ms = before.execution_timeout_ms
+    job.retention_ms = before.retention_ms
+    job.attempt = before.attempt
+    job.retries = before.retries
+    job.retries_max = before.retries_max
+    job.worker_id = before.worker_id
+    job.started_ms = before.started_ms
+    job.confirmed_ms = before.confirmed_ms
+    job.first_output_ms = before.first_output_ms
+    job.chunk_read = before.chunk_read
+    job.finished_ms = before.finished_ms
+    job.output = before.output
+    job.error = before.error
+    job.webhook = before.webhook
+    job.s3_config = before.s3_config
+    job.batch_id = before.batch_id
+    job.attempts = before.attempts
+    for name, value in changes.items():
+        setattr(job, name, value)
+    return close(job)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Idempotency:
+    """What makes a repeated submission find the job of the first one.
+
+    Attributes:
+        key: The client's `Idempotency-Key`; means something together with endpoint and API key only.
+        fingerprint: Hash of what was submitted, to tell a repetition from a mistake.
+    """
+
+    key: str
+    fingerprint: bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,15 +232,17 @@ class QueueDemand:
     """What the scaler needs to know of an endpoint's queue at one moment.
 
     Attributes:
-        queued: Normal-priority jobs waiting.
+        queued: Jobs waiting that are not low priority.
         queued_low: Low-priority jobs waiting.
-        oldest_ms: Since when the oldest normal job waits; None with an empty queue.
-        overdue: Normal jobs that have waited longer than the threshold asked for.
+        queued_bytes: Inputs of both together.
+        oldest_ms: Since when the oldest of the former waits; None with none.
+        overdue: Those of the former that have waited longer than the threshold asked for.
         in_progress: Jobs handed out.
     """
 
     queued: int = 0
     queued_low: int = 0
+    queued_bytes: int = 0
     oldest_ms: int | None = None
     overdue: int = 0
     in_progress: int = 0

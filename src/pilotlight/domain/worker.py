@@ -27,13 +27,15 @@ class WorkerState(StrEnum):
 
 
 class Stage(StrEnum):
-    """Steps of a start as the worker program reports them."""
+    """Steps of a start as the worker program reports them, or as health checks find them."""
 
     STARTING = "starting"
     IMPORTING = "importing"
     LOADING_WEIGHTS = "loading_weights"
     WARMING_UP = "warming_up"
+    INITIALIZING = "initializing"
     READY = "ready"
+    UNHEALTHY = "unhealthy"
     DRAINING = "draining"
     FAILED = "failed"
 

@@ -19,6 +19,8 @@ class WorkerSpec:
         env: The complete environment added to the cluster's base; holds secrets, never logged.
         command: Program and arguments.
         devices: Indices of the GPUs it may see; empty on a host without GPUs.
+        private_folders: Whether it begins in an empty folder of its own and has another one as its home;
+            both are removed with it, so that no worker finds what an earlier one left.
     """
 
     worker_id: str
@@ -26,6 +28,7 @@ class WorkerSpec:
     env: Mapping[str, str] = field(repr=False)
     command: Sequence[str]
     devices: tuple[int, ...] = ()
+    private_folders: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

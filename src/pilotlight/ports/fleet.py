@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from pilotlight.domain.endpoint import Endpoint
 from pilotlight.domain.worker import Failure, Registration, Stage, Worker
 
 
@@ -58,6 +59,10 @@ class Fleet(Protocol):
         """The living worker whose credential this is; None when anything does not match."""
         ...
 
+    def stages(self, worker_id: str) -> Sequence[tuple[str, int]]:
+        """Steps of a living worker's start so far, each with its moment in ms; empty when unknown."""
+        ...
+
     def health(self, endpoint_id: str) -> Health:
         """The endpoint's recent starts."""
         ...
@@ -75,6 +80,15 @@ class Fleet(Protocol):
         """
         ...
 
+    async def resume(self, endpoint: Endpoint, worker_id: str) -> Worker:
+        """Start a worker that was scaled down once more, under its own id.
+
+        Raises:
+            NotFoundError: The endpoint had no such worker, or it did not end by being scaled down.
+            ClusterError: No room for it, or its process could not be spawned.
+        """
+        ...
+
     async def drain(self, worker_id: str, *, reason: str) -> None:
         """Hand out nothing more to the worker and let it finish and end; idempotent."""
         ...
@@ -87,12 +101,20 @@ class Fleet(Protocol):
 class WorkerListener(Protocol):
     """Told by the fleet what it may do with a worker: the slot table and the job queue."""
 
+    def spawned(self, worker: Worker, endpoint: Endpoint) -> None:
+        """Its process runs."""
+        ...
+
     def opened(self, worker: Worker, registration: Registration | None, capacity: int) -> None:
         """The worker takes work from now on; called again when its capacity or addresses change."""
         ...
 
+    def withdrawn(self, worker: Worker) -> None:
+        """Give it nothing more, for the time being or because it is to end when it has nothing in hand."""
+        ...
+
     def closed(self, worker: Worker) -> None:
-        """Give it nothing more; its open polls are to be answered now (worker-protocol.md §6.3)."""
+        """Give it nothing more; it has been told to end, so its open polls are to be answered now (§6.3)."""
         ...
 
     def occupied(self, worker_id: str) -> int:

@@ -1,4 +1,4 @@
-"""What is remembered: endpoints, keys, workers, jobs, usage, requests, starts.
+"""What is remembered: endpoints, keys, workers, jobs, batches, webhooks, usage, requests, starts.
 
 All methods may raise `StoreError` (disk full, database gone); then nothing of the call was done.
 A write has reached the disk when its method returns, and every later read sees it. A call whose
@@ -8,15 +8,18 @@ caller is cancelled has happened completely or not at all. Every implementation 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Protocol
 
 from pilotlight.core.lifecycle import Applied, JobEvent
+from pilotlight.domain.batch import Batch, BatchDraft
 from pilotlight.domain.endpoint import Endpoint, Revision
-from pilotlight.domain.job import Job, JobCounts, JobStatus, QueueDemand
+from pilotlight.domain.job import Idempotency, Job, JobCounts, JobStatus, QueueDemand
 from pilotlight.domain.key import ApiKey
 from pilotlight.domain.usage import RequestRecord, StartRecord, UsageInterval
+from pilotlight.domain.webhook import WebhookDelivery
 from pilotlight.domain.worker import Worker
 
 
@@ -94,35 +97,69 @@ class Chunk:
     body: bytes
 
 
-class JobStore(Protocol):
-    """The queue. State changes go through `core.lifecycle.apply`, inside the store's own exclusion."""
+class ChunkFate(StrEnum):
+    """What became of a posted stream chunk."""
 
-    async def submit(self, job: Job) -> None:
-        """Store a new job in IN_QUEUE. ConflictError when the id exists."""
+    STORED = "stored"
+    OTHER_ATTEMPT = "other_attempt"
+    FULL = "full"
+
+
+class JobStore(Protocol):
+    """The queue. State changes go through `core.lifecycle.apply`, inside the store's own exclusion.
+
+    A change by which a job with a webhook becomes terminal stores a `WebhookDelivery` with it
+    (`core.job_object.webhook_body`; due at once), in the same transaction.
+    """
+
+    async def submit(
+        self,
+        job: Job,
+        *,
+        idempotency: Idempotency | None = None,
+        announce: Callable[[], None] | None = None,
+    ) -> Job:
+        """Store a new job in IN_QUEUE and return it, or return the job of an earlier, equal submission.
+
+        Args:
+            job: The job, with its input.
+            idempotency: Remembered for as long as the job's record lives; means something together with the
+                endpoint and the API key of the job.
+            announce: Called once, on the event loop, as soon as a `take` that is called from then on will
+                find the job. That may be before it is durable, as long as such a take returns no earlier;
+                for a repetition it may be left out.
+
+        Raises:
+            ConflictError: The id exists, or the idempotency key was used with another fingerprint.
+        """
         ...
 
     async def take(self, endpoint_id: str, worker_id: str, *, count: int, now_ms: int) -> Sequence[Job]:
-        """Hand out up to `count` jobs, FIFO by `queued_ms`, normal before low priority, none expired.
+        """Hand out up to `count` jobs with their inputs, lane by lane (`Job.lane`), none expired.
 
-        A retried job (`retries > 0` or attempt > 0) goes to the head of its class
-        (serverless-api.md §12 item 34). When the caller is cancelled meanwhile, jobs already picked go
-        back to the queue as by `PlatformInterrupted`.
+        Within a lane FIFO by `queued_ms`, those handed out before first (serverless-api.md §12 item 34).
+        When the caller is cancelled meanwhile, jobs already picked go back to the queue as by
+        `PlatformInterrupted`.
         """
         ...
 
     async def apply(self, job_id: str, event: JobEvent) -> Applied:
-        """Apply one event and return before, after and effect.
+        """Apply one event and return before, after and effect; neither job has its input.
 
-        When the job goes back to the queue or becomes CANCELLED, chunks of the ended attempt that
-        nobody has read are dropped for a requeue and kept for a cancellation.
+        When the job goes back to the queue its chunks are dropped; when it becomes CANCELLED they stay. A
+        request of a cancelled batch that would go back to the queue is cancelled instead.
 
         Raises:
-            NotFoundError: Unknown or expired job.
+            NotFoundError: Unknown, pruned or purged job.
         """
         ...
 
+    async def apply_many(self, events: Sequence[tuple[str, JobEvent]]) -> Sequence[Applied | None]:
+        """Apply events to several jobs in one go, in order; None for a job that is not known."""
+        ...
+
     async def job(self, job_id: str) -> Job:
-        """One job. NotFoundError when unknown or pruned."""
+        """One job without its input. NotFoundError when unknown, pruned or purged."""
         ...
 
     async def jobs(
@@ -133,57 +170,86 @@ class JobStore(Protocol):
         before: tuple[int, str] | None = None,
         limit: int = 50,
     ) -> Sequence[Job]:
-        """Jobs newest first, by (created_ms, id), strictly before the given position."""
-        ...
+        """Jobs newest first, by (created_ms, id), strictly before the given position.
 
-    async def append_chunk(self, job_id: str, worker_id: str, body: bytes) -> bool:
-        """Add a stream chunk of the running attempt; False (and nothing stored) for another attempt.
-
-        Also marks the job confirmed. NotFoundError when unknown.
+        Without inputs and outputs.
         """
         ...
 
-    async def drain_chunks(self, job_id: str, *, limit_bytes: int) -> tuple[Job, Sequence[Chunk]]:
-        """Take chunks not returned before, in order, up to about `limit_bytes` (at least one).
+    async def append_chunk(
+        self, job_id: str, worker_id: str, body: bytes, *, attempt: int | None, now_ms: int, limit_bytes: int
+    ) -> ChunkFate:
+        """Add a stream chunk of the running attempt; nothing is stored unless the answer is STORED.
 
-        Destructive: a chunk is returned once. Returning any sets `chunk_read`. The job is the state
-        in the same moment, so a terminal status with an empty list means the stream is complete.
+        Also confirms the job, and marks its first output. FULL when the chunks of the job that nobody has
+        read would exceed `limit_bytes`. NotFoundError when unknown.
         """
         ...
 
-    async def has_chunks(self, job_id: str) -> bool:
-        """Whether chunks wait for a reader."""
+    async def drain_chunks(
+        self, job_id: str, *, limit_bytes: int, cursor: int | None = None
+    ) -> tuple[Job, Sequence[Chunk]]:
+        """Chunks not returned before, in order, up to about `limit_bytes` (at least one).
+
+        Each is returned once: the last one returned is remembered, and returning any sets `chunk_read`. With
+        a `cursor` the chunks from that sequence on are read instead and nothing is remembered but
+        `chunk_read`. The job (without its input) is the state in the same moment, so a terminal status with
+        an empty list means the stream is complete.
+        """
+        ...
+
+    async def has_chunks(self, job_id: str, *, cursor: int | None = None) -> bool:
+        """Whether there are chunks not returned before, or any from `cursor` on."""
         ...
 
     async def demand(self, endpoint_id: str, *, overdue_before_ms: int) -> QueueDemand:
         """The queue as the scaler sees it; jobs queued earlier than `overdue_before_ms` are overdue.
 
         Overdue ones are counted up to 10,000, so that a long queue costs no more than a short one. Jobs
-        past their time to live count until an event ends them.
+        past their time to live count until an event ends them; purged ones do not.
+        """
+        ...
+
+    async def ahead(self, job_id: str) -> int:
+        """How many jobs of its endpoint are to be served before a queued one, counted up to 10,000.
+
+        0 for a job that is not queued. NotFoundError when unknown.
         """
         ...
 
     async def counts(self, endpoint_id: str) -> JobCounts:
         """The counters of `/health`; completed, failed and retried survive pruning.
 
-        Failed are FAILED and TIMED_OUT; retried is the number of re-dispatches that used up a retry.
+        Failed are FAILED and TIMED_OUT; retried is the number of re-dispatches that used up a retry, plus
+        the retries that clients asked for.
         """
         ...
 
     async def running(self, *, worker_id: str | None = None) -> Sequence[Job]:
-        """Jobs IN_PROGRESS, of one worker or of all, in the order of their submission."""
+        """Jobs IN_PROGRESS without inputs, of one worker or of all, in the order of their submission."""
         ...
 
     async def due(self, *, now_ms: int, limit: int = 1000) -> Sequence[Job]:
-        """Non-terminal jobs whose ttl or execution timeout has passed, the longest overdue first."""
+        """Living jobs without inputs whose ttl or execution timeout has passed, the longest overdue first."""
         ...
 
-    async def cancel_all(self, endpoint_id: str, event: JobEvent) -> Sequence[Applied]:
-        """Apply an event to every non-terminal job of an endpoint (its deletion).
+    async def cancel_all(self, endpoint_id: str, event: JobEvent, *, limit: int = 500) -> Sequence[Applied]:
+        """Apply an event to up to `limit` living jobs of an endpoint (its deletion), oldest first.
 
-        Jobs are ended slice by slice, so that other callers get their turn; after a `StoreError` some may
-        have ended and calling again ends the rest.
+        Call it until it returns nothing.
         """
+        ...
+
+    async def purge(self, endpoint_id: str, *, now_ms: int) -> int:
+        """Remove all queued jobs of an endpoint and return how many (serverless-api.md §2.15).
+
+        From its return on they are unknown to every call, however many they are; `delete_purged` frees their
+        space. Jobs submitted or queued again later are not concerned.
+        """
+        ...
+
+    async def delete_purged(self, *, now_ms: int, limit: int = 1000) -> int:
+        """Delete purged jobs, leaving CANCELLED webhooks behind; returns how many, 0 when none are left."""
         ...
 
     async def shorten(self, job_id: str, *, now_ms: int, ttl_ms: int) -> None:
@@ -195,6 +261,112 @@ class JobStore(Protocol):
 
     async def prune_jobs(self, *, now_ms: int, limit: int = 1000) -> int:
         """Delete terminal jobs past their retention, with their chunks; returns how many."""
+        ...
+
+
+class BatchStore(Protocol):
+    """Batches (serverless-api.md §2.16). Their requests are jobs from `finalize_batch` on."""
+
+    async def add_batch(self, batch: Batch, drafts: Sequence[BatchDraft]) -> None:
+        """Store a new draft with its first requests. ConflictError when an id exists."""
+        ...
+
+    async def add_batch_requests(self, batch_id: str, drafts: Sequence[BatchDraft]) -> Batch:
+        """Append requests to a draft; returns the batch after it.
+
+        Raises:
+            NotFoundError: Unknown batch.
+            ConflictError: Not a draft, or an id exists.
+        """
+        ...
+
+    async def remove_batch_request(self, batch_id: str, request_id: str) -> Batch:
+        """Take a request out of a draft. NotFoundError when unknown, ConflictError when not a draft."""
+        ...
+
+    async def rename_batch(self, batch_id: str, name: str) -> Batch:
+        """Give it another name. NotFoundError when unknown, ConflictError when not a draft."""
+        ...
+
+    async def finalize_batch(self, batch_id: str, template: Job) -> Batch:
+        """Queue the requests of a draft as jobs, in their order, all or none.
+
+        Args:
+            batch_id: Which.
+            template: The job each becomes, but for `id`, `input` and `input_bytes`; its `created_ms` is the
+                moment.
+
+        Raises:
+            NotFoundError: Unknown batch.
+            ConflictError: Not a draft.
+        """
+        ...
+
+    async def cancel_batch(self, batch_id: str, *, now_ms: int) -> tuple[Batch, Sequence[Applied]]:
+        """Cancel its queued requests for good; running ones finish. Drafts and ended ones are legal, too.
+
+        Returns the batch and what became of the requests that were queued.
+        """
+        ...
+
+    async def batch(self, batch_id: str) -> Batch:
+        """One batch. NotFoundError when unknown or pruned."""
+        ...
+
+    async def batches(self, endpoint_id: str, *, limit: int = 1000) -> Sequence[Batch]:
+        """Batches of an endpoint, newest first."""
+        ...
+
+    async def batch_requests(self, batch_id: str, *, offset: int, limit: int) -> Sequence[Job | BatchDraft]:
+        """A page of its requests in their order: drafts, or jobs without inputs but with outputs."""
+        ...
+
+    async def prune_batches(self, *, ended_before_ms: int, limit: int = 100) -> int:
+        """Forget batches that are not active and none of whose jobs is left, created before that moment."""
+        ...
+
+
+class WebhookStore(Protocol):
+    """Webhook deliveries: due ones, and dead letters."""
+
+    async def due_webhooks(
+        self,
+        *,
+        now_ms: int,
+        limit: int = 100,
+        skip_ids: Collection[str] = (),
+        skip_hosts: Collection[str] = (),
+    ) -> Sequence[WebhookDelivery]:
+        """Deliveries whose next try is due, the longest due first.
+
+        Args:
+            now_ms: The moment.
+            limit: How many at most.
+            skip_ids: Deliveries left out: those under way.
+            skip_hosts: Hosts (`WebhookDelivery.host`) left out: those that have enough under way.
+        """
+        ...
+
+    async def next_webhook_ms(self) -> int | None:
+        """When the next try of any delivery is due; None when there is none."""
+        ...
+
+    async def put_webhook(self, delivery: WebhookDelivery) -> None:
+        """Replace a delivery; `next_ms` None makes it a dead letter, of which the newest 1,000 are kept."""
+        ...
+
+    async def delete_webhook(self, delivery_id: str) -> None:
+        """Forget a delivery; nothing happens when it is unknown."""
+        ...
+
+    async def webhook(self, delivery_id: str) -> WebhookDelivery:
+        """One delivery. NotFoundError when unknown."""
+        ...
+
+    async def dead_webhooks(
+        self, *, endpoint_id: str | None = None, limit: int = 100
+    ) -> Sequence[WebhookDelivery]:
+        """Dead letters, newest first by `created_ms`."""
         ...
 
 
@@ -240,8 +412,54 @@ class StartLog(Protocol):
         ...
 
 
-class Store(EndpointStore, KeyStore, WorkerStore, JobStore, UsageStore, RequestLog, StartLog, Protocol):
+class StoreListener(Protocol):
+    """Told what other gateways have changed in a store that is shared, on the event loop, soon after it.
+
+    News may be late, double or, rarely, missing; `resync` says so, and comes every few seconds, too.
+    """
+
+    def jobs_changed(self, job_ids: Sequence[str]) -> None:
+        """Jobs changed their state or got chunks."""
+        ...
+
+    def queues_grew(self, endpoint_ids: Sequence[str]) -> None:
+        """Jobs were queued."""
+        ...
+
+    def configuration_changed(self) -> None:
+        """Endpoints or keys changed."""
+        ...
+
+    def resync(self) -> None:
+        """Anything may have changed: look again."""
+        ...
+
+
+class Store(
+    EndpointStore,
+    KeyStore,
+    WorkerStore,
+    JobStore,
+    BatchStore,
+    WebhookStore,
+    UsageStore,
+    RequestLog,
+    StartLog,
+    Protocol,
+):
     """Everything one installation remembers; opened once, by `bootstrap`."""
+
+    def listen(self, listener: StoreListener) -> None:
+        """Tell what others change from now on; at most one listener. Stores of one process never tell."""
+        ...
+
+    async def lead(self, lost: Callable[[], None]) -> bool:
+        """Become the one gateway that starts workers and keeps time, if no other one is.
+
+        Stores of one process always answer True. With a shared one the lead lasts until `close`, or until it
+        is lost together with the connection that holds it: then `lost` is called, once.
+        """
+        ...
 
     async def close(self) -> None:
         """Finish what was accepted and release everything; idempotent."""
