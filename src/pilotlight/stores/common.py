@@ -1,10 +1,15 @@
-"""Rules that every store shares, so that they cannot drift apart: order, counting, fencing, messages."""
+"""Rules that every store shares, so that they cannot drift apart: order, counting, events, messages."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from pilotlight.domain.job import Job, JobStatus
+from pilotlight.core.job_object import webhook_body
+from pilotlight.core.lifecycle import Applied, Cancelled, JobEvent
+from pilotlight.core.lifecycle import apply as apply_event
+from pilotlight.domain.batch import Batch, BatchStatus
+from pilotlight.domain.job import ATTEMPTS_KEPT, Idempotency, Job, JobStatus, Lane
+from pilotlight.domain.webhook import WebhookDelivery
 from pilotlight.errors import ConflictError, NotFoundError
 
 OVERDUE_COUNT_MAX = 10_000
@@ -13,8 +18,11 @@ OVERDUE_COUNT_MAX = 10_000
 STARTS_KEPT = 10_000
 """Start records kept; older ones are dropped as new ones come, so that nothing has to prune them."""
 
-CANCEL_SLICE = 500
-"""Jobs that `cancel_all` ends in one go, so that other callers get their turn in between."""
+DEAD_WEBHOOKS_KEPT = 1_000
+"""Dead letters kept; older ones are dropped as new ones come."""
+
+AHEAD_COUNT_MAX = 10_000
+"""Jobs ahead of a queued one are counted up to here."""
 
 FAILURES = frozenset({JobStatus.FAILED, JobStatus.TIMED_OUT})
 """Terminal states that `/health` counts as failed; a cancellation is nobody's failure."""
@@ -26,6 +34,7 @@ class CounterChange:
 
     queued: int = 0
     queued_low: int = 0
+    queued_bytes: int = 0
     in_progress: int = 0
     completed: int = 0
     failed: int = 0
@@ -35,7 +44,8 @@ class CounterChange:
         """Count a job's way from one state to another; `before` is None for a new one."""
         if before is not None:
             self._stand(before, -1)
-            self.retried += after.retries - before.retries
+            # A retry by the client begins a new count of re-dispatches and is one itself.
+            self.retried += 1 if before.status.terminal else after.retries - before.retries
         self._stand(after, 1)
         if before is None or before.status is not after.status:
             self.completed += after.status is JobStatus.COMPLETED
@@ -43,6 +53,7 @@ class CounterChange:
 
     def _stand(self, job: Job, sign: int) -> None:
         if job.status is JobStatus.IN_QUEUE:
+            self.queued_bytes += sign * job.input_bytes
             if job.low_priority:
                 self.queued_low += sign
             else:
@@ -51,9 +62,11 @@ class CounterChange:
             self.in_progress += sign
 
 
-def holds(job: Job, worker_id: str) -> bool:
-    """Whether the running attempt of a job belongs to that worker."""
-    return job.status is JobStatus.IN_PROGRESS and job.worker_id == worker_id
+def holds(job: Job, worker_id: str, attempt: int | None) -> bool:
+    """Whether the running attempt of a job is that worker's, and the given one where one is given."""
+    return (
+        job.status is JobStatus.IN_PROGRESS and job.worker_id == worker_id and attempt in {None, job.attempt}
+    )
 
 
 def after_shortening(job: Job, *, now_ms: int, ttl_ms: int) -> Job:
@@ -76,12 +89,94 @@ def deadline_ms(job: Job) -> int:
     return job.expires_ms
 
 
+_LANES = {lane: number for number, lane in enumerate(Lane)}
+
+
 def rank(job: Job) -> int:
     """Class of a queued job; lower is served first (serverless-api.md §12 item 34).
 
-    0 normal and handed out before, 1 normal, 2 low priority and handed out before, 3 low priority.
+    Twice the number of its lane, plus one for a job that was never handed out.
     """
-    return 2 * job.low_priority + (job.attempt == 0 and job.retries == 0)
+    return 2 * _LANES[job.lane] + (job.attempt == 0)
+
+
+def apply(job: Job, event: JobEvent, *, batch_cancelled: bool) -> Applied:
+    """What an event does to a job, and to a request of a batch that has been cancelled.
+
+    Such a request is not queued again: what would send it back ends it (serverless-api.md §2.16).
+    """
+    applied = apply_event(job, event)
+    if batch_cancelled and applied.requeued:
+        return apply_event(job, Cancelled(now_ms=event.now_ms))
+    return applied
+
+
+def webhook_delivery(job: Job, job_input: bytes) -> WebhookDelivery:
+    """What is to be told of a job that has just become terminal; due at once.
+
+    Args:
+        job: The job, which has a webhook, in its terminal state.
+        job_input: Its input.
+    """
+    assert job.webhook is not None
+    assert job.finished_ms is not None
+    return WebhookDelivery(
+        id=_webhook_id(job),
+        job_id=job.id,
+        endpoint_id=job.endpoint_id,
+        url=job.webhook,
+        body=webhook_body(job, job_input),
+        created_ms=job.finished_ms,
+        next_ms=job.finished_ms,
+    )
+
+
+def _webhook_id(job: Job) -> str:
+    """`{job id}.{attempt}`, and more when the job ends again without having been handed out again."""
+    repeats = 0
+    for ended in reversed(job.attempts):
+        if ended.number != job.attempt:
+            break
+        repeats += 1
+    if not repeats:
+        return f"{job.id}.{job.attempt}"
+    if repeats < ATTEMPTS_KEPT:
+        return f"{job.id}.{job.attempt}.{repeats}"
+    return f"{job.id}.{job.attempt}.{repeats}.{job.queued_ms}"
+
+
+def check_fingerprint(idempotency: Idempotency, fingerprint: bytes) -> None:
+    """Return when a repeated submission equals the first one, whose fingerprint is given.
+
+    Raises:
+        ConflictError: It does not.
+    """
+    if idempotency.fingerprint != fingerprint:
+        raise ConflictError(
+            f"Idempotency-Key {idempotency.key!r} was used for another submission; repeat that one unchanged,"
+            " or use a new key"
+        )
+
+
+def check_draft(batch: Batch) -> None:
+    """Return when a batch may still be changed, else raise ConflictError (serverless-api.md §2.16)."""
+    if batch.status is not BatchStatus.DRAFT:
+        raise ConflictError("batch is not in DRAFT")
+
+
+_BATCH_COUNTERS = {
+    JobStatus.IN_QUEUE: "queued",
+    JobStatus.IN_PROGRESS: "in_progress",
+    JobStatus.COMPLETED: "completed",
+    JobStatus.FAILED: "failed",
+    JobStatus.TIMED_OUT: "failed",
+    JobStatus.CANCELLED: "cancelled",
+}
+
+
+def batch_counter(status: JobStatus) -> str:
+    """The field of `Batch` that counts requests in that state."""
+    return _BATCH_COUNTERS[status]
 
 
 def job_not_found(job_id: str) -> NotFoundError:
@@ -97,6 +192,21 @@ def endpoint_not_found(endpoint_id: str) -> NotFoundError:
 def key_not_found(key_id: str) -> NotFoundError:
     """The error for an unknown key."""
     return NotFoundError(f"API key not found: {key_id}")
+
+
+def batch_not_found(batch_id: str) -> NotFoundError:
+    """The error for a batch that is unknown or has been pruned."""
+    return NotFoundError(f"batch not found: {batch_id}")
+
+
+def request_not_found(request_id: str) -> NotFoundError:
+    """The error for a request that is not in a batch."""
+    return NotFoundError(f"batch request not found: {request_id}")
+
+
+def webhook_not_found(delivery_id: str) -> NotFoundError:
+    """The error for a delivery that is unknown, done or dropped."""
+    return NotFoundError(f"webhook delivery not found: {delivery_id}")
 
 
 def id_taken(kind: str, value: str) -> ConflictError:

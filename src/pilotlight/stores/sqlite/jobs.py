@@ -1,46 +1,94 @@
 """Operations on the queue: functions of a transaction, called by `store` through its threads.
 
-Every change of state goes load, `core.lifecycle.apply`, write, inside one transaction of the one
-writer; that is the exclusion the port promises. What may go wrong is found before the first write.
+What may go wrong is found before the first write. A purged job stays in its table until `delete_purged`,
+but the views hide it and no operation but that one sees it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
-from pilotlight.core import lifecycle
-from pilotlight.core.lifecycle import Applied, JobEvent, PlatformInterrupted, Taken
-from pilotlight.domain.job import Job, JobCounts, JobStatus, QueueDemand
-from pilotlight.ports.store import Chunk
+import msgspec
+
+from pilotlight.core.lifecycle import Applied, Cancelled, JobEvent, PlatformInterrupted, Taken
+from pilotlight.domain.job import Idempotency, Job, JobCounts, JobStatus, QueueDemand
+from pilotlight.errors import PilotlightError
 from pilotlight.stores import common
-from pilotlight.stores.sqlite.threads import Transaction
+from pilotlight.stores.sqlite.changes import SEQ, JobChanges, Row, find_many, job_of, load, notify
+from pilotlight.stores.sqlite.threads import Bulk, Transaction
 
-_SEQ = 21
-"""Position of `seq` in `job_records`, after the fields of `Job`."""
+_CREATED, _RANK = 7, 28
+"""Positions in `job_records`."""
 
-_PAGES = {
-    (False, False): "jobs_newest",
-    (False, True): "jobs_newest_before",
-    (True, False): "jobs_newest_by_status",
-    (True, True): "jobs_newest_by_status_before",
-}
-"""The query for a page of jobs: in one state only, from a position on."""
+_FINGERPRINT = 34
+"""Position of what `remembered` has behind `job_records`."""
+
+_RANKS = range(6)
+
+Submission = tuple[Job, Idempotency | None]
+TakeOrder = tuple[str, str, int, int]
+Events = Sequence[tuple[str, JobEvent]]
 
 
-def submit(transaction: Transaction, job: Job) -> None:
-    """Store a new job with its input and count it."""
-    assert job.status is JobStatus.IN_QUEUE
-    cursor = transaction.execute(
-        "insert_job",
+def submit_many(transaction: Transaction, items: Sequence[Submission]) -> list[Job | PilotlightError]:
+    """Store new jobs with their inputs and count them, or find those of earlier, equal submissions."""
+    answers: list[Job | PilotlightError] = []
+    fresh: list[int] = []
+    keys: dict[tuple[str, str, str], Submission] = {}
+    for number, (job, idempotency) in enumerate(items):
+        assert job.status is JobStatus.IN_QUEUE
+        earlier = None
+        if idempotency is not None:
+            earlier = _earlier(transaction, job, idempotency, keys)
+        answers.append(job if earlier is None else earlier)
+        if earlier is None:
+            fresh.append(number)
+    refused = _insert(transaction, [items[number] for number in fresh])
+    for index in refused:
+        answers[fresh[index]] = common.id_taken("job", items[fresh[index]][0].id)
+    return answers
+
+
+def _earlier(
+    transaction: Transaction,
+    job: Job,
+    idempotency: Idempotency,
+    keys: dict[tuple[str, str, str], Submission],
+) -> Job | PilotlightError | None:
+    """The job of an earlier submission under the same key, in `keys` or stored; a refusal; or neither."""
+    place = (job.endpoint_id, job.key_id, idempotency.key)
+    row = transaction.execute("remembered", place).fetchone()
+    if row is not None:
+        found, fingerprint = job_of(row), row[_FINGERPRINT]
+    elif place in keys:
+        first, remembered = keys[place]
+        assert remembered is not None
+        found, fingerprint = replace(first, input=b""), remembered.fingerprint
+    else:
+        keys[place] = (job, idempotency)
+        return None
+    try:
+        common.check_fingerprint(idempotency, fingerprint)
+    except PilotlightError as error:
+        return error
+    return found
+
+
+def _insert(transaction: Transaction, items: Sequence[Submission]) -> list[int]:
+    """Insert new jobs; returns the positions of those whose id exists."""
+    if not items:
+        return []
+    last: int = transaction.execute("last_seq").fetchone()[0]
+    rows = [
         (
+            seq,
             job.id,
             job.endpoint_id,
             job.key_id,
-            job.status.value,
-            job.sync,
-            job.low_priority,
+            job.input_bytes,
+            1 if job.sync else 0,
+            1 if job.low_priority else 0,
             job.created_ms,
             job.queued_ms,
             job.expires_ms,
@@ -48,44 +96,80 @@ def submit(transaction: Transaction, job: Job) -> None:
             job.retention_ms,
             job.attempt,
             job.retries,
-            job.worker_id,
-            job.started_ms,
-            job.confirmed,
-            job.chunk_read,
-            job.finished_ms,
-            job.output,
-            job.error,
-        ),
+            job.retries_max,
+            job.webhook,
+            job.s3_config,
+            job.batch_id,
+            transaction.purges(job.endpoint_id),
+        )
+        for seq, (job, _) in enumerate(items, last + 1)
+    ]
+    inserted = transaction.executemany("insert_job", rows).rowcount
+    refused: list[int] = []
+    if inserted < len(items):
+        present = {row[0] for row in transaction.execute("inserted", (last,))}
+        refused = [index for index in range(len(items)) if last + 1 + index not in present]
+        items = [item for index, item in enumerate(items) if last + 1 + index in present]
+        rows = [row for row in rows if row[0] in present]
+    transaction.executemany(
+        "insert_input", [(row[0], job.input) for row, (job, _) in zip(rows, items, strict=True)]
     )
-    if cursor.rowcount == 0:
-        raise common.id_taken("job", job.id)
-    transaction.execute("insert_job_input", (cursor.lastrowid, job.input))
-    transaction.counters(job.endpoint_id).move(None, job)
+    for row, (job, idempotency) in zip(rows, items, strict=True):
+        transaction.counters(job.endpoint_id).move(None, job)
+        if idempotency is not None:
+            place = (job.endpoint_id, job.key_id, idempotency.key)
+            transaction.execute("remember", (*place, idempotency.fingerprint, row[0]))
+    return refused
 
 
-def take(transaction: Transaction, endpoint_id: str, worker_id: str, count: int, now_ms: int) -> list[Job]:
-    """Pick the next jobs in the order of service and hand them to a worker."""
-    rows = transaction.execute("next_jobs", (endpoint_id, now_ms, max(0, count))).fetchall()
-    event = Taken(worker_id=worker_id, now_ms=now_ms)
-    return [_apply(transaction, row, event).after for row in rows]
+def take_many(transaction: Transaction, orders: Sequence[TakeOrder]) -> list[list[Job]]:
+    """Pick the next jobs in the order of service for each taker, the first taker first."""
+    answers: list[list[Job]] = []
+    queues: dict[str, list[Row]] = {}
+    for endpoint_id, _, _, _ in orders:
+        if endpoint_id not in queues:
+            mine = [order for order in orders if order[0] == endpoint_id]
+            count = sum(max(0, order[2]) for order in mine)
+            place = (endpoint_id, transaction.purges(endpoint_id), max(order[3] for order in mine), count)
+            queues[endpoint_id] = transaction.execute("next_jobs", place).fetchall()[::-1]
+    for endpoint_id, worker_id, count, now_ms in orders:
+        queue = queues[endpoint_id]
+        rows = [queue.pop() for _ in range(min(count, len(queue)))]
+        answers.append(_hand_out(transaction, rows, Taken(worker_id=worker_id, now_ms=now_ms)))
+    return answers
+
+
+def _hand_out(transaction: Transaction, rows: Sequence[Row], event: Taken) -> list[Job]:
+    if not rows:
+        return []
+    taken = JobChanges(transaction, rows, with_inputs=True).apply_all(event)
+    seqs = msgspec.json.encode([row[SEQ] for row in rows]).decode()
+    transaction.execute("take_jobs", (event.worker_id, event.now_ms, seqs))
+    return [applied.after for applied in taken]
 
 
 def give_back(transaction: Transaction, jobs: Sequence[Job], now_ms: int) -> None:
     """Requeue jobs whose taker went away before it learned of them, unless something else happened since."""
-    for taken in jobs:
-        row = transaction.execute("job", (taken.id,)).fetchone()
-        if row is not None and _job(row) == taken:
-            _apply(transaction, row, PlatformInterrupted(now_ms=now_ms))
+    found = {row[0]: row for row in find_many(transaction, [job.id for job in jobs])}
+    untouched = [found[job.id] for job in jobs if job.id in found and job_of(found[job.id], job.input) == job]
+    changes = JobChanges(transaction, untouched)
+    changes.apply_all(PlatformInterrupted(now_ms=now_ms, reason="worker hung up"))
+    changes.write()
 
 
-def apply(transaction: Transaction, job_id: str, event: JobEvent) -> Applied:
-    """Apply one event to one job."""
-    return _apply(transaction, _row(transaction, job_id), event)
+def apply_lists(transaction: Transaction, lists: Sequence[Events]) -> list[list[Applied | None]]:
+    """Apply lists of events to jobs; None for those that are unknown."""
+    changes = JobChanges(
+        transaction, find_many(transaction, {job_id: None for events in lists for job_id, _ in events})
+    )
+    answers = [[changes.apply(job_id, event) for job_id, event in events] for events in lists]
+    changes.write()
+    return answers
 
 
 def job(transaction: Transaction, job_id: str) -> Job:
     """One job."""
-    return _job(_row(transaction, job_id))
+    return job_of(load(transaction, job_id))
 
 
 def jobs(
@@ -95,49 +179,17 @@ def jobs(
     before: tuple[int, str] | None,
     limit: int,
 ) -> list[Job]:
-    """A page of jobs, newest first."""
-    query = _PAGES[status is not None, before is not None]
-    state = () if status is None else (status.value,)
-    rows = transaction.execute(query, (endpoint_id, *state, *(before or ()), max(0, limit)))
-    return [_job(row) for row in rows]
-
-
-def append_chunk(transaction: Transaction, job_id: str, worker_id: str, body: bytes) -> bool:
-    """Store a chunk if the worker holds the job; its input is not read for that."""
-    row = transaction.execute("job_for_chunk", (job_id,)).fetchone()
-    if row is None:
-        raise common.job_not_found(job_id)
-    seq, status, holder, sequence = row
-    if status != JobStatus.IN_PROGRESS.value or holder != worker_id:
-        return False
-    transaction.execute("count_chunk", (seq,))
-    transaction.execute("insert_chunk", (seq, sequence, body))
-    return True
-
-
-def drain_chunks(transaction: Transaction, job_id: str, limit_bytes: int) -> tuple[Job, list[Chunk]]:
-    """Take waiting chunks away and mark the job as read."""
-    row = _row(transaction, job_id)
-    current, seq = _job(row), row[_SEQ]
-    chunks: list[Chunk] = []
-    size = 0
-    for sequence, body in transaction.execute("chunks", (seq,)):
-        size += len(body)
-        if chunks and size > limit_bytes:
-            break
-        chunks.append(Chunk(sequence=sequence, body=body))
-    if not chunks:
-        return current, []
-    transaction.execute("delete_chunks_through", (seq, chunks[-1].sequence))
-    if not current.chunk_read:
-        current = replace(current, chunk_read=True)
-        _write(transaction, seq, current)
-    return current, chunks
-
-
-def has_chunks(transaction: Transaction, job_id: str) -> bool:
-    """Whether chunks wait for a reader."""
-    return bool(transaction.execute("has_chunks", (job_id,)).fetchone()[0])
+    """A page of jobs, newest first, put together from the newest of each state."""
+    rows: list[Row] = []
+    for state in JobStatus if status is None else (status,):
+        if before is None:
+            place: tuple[object, ...] = (endpoint_id, state.value, max(0, limit))
+            rows += transaction.execute("newest_jobs", place)
+        else:
+            place = (endpoint_id, state.value, *before, max(0, limit))
+            rows += transaction.execute("newest_jobs_before", place)
+    rows.sort(key=lambda row: (row[_CREATED], row[0]), reverse=True)
+    return [job_of(row) for row in rows[: max(0, limit)]]
 
 
 def demand(transaction: Transaction, endpoint_id: str, overdue_before_ms: int) -> QueueDemand:
@@ -145,16 +197,34 @@ def demand(transaction: Transaction, endpoint_id: str, overdue_before_ms: int) -
     row = transaction.execute("counters", (endpoint_id,)).fetchone()
     if row is None:
         return QueueDemand()
-    queued, queued_low, in_progress = row[:3]
+    queued, queued_low, queued_bytes, in_progress, *_, purges = row
     oldest_ms, overdue = None, 0
     if queued:
-        oldest_ms = transaction.execute("oldest_queued", (endpoint_id,)).fetchone()[0]
+        oldest_ms = transaction.execute("oldest_queued", (endpoint_id, purges)).fetchone()[0]
         overdue = transaction.execute(
-            "count_overdue", (endpoint_id, overdue_before_ms, common.OVERDUE_COUNT_MAX)
+            "count_overdue", (endpoint_id, purges, overdue_before_ms, common.OVERDUE_COUNT_MAX)
         ).fetchone()[0]
     return QueueDemand(
-        queued=queued, queued_low=queued_low, oldest_ms=oldest_ms, overdue=overdue, in_progress=in_progress
+        queued=queued,
+        queued_low=queued_low,
+        queued_bytes=queued_bytes,
+        oldest_ms=oldest_ms,
+        overdue=overdue,
+        in_progress=in_progress,
     )
+
+
+def ahead(transaction: Transaction, job_id: str) -> int:
+    """How many jobs are served before a queued one."""
+    row = load(transaction, job_id)
+    found = job_of(row)
+    if found.status is not JobStatus.IN_QUEUE:
+        return 0
+    place = (transaction.purges(found.endpoint_id), row[_RANK], found.queued_ms, row[SEQ])
+    answer: int = transaction.execute(
+        "count_ahead", (found.endpoint_id, *place, common.AHEAD_COUNT_MAX)
+    ).fetchone()[0]
+    return answer
 
 
 def counts(transaction: Transaction, endpoint_id: str) -> JobCounts:
@@ -162,7 +232,7 @@ def counts(transaction: Transaction, endpoint_id: str) -> JobCounts:
     row = transaction.execute("counters", (endpoint_id,)).fetchone()
     if row is None:
         return JobCounts()
-    queued, queued_low, in_progress, completed, failed, retried = row
+    queued, queued_low, _, in_progress, completed, failed, retried, _ = row
     return JobCounts(
         queued=queued + queued_low,
         in_progress=in_progress,
@@ -178,29 +248,60 @@ def running(transaction: Transaction, worker_id: str | None) -> list[Job]:
         rows = transaction.execute("running_jobs")
     else:
         rows = transaction.execute("running_jobs_of_worker", (worker_id,))
-    return [_job(row) for row in rows]
+    return [job_of(row) for row in rows]
 
 
 def due(transaction: Transaction, now_ms: int, limit: int) -> list[Job]:
     """Living jobs whose time is over."""
-    return [_job(row) for row in transaction.execute("due_jobs", (now_ms, max(0, limit)))]
+    return [job_of(row) for row in transaction.execute("due_jobs", (now_ms, max(0, limit)))]
 
 
-def cancel_some(
-    transaction: Transaction, endpoint_id: str, event: JobEvent, after: tuple[int, str]
-) -> list[Applied]:
-    """Apply an event to the next living jobs of an endpoint after a position; empty behind the last."""
-    rows = transaction.execute("living_jobs", (endpoint_id, *after, common.CANCEL_SLICE)).fetchall()
-    return [_apply(transaction, row, event) for row in rows]
+def cancel_some(transaction: Transaction, endpoint_id: str, event: JobEvent, limit: int) -> list[Applied]:
+    """Apply an event to the oldest living jobs of an endpoint."""
+    rows = transaction.execute("running_jobs_of_endpoint", (endpoint_id,)).fetchall()
+    purges = transaction.purges(endpoint_id)
+    for rank in _RANKS:
+        rows += transaction.execute("queued_jobs", (endpoint_id, purges, rank, max(0, limit))).fetchall()
+    rows.sort(key=lambda row: (row[_CREATED], row[SEQ]))
+    changes = JobChanges(transaction, rows[: max(0, limit)])
+    ended = changes.apply_all(event)
+    changes.write()
+    return ended
+
+
+def purge(transaction: Transaction, endpoint_id: str) -> int:
+    """Mark the whole queue of an endpoint as purged."""
+    transaction.flush()
+    row = transaction.execute("counters", (endpoint_id,)).fetchone()
+    number: int = 0 if row is None else row[0] + row[1]
+    if number:
+        transaction.purge(endpoint_id)
+    return number
+
+
+def delete_purged(transaction: Transaction, now_ms: int, limit: int) -> int:
+    """Delete purged jobs, and leave deliveries behind for those that had a webhook."""
+    deleted = 0
+    for endpoint_id, purges in transaction.execute("purged_queues").fetchall():
+        rows = transaction.execute("purged_jobs", (endpoint_id, purges, max(0, limit) - deleted)).fetchall()
+        for seq, webhook in rows:
+            if webhook is not None:
+                record = transaction.execute("purged_job", (seq,)).fetchone()
+                event = Cancelled(now_ms=now_ms)
+                ended = common.apply(job_of(record), event, batch_cancelled=False).after
+                notify(transaction, seq, ended)
+        transaction.executemany("delete_job", [(seq,) for seq, _ in rows])
+        deleted += len(rows)
+    return deleted
 
 
 def shorten(transaction: Transaction, job_id: str, now_ms: int, ttl_ms: int) -> None:
     """Shorten the life of a job's record."""
-    row = _row(transaction, job_id)
-    before = _job(row)
+    row = load(transaction, job_id)
+    before = job_of(row)
     after = common.after_shortening(before, now_ms=now_ms, ttl_ms=ttl_ms)
     if after != before:
-        _write(transaction, row[_SEQ], after)
+        transaction.execute("shorten_job", (after.expires_ms, after.retention_ms, row[SEQ]))
 
 
 def prune(transaction: Transaction, now_ms: int, limit: int) -> int:
@@ -208,67 +309,7 @@ def prune(transaction: Transaction, now_ms: int, limit: int) -> int:
     return transaction.execute("prune_jobs", (now_ms, max(0, limit))).rowcount
 
 
-def _row(transaction: Transaction, job_id: str) -> tuple[Any, ...]:
-    row: tuple[Any, ...] | None = transaction.execute("job", (job_id,)).fetchone()
-    if row is None:
-        raise common.job_not_found(job_id)
-    return row
-
-
-def _apply(transaction: Transaction, row: tuple[Any, ...], event: JobEvent) -> Applied:
-    applied = lifecycle.apply(_job(row), event)
-    if not applied.changed:
-        return applied
-    _write(transaction, row[_SEQ], applied.after)
-    if applied.requeued:
-        transaction.execute("delete_chunks", (row[_SEQ],))
-    transaction.counters(applied.after.endpoint_id).move(applied.before, applied.after)
-    return applied
-
-
-def _write(transaction: Transaction, seq: int, job: Job) -> None:
-    transaction.execute(
-        "update_job",
-        (
-            job.status.value,
-            job.queued_ms,
-            job.expires_ms,
-            job.retention_ms,
-            job.attempt,
-            job.retries,
-            job.worker_id,
-            job.started_ms,
-            job.confirmed,
-            job.chunk_read,
-            job.finished_ms,
-            job.output,
-            job.error,
-            seq,
-        ),
-    )
-
-
-def _job(row: tuple[Any, ...]) -> Job:
-    return Job(
-        id=row[0],
-        endpoint_id=row[1],
-        key_id=row[2],
-        input=row[3],
-        status=JobStatus(row[4]),
-        sync=bool(row[5]),
-        low_priority=bool(row[6]),
-        created_ms=row[7],
-        queued_ms=row[8],
-        expires_ms=row[9],
-        execution_timeout_ms=row[10],
-        retention_ms=row[11],
-        attempt=row[12],
-        retries=row[13],
-        worker_id=row[14],
-        started_ms=row[15],
-        confirmed=bool(row[16]),
-        chunk_read=bool(row[17]),
-        finished_ms=row[18],
-        output=row[19],
-        error=row[20],
-    )
+SUBMIT: Bulk[Submission, Job] = Bulk(0, submit_many)
+APPLY: Bulk[Events, list[Applied | None]] = Bulk(1, apply_lists)
+TAKE: Bulk[TakeOrder, list[Job]] = Bulk(2, take_many)
+"""What comes often. Takes are last, so that they find what was queued before or together with them."""

@@ -9,14 +9,18 @@ from urllib.parse import quote
 from pilotlight.errors import DataFolderError
 from pilotlight.stores.sqlite.migrations import REVISIONS
 
-SQLITE_MIN = (3, 37, 0)
-"""STRICT tables came with this version."""
+SQLITE_MIN = (3, 38, 0)
+"""STRICT tables came a little earlier; from this version on functions of JSON are always there."""
 
 SYNCHRONOUS = ("FULL", "NORMAL", "EXTRA")
 """FULL: what was acknowledged survives power failure. NORMAL: it may not, at 1.4 times the speed."""
 
 _BUSY_TIMEOUT_MS = 5_000
 _JOURNAL_BYTES_MAX = 64 * 1024 * 1024
+_CHECKPOINT_PAGES = 4_000
+"""Length of the log at which it is folded into the database, by whose commit comes next; that one takes some
+10 ms more. Four times SQLite's default, so that at 200 submits/s fewer than one in a hundred is concerned."""
+
 _WRITER_CACHE_KIB = 16 * 1024
 _READER_CACHE_KIB = 8 * 1024
 
@@ -37,6 +41,7 @@ def connect_writer(path: Path, *, synchronous: str) -> sqlite3.Connection:
             _set(connection, "synchronous", synchronous)
             _set(connection, "foreign_keys", "ON")
             _set(connection, "journal_size_limit", _JOURNAL_BYTES_MAX)
+            _set(connection, "wal_autocheckpoint", _CHECKPOINT_PAGES)
             _set(connection, "temp_store", "MEMORY")
             _set(connection, "cache_size", -_WRITER_CACHE_KIB)
             _migrate(connection, path)

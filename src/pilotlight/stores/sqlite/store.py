@@ -7,20 +7,24 @@ here is only what is particular to SQLite.
 from __future__ import annotations
 
 import asyncio
-import functools
+import contextlib
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pilotlight.core.lifecycle import Applied, JobEvent, Progressed, ResultPosted
+from pilotlight.domain.batch import Batch, BatchDraft
 from pilotlight.domain.endpoint import Endpoint, Revision
-from pilotlight.domain.job import Job, JobCounts, JobStatus, QueueDemand
+from pilotlight.domain.job import Idempotency, Job, JobCounts, JobStatus, QueueDemand
 from pilotlight.domain.key import ApiKey
 from pilotlight.domain.usage import RequestRecord, StartRecord, UsageInterval
+from pilotlight.domain.webhook import WebhookDelivery
 from pilotlight.domain.worker import Worker
 from pilotlight.errors import StoreError
-from pilotlight.ports.store import Chunk
-from pilotlight.stores.sqlite import endpoints, jobs
+from pilotlight.ports.store import Chunk, ChunkFate, StoreListener
+from pilotlight.stores import common
+from pilotlight.stores.sqlite import batches, chunks, endpoints, jobs, webhooks
 from pilotlight.stores.sqlite import records as logs
 from pilotlight.stores.sqlite.folder import DATABASE_FILE, FolderLock, create_database_file
 from pilotlight.stores.sqlite.migrate import SYNCHRONOUS, connect_reader, connect_writer
@@ -73,6 +77,7 @@ class SqliteStore:
         self._writer = writer
         self._reader = reader
         self._closing: asyncio.Task[None] | None = None
+        self._returning: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
         """See `Store.close`."""
@@ -83,10 +88,19 @@ class SqliteStore:
         await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
+        if self._returning:
+            await asyncio.wait(self._returning)
         # The reader first: the last connection to be closed folds the log into the database, and only
         # the writer's can write.
         await self._reader.join()
         await self._writer.join()
+
+    def listen(self, listener: StoreListener) -> None:
+        """See `Store.listen`: the folder has one owner, so there are no others who could change anything."""
+
+    async def lead(self, lost: Callable[[], None]) -> bool:  # noqa: ARG002 - nobody takes it away
+        """See `Store.lead`: the folder's lock was taken when the store was opened."""
+        return True
 
     # Endpoints
 
@@ -146,37 +160,62 @@ class SqliteStore:
 
     # Jobs
 
-    async def submit(self, job: Job) -> None:
+    async def submit(
+        self,
+        job: Job,
+        *,
+        idempotency: Idempotency | None = None,
+        announce: Callable[[], None] | None = None,
+    ) -> Job:
         """See `JobStore.submit`."""
-        await self._writer.call(lambda transaction: jobs.submit(transaction, job), size=len(job.input))
+        if job.input_bytes != len(job.input):
+            job = replace(job, input_bytes=len(job.input))
+        submission = self._writer.submit_item(jobs.SUBMIT, (job, idempotency), size=len(job.input))
+        if announce is not None:
+            # The writer keeps the order: a take asked for from now on comes after this, in the same
+            # group or a later one, and is answered after the commit of both.
+            announce()
+        stored: Job = await submission.future
+        return stored
 
     async def take(self, endpoint_id: str, worker_id: str, *, count: int, now_ms: int) -> Sequence[Job]:
         """See `JobStore.take`."""
-        future = self._writer.submit(
-            lambda transaction: jobs.take(transaction, endpoint_id, worker_id, count, now_ms)
-        )
+        if self._returning:
+            # What callers who have gone had picked is to be found by whoever asks after them.
+            await asyncio.wait(self._returning)
+        order = self._writer.submit_item(jobs.TAKE, (endpoint_id, worker_id, count, now_ms))
         try:
-            return await asyncio.shield(future)
+            taken: Sequence[Job] = await asyncio.shield(order.future)
         except asyncio.CancelledError:
-            future.add_done_callback(lambda done: self._give_back(done, now_ms))
+            if not self._writer.withdraw(order):
+                returning = asyncio.create_task(self._give_back(order.future, now_ms), name="store-give-back")
+                self._returning.add(returning)
+                returning.add_done_callback(self._returning.discard)
             raise
+        return taken
 
-    def _give_back(self, future: asyncio.Future[list[Job]], now_ms: int) -> None:
-        if future.cancelled() or future.exception() is not None or not future.result():
-            return
-        taken = future.result()
-        try:
-            self._writer.submit(lambda transaction: jobs.give_back(transaction, taken, now_ms))
-        except StoreError:
-            # Closing: they stay handed out, and are interrupted when the next process starts.
-            return
+    async def _give_back(self, future: asyncio.Future[list[Job]], now_ms: int) -> None:
+        # A StoreError means: nothing was taken, or the store is closing; then they stay handed out, and are
+        # interrupted when the next process starts.
+        with contextlib.suppress(StoreError):
+            if taken := await future:
+                await self._writer.call(lambda transaction: jobs.give_back(transaction, taken, now_ms))
 
     async def apply(self, job_id: str, event: JobEvent) -> Applied:
         """See `JobStore.apply`."""
-        output = event.output if isinstance(event, ResultPosted | Progressed) else None
-        return await self._writer.call(
-            lambda transaction: jobs.apply(transaction, job_id, event), size=len(output or b"")
-        )
+        answers = await self.apply_many([(job_id, event)])
+        applied = answers[0]
+        if applied is None:
+            raise common.job_not_found(job_id)
+        return applied
+
+    async def apply_many(self, events: Sequence[tuple[str, JobEvent]]) -> Sequence[Applied | None]:
+        """See `JobStore.apply_many`."""
+        size = sum(_size(event) for _, event in events)
+        answers: Sequence[Applied | None] = await self._writer.submit_item(
+            jobs.APPLY, events, size=size
+        ).future
+        return answers
 
     async def job(self, job_id: str) -> Job:
         """See `JobStore.job`."""
@@ -195,27 +234,38 @@ class SqliteStore:
             lambda transaction: jobs.jobs(transaction, endpoint_id, status, before, limit)
         )
 
-    async def append_chunk(self, job_id: str, worker_id: str, body: bytes) -> bool:
+    async def append_chunk(
+        self, job_id: str, worker_id: str, body: bytes, *, attempt: int | None, now_ms: int, limit_bytes: int
+    ) -> ChunkFate:
         """See `JobStore.append_chunk`."""
         return await self._writer.call(
-            lambda transaction: jobs.append_chunk(transaction, job_id, worker_id, body), size=len(body)
+            lambda transaction: chunks.append(
+                transaction, job_id, worker_id, body, attempt, now_ms, limit_bytes
+            ),
+            size=len(body),
         )
 
-    async def drain_chunks(self, job_id: str, *, limit_bytes: int) -> tuple[Job, Sequence[Chunk]]:
+    async def drain_chunks(
+        self, job_id: str, *, limit_bytes: int, cursor: int | None = None
+    ) -> tuple[Job, Sequence[Chunk]]:
         """See `JobStore.drain_chunks`."""
         return await self._writer.call(
-            lambda transaction: jobs.drain_chunks(transaction, job_id, limit_bytes)
+            lambda transaction: chunks.drain(transaction, job_id, limit_bytes, cursor)
         )
 
-    async def has_chunks(self, job_id: str) -> bool:
+    async def has_chunks(self, job_id: str, *, cursor: int | None = None) -> bool:
         """See `JobStore.has_chunks`."""
-        return await self._reader.call(lambda transaction: jobs.has_chunks(transaction, job_id))
+        return await self._reader.call(lambda transaction: chunks.waiting(transaction, job_id, cursor))
 
     async def demand(self, endpoint_id: str, *, overdue_before_ms: int) -> QueueDemand:
         """See `JobStore.demand`."""
         return await self._reader.call(
             lambda transaction: jobs.demand(transaction, endpoint_id, overdue_before_ms)
         )
+
+    async def ahead(self, job_id: str) -> int:
+        """See `JobStore.ahead`."""
+        return await self._reader.call(lambda transaction: jobs.ahead(transaction, job_id))
 
     async def counts(self, endpoint_id: str) -> JobCounts:
         """See `JobStore.counts`."""
@@ -229,16 +279,19 @@ class SqliteStore:
         """See `JobStore.due`."""
         return await self._reader.call(lambda transaction: jobs.due(transaction, now_ms, limit))
 
-    async def cancel_all(self, endpoint_id: str, event: JobEvent) -> Sequence[Applied]:
+    async def cancel_all(self, endpoint_id: str, event: JobEvent, *, limit: int = 500) -> Sequence[Applied]:
         """See `JobStore.cancel_all`."""
-        ended: list[Applied] = []
-        after = (-(2**63), "")
-        while some := await self._writer.call(
-            functools.partial(jobs.cancel_some, endpoint_id=endpoint_id, event=event, after=after)
-        ):
-            ended.extend(some)
-            after = (some[-1].after.created_ms, some[-1].after.id)
-        return ended
+        return await self._writer.call(
+            lambda transaction: jobs.cancel_some(transaction, endpoint_id, event, limit)
+        )
+
+    async def purge(self, endpoint_id: str, *, now_ms: int) -> int:  # noqa: ARG002 - they end when deleted
+        """See `JobStore.purge`."""
+        return await self._writer.call(lambda transaction: jobs.purge(transaction, endpoint_id))
+
+    async def delete_purged(self, *, now_ms: int, limit: int = 1000) -> int:
+        """See `JobStore.delete_purged`."""
+        return await self._writer.call(lambda transaction: jobs.delete_purged(transaction, now_ms, limit))
 
     async def shorten(self, job_id: str, *, now_ms: int, ttl_ms: int) -> None:
         """See `JobStore.shorten`."""
@@ -247,6 +300,96 @@ class SqliteStore:
     async def prune_jobs(self, *, now_ms: int, limit: int = 1000) -> int:
         """See `JobStore.prune_jobs`."""
         return await self._writer.call(lambda transaction: jobs.prune(transaction, now_ms, limit))
+
+    # Batches
+
+    async def add_batch(self, batch: Batch, drafts: Sequence[BatchDraft]) -> None:
+        """See `BatchStore.add_batch`."""
+        await self._writer.call(
+            lambda transaction: batches.add(transaction, batch, drafts), size=_draft_bytes(drafts)
+        )
+
+    async def add_batch_requests(self, batch_id: str, drafts: Sequence[BatchDraft]) -> Batch:
+        """See `BatchStore.add_batch_requests`."""
+        return await self._writer.call(
+            lambda transaction: batches.add_requests(transaction, batch_id, drafts), size=_draft_bytes(drafts)
+        )
+
+    async def remove_batch_request(self, batch_id: str, request_id: str) -> Batch:
+        """See `BatchStore.remove_batch_request`."""
+        return await self._writer.call(
+            lambda transaction: batches.remove_request(transaction, batch_id, request_id)
+        )
+
+    async def rename_batch(self, batch_id: str, name: str) -> Batch:
+        """See `BatchStore.rename_batch`."""
+        return await self._writer.call(lambda transaction: batches.rename(transaction, batch_id, name))
+
+    async def finalize_batch(self, batch_id: str, template: Job) -> Batch:
+        """See `BatchStore.finalize_batch`."""
+        return await self._writer.call(lambda transaction: batches.finalize(transaction, batch_id, template))
+
+    async def cancel_batch(self, batch_id: str, *, now_ms: int) -> tuple[Batch, Sequence[Applied]]:
+        """See `BatchStore.cancel_batch`."""
+        return await self._writer.call(lambda transaction: batches.cancel(transaction, batch_id, now_ms))
+
+    async def batch(self, batch_id: str) -> Batch:
+        """See `BatchStore.batch`."""
+        return await self._reader.call(lambda transaction: batches.get(transaction, batch_id))
+
+    async def batches(self, endpoint_id: str, *, limit: int = 1000) -> Sequence[Batch]:
+        """See `BatchStore.batches`."""
+        return await self._reader.call(lambda transaction: batches.newest(transaction, endpoint_id, limit))
+
+    async def batch_requests(self, batch_id: str, *, offset: int, limit: int) -> Sequence[Job | BatchDraft]:
+        """See `BatchStore.batch_requests`."""
+        return await self._reader.call(
+            lambda transaction: batches.requests(transaction, batch_id, offset, limit)
+        )
+
+    async def prune_batches(self, *, ended_before_ms: int, limit: int = 100) -> int:
+        """See `BatchStore.prune_batches`."""
+        return await self._writer.call(lambda transaction: batches.prune(transaction, ended_before_ms, limit))
+
+    # Webhooks
+
+    async def due_webhooks(
+        self,
+        *,
+        now_ms: int,
+        limit: int = 100,
+        skip_ids: Collection[str] = (),
+        skip_hosts: Collection[str] = (),
+    ) -> Sequence[WebhookDelivery]:
+        """See `WebhookStore.due_webhooks`."""
+        ids, hosts = list(skip_ids), list(skip_hosts)
+        return await self._reader.call(
+            lambda transaction: webhooks.due(transaction, now_ms, limit, ids, hosts)
+        )
+
+    async def next_webhook_ms(self) -> int | None:
+        """See `WebhookStore.next_webhook_ms`."""
+        return await self._reader.call(webhooks.next_ms)
+
+    async def put_webhook(self, delivery: WebhookDelivery) -> None:
+        """See `WebhookStore.put_webhook`."""
+        await self._writer.call(
+            lambda transaction: webhooks.put(transaction, delivery), size=len(delivery.body)
+        )
+
+    async def delete_webhook(self, delivery_id: str) -> None:
+        """See `WebhookStore.delete_webhook`."""
+        await self._writer.call(lambda transaction: webhooks.delete(transaction, delivery_id))
+
+    async def webhook(self, delivery_id: str) -> WebhookDelivery:
+        """See `WebhookStore.webhook`."""
+        return await self._reader.call(lambda transaction: webhooks.get(transaction, delivery_id))
+
+    async def dead_webhooks(
+        self, *, endpoint_id: str | None = None, limit: int = 100
+    ) -> Sequence[WebhookDelivery]:
+        """See `WebhookStore.dead_webhooks`."""
+        return await self._reader.call(lambda transaction: webhooks.dead(transaction, endpoint_id, limit))
 
     # Usage, requests, starts
 
@@ -281,3 +424,12 @@ class SqliteStore:
     async def starts(self, *, endpoint_id: str | None = None, limit: int = 50) -> Sequence[StartRecord]:
         """See `StartLog.starts`."""
         return await self._reader.call(lambda transaction: logs.starts(transaction, endpoint_id, limit))
+
+
+def _size(event: JobEvent) -> int:
+    output = event.output if isinstance(event, ResultPosted | Progressed) else None
+    return 0 if output is None else len(output)
+
+
+def _draft_bytes(drafts: Sequence[BatchDraft]) -> int:
+    return sum(len(draft.input) for draft in drafts)

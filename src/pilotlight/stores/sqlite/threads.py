@@ -5,13 +5,18 @@ operations it holds. So the thread takes everything that was asked for during th
 in one transaction, commits once, and answers all callers with one wake-up of the event loop. Nobody
 waits for a timer: with one caller a group is one operation, with sixty-four it is about that many.
 
-An operation is a function of a `Transaction`. There are three ways for it to go wrong:
+An operation is a function of a `Transaction`. Those that come often can be asked for as items of a
+`Bulk`: alike ones of a group are run in one go, which spares most of what a statement costs besides its
+work. A group is cut into segments by the operations that are no such items; within a segment bulks run in
+their order of precedence, which no caller can notice, for none of them has been answered yet.
+
+There are three ways for an operation to go wrong:
 
 1. It raises a `PilotlightError` (not found, conflict). It must do so before it has written anything;
    the others in its group are not concerned.
 2. It raises something else: it may be half done. The transaction is rolled back, the operation gets
    its error, and the rest of the group runs again without it. So operations must not change anything
-   but the database.
+   but the database. If it was a bulk, its items run one by one then, to find the culprit.
 3. The database itself fails (disk full, input/output error), in the operation or in the commit. The
    transaction is rolled back and every operation of the group gets a `StoreError`.
 
@@ -26,15 +31,17 @@ import asyncio
 import contextlib
 import sqlite3
 import threading
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from queue import Empty, SimpleQueue
+from typing import Any, Generic, TypeVar
 
 from pilotlight.errors import PilotlightError, StoreError
 from pilotlight.stores.common import CounterChange
 from pilotlight.stores.sqlite.sql import QUERIES
 
+I = TypeVar("I")  # noqa: E741 - of an item
 T = TypeVar("T")
 
 GROUP_MAX = 512
@@ -48,17 +55,21 @@ PENDING_BYTES_MAX = 512 * 1024 * 1024
 
 
 class Transaction:
-    """What an operation works on: the connection inside a transaction, and the queue's counters.
+    """What an operation works on: the connection inside a transaction, and changes of counters.
+
+    Counters are added up for the whole group and written with its end. Who reads them calls `flush` first.
 
     Args:
         connection: Inside a transaction already.
     """
 
-    __slots__ = ("_changes", "_connection")
+    __slots__ = ("_batches", "_changes", "_connection", "_purges")
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
         self._changes: dict[str, CounterChange] = {}
+        self._batches: dict[str, Counter[str]] = {}
+        self._purges: dict[str, int] = {}
 
     def execute(self, query: str, parameters: Sequence[Any] = ()) -> sqlite3.Cursor:
         """Run a named query."""
@@ -69,11 +80,33 @@ class Transaction:
         return self._connection.executemany(QUERIES[query], rows)
 
     def counters(self, endpoint_id: str) -> CounterChange:
-        """The change of an endpoint's counters so far; written once, with the commit."""
+        """The change of an endpoint's counters so far."""
         change = self._changes.get(endpoint_id)
         if change is None:
             change = self._changes[endpoint_id] = CounterChange()
         return change
+
+    def batch_counters(self, batch_id: str) -> Counter[str]:
+        """The change of a batch's counters so far, by the names of `common.batch_counter`."""
+        change = self._batches.get(batch_id)
+        if change is None:
+            change = self._batches[batch_id] = Counter()
+        return change
+
+    def purges(self, endpoint_id: str) -> int:
+        """How often the queue of an endpoint has been purged."""
+        number = self._purges.get(endpoint_id)
+        if number is None:
+            row = self.execute("purges", (endpoint_id,)).fetchone()
+            number = self._purges[endpoint_id] = 0 if row is None else row[0]
+        return number
+
+    def purge(self, endpoint_id: str) -> None:
+        """Count one more purge of a queue, whose counters are zero from now on."""
+        self.flush()
+        self._purges[endpoint_id] = self.purges(endpoint_id) + 1
+        self.execute("purge_counters", (endpoint_id,))
+        self.execute("purge_batches", (endpoint_id,))
 
     def flush(self) -> None:
         """Write the collected changes of the counters."""
@@ -86,6 +119,7 @@ class Transaction:
                     endpoint_id,
                     change.queued,
                     change.queued_low,
+                    change.queued_bytes,
                     change.in_progress,
                     change.completed,
                     change.failed,
@@ -93,18 +127,58 @@ class Transaction:
                 ),
             )
         self._changes.clear()
+        for batch_id, moved in self._batches.items():
+            self.execute(
+                "change_batch",
+                (
+                    moved["queued"],
+                    moved["in_progress"],
+                    moved["completed"],
+                    moved["failed"],
+                    moved["cancelled"],
+                    batch_id,
+                ),
+            )
+        self._batches.clear()
+
+
+@dataclass(frozen=True, slots=True)
+class Bulk(Generic[I, T]):
+    """A way to run alike operations of one group in one go.
+
+    Attributes:
+        order: Precedence in a segment; a smaller number runs first.
+        run: Runs several of them and returns for each, in order, its result or its refusal.
+    """
+
+    order: int
+    run: Callable[[Transaction, Sequence[I]], Sequence[T | PilotlightError]]
 
 
 @dataclass(slots=True, eq=False)
-class _Operation:
-    run: Callable[[Transaction], Any]
+class Operation:
+    """One operation that was asked for: `run`, or an item of a bulk.
+
+    Attributes:
+        run: What is to be done; None for an item.
+        future: Of the result.
+        size: Bytes it carries.
+        bulk: How items like this one are done.
+        item: The item.
+        drawn: Whether it has had its turn.
+    """
+
+    run: Callable[[Transaction], Any] | None
     future: asyncio.Future[Any]
     size: int
+    bulk: Bulk[Any, Any] | None = None
+    item: Any = None
+    drawn: bool = False
 
 
 @dataclass(slots=True)
 class _Outcome:
-    operation: _Operation
+    operation: Operation
     value: Any = None
     error: BaseException | None = None
 
@@ -133,10 +207,14 @@ class DatabaseThread:
         self._loop = asyncio.get_running_loop()
         self._opened: asyncio.Future[None] = self._loop.create_future()
         self._ended: asyncio.Future[None] = self._loop.create_future()
-        self._wake = threading.Condition()
-        self._pending: deque[_Operation] = deque()
-        self._pending_bytes = 0
+        # The loop alone puts in and counts what comes, the thread alone takes out and counts what goes, so
+        # neither ever waits for a lock that the other holds. The last thing put in is None.
+        self._inbox: SimpleQueue[Operation | None] = SimpleQueue()
+        self._bytes_in = 0
+        self._bytes_out = 0
         self._stopping = False
+        self._emptied = False
+        self._drawing = threading.Lock()
         # A daemon, so that a process that fails without closing the store still ends; what was
         # committed is safe and what was not was never acknowledged.
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
@@ -166,30 +244,38 @@ class DatabaseThread:
         Raises:
             StoreError: Closed, broken, or too much is waiting; nothing was done.
         """
-        operation = _Operation(run, self._loop.create_future(), size)
-        with self._wake:
-            if self._stopping:
-                raise StoreError("the store is closed")
-            if len(self._pending) >= PENDING_MAX or (
-                self._pending and self._pending_bytes + size > PENDING_BYTES_MAX
-            ):
-                raise StoreError(
-                    f"the store is overloaded: {len(self._pending)} operations wait for the disk; try again"
-                )
-            self._pending.append(operation)
-            self._pending_bytes += size
-            self._wake.notify()
-        return operation.future
+        return self._enqueue(Operation(run, self._loop.create_future(), size)).future
+
+    def submit_item(self, bulk: Bulk[I, T], item: I, *, size: int = 0) -> Operation:
+        """Like `submit`, for an item of a bulk, and for `withdraw`."""
+        return self._enqueue(Operation(None, self._loop.create_future(), size, bulk, item))
+
+    def _enqueue(self, operation: Operation) -> Operation:
+        if self._stopping:
+            raise StoreError("the store is closed")
+        waiting, size = self._inbox.qsize(), operation.size
+        if waiting >= PENDING_MAX or (
+            waiting and self._bytes_in - self._bytes_out + size > PENDING_BYTES_MAX
+        ):
+            raise StoreError(f"the store is overloaded: {waiting} operations wait for the disk; try again")
+        self._bytes_in += size
+        self._inbox.put(operation)
+        return operation
 
     async def call(self, run: Callable[[Transaction], T], *, size: int = 0) -> T:
         """The result of an operation, see `submit`."""
         return await self.submit(run, size=size)
 
+    def withdraw(self, operation: Operation) -> bool:
+        """Leave an operation out, if it has not had its turn; its future is cancelled then."""
+        with self._drawing:
+            return not operation.drawn and operation.future.cancel()
+
     def stop(self) -> None:
         """Accept nothing more; what was accepted is finished. Returns at once, idempotent."""
-        with self._wake:
+        if not self._stopping:
             self._stopping = True
-            self._wake.notify()
+            self._inbox.put(None)
 
     async def join(self) -> None:
         """Return when the thread has finished its work and closed its connection."""
@@ -223,45 +309,49 @@ class DatabaseThread:
                 outcomes = [_Outcome(operation, error=error) for operation in group]
             self._on_loop(_answer, outcomes)
 
-    def _next_group(self) -> list[_Operation]:
+    def _next_group(self) -> list[Operation]:
         """Up to `GROUP_MAX` waiting operations; empty when the thread has to end."""
-        with self._wake:
-            group: list[_Operation] = []
-            while not group:
-                while not self._pending and not self._stopping:
-                    self._wake.wait()
-                if not self._pending:
-                    break
-                while self._pending and len(group) < GROUP_MAX:
-                    operation = self._pending.popleft()
-                    self._pending_bytes -= operation.size
+        group: list[Operation] = []
+        while not group and not self._emptied:
+            waiting = [self._inbox.get()]
+            with contextlib.suppress(Empty):
+                while len(waiting) < GROUP_MAX:
+                    waiting.append(self._inbox.get_nowait())
+            with self._drawing:
+                for operation in waiting:
+                    if operation is None:
+                        self._emptied = True
+                        continue
+                    operation.drawn = True
+                    self._bytes_out += operation.size
                     if not operation.future.cancelled():
                         group.append(operation)
-            return group
+        return group
 
-    def _run_group(self, connection: sqlite3.Connection, group: list[_Operation]) -> list[_Outcome]:
+    def _run_group(self, connection: sqlite3.Connection, group: list[Operation]) -> list[_Outcome]:
         alone: list[_Outcome] = []
+        one_by_one = False
         while group:
             transaction = Transaction(connection)
             outcomes: list[_Outcome] = []
-            operation: _Operation | None = None
+            running: list[Operation] = []
             try:
                 connection.execute(self._begin)
-                for operation in group:
-                    try:
-                        outcomes.append(_Outcome(operation, value=operation.run(transaction)))
-                    except PilotlightError as error:
-                        outcomes.append(_Outcome(operation, error=error))
-                operation = None
+                for running in _runs(group, one_by_one=one_by_one):
+                    outcomes += _run(transaction, running)
+                running = []
                 transaction.flush()
                 connection.execute("COMMIT")
             except Exception as error:  # noqa: BLE001 - sorted below by whose fault it is
                 _roll_back(connection)
-                if operation is None or _is_database_failure(error):
+                if not running or _is_database_failure(error):
                     failure = _store_error(error)
                     return [*alone, *(_Outcome(each, error=failure) for each in group)]
-                alone.append(_Outcome(operation, error=_own_error(error)))
-                group = [each for each in group if each is not operation]
+                if len(running) > 1:
+                    one_by_one = True
+                    continue
+                alone.append(_Outcome(running[0], error=_own_error(error)))
+                group = [each for each in group if each is not running[0]]
                 continue
             return [*alone, *outcomes]
         return alone
@@ -270,6 +360,42 @@ class DatabaseThread:
         # The loop may be gone when a process ends without closing the store; nobody waits then.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(function, *arguments)
+
+
+def _runs(group: Sequence[Operation], *, one_by_one: bool) -> Iterator[list[Operation]]:
+    """The operations of a group as they are to be run: items of one bulk together, unless told otherwise."""
+    segment: dict[Bulk[Any, Any], list[Operation]] = {}
+    for operation in group:
+        if operation.bulk is not None and not one_by_one:
+            segment.setdefault(operation.bulk, []).append(operation)
+            continue
+        yield from _in_order(segment)
+        segment = {}
+        yield [operation]
+    yield from _in_order(segment)
+
+
+def _in_order(segment: dict[Bulk[Any, Any], list[Operation]]) -> list[list[Operation]]:
+    if len(segment) < 2:
+        return list(segment.values())
+    return [segment[bulk] for bulk in sorted(segment, key=lambda bulk: bulk.order)]
+
+
+def _run(transaction: Transaction, operations: Sequence[Operation]) -> list[_Outcome]:
+    first = operations[0]
+    if first.run is not None:
+        try:
+            return [_Outcome(first, value=first.run(transaction))]
+        except PilotlightError as error:
+            return [_Outcome(first, error=error)]
+    assert first.bulk is not None
+    answers = first.bulk.run(transaction, [operation.item for operation in operations])
+    return [
+        _Outcome(operation, error=answer)
+        if isinstance(answer, PilotlightError)
+        else _Outcome(operation, value=answer)
+        for operation, answer in zip(operations, answers, strict=True)
+    ]
 
 
 def _succeed(future: asyncio.Future[None]) -> None:

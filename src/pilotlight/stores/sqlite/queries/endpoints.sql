@@ -2,21 +2,24 @@
 -- Stores a new endpoint.
 INSERT INTO endpoints (
     id, name, version, workers_min, workers_max, idle_timeout_ms, scaler, scaler_value,
-    execution_timeout_ms, concurrency, flashboot, created_ms, updated_ms
+    execution_timeout_ms, concurrency, flashboot, created_ms, updated_ms, kind
 )
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?);
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?);
 
 -- name: update_endpoint
 -- Replaces the settings of an endpoint.
 UPDATE endpoints SET
     name = ?, version = ?, workers_min = ?, workers_max = ?, idle_timeout_ms = ?, scaler = ?,
-    scaler_value = ?, execution_timeout_ms = ?, concurrency = ?, flashboot = ?, created_ms = ?, updated_ms = ?
+    scaler_value = ?, execution_timeout_ms = ?, concurrency = ?, flashboot = ?, created_ms = ?, updated_ms = ?,
+    kind = ?
 WHERE id = ?;
 
 -- name: insert_revision
 -- Adds a revision of an endpoint.
-INSERT INTO revisions (endpoint_id, version, model, env, engine_url, gpu_count, memory_bytes, created_ms)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?);
+INSERT INTO revisions (
+    endpoint_id, version, model, env, engine_url, gpu_count, memory_bytes, created_ms, command
+)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?);
 
 -- name: endpoint_id_used
 -- Whether an id belongs or ever belonged to an endpoint.
@@ -30,7 +33,7 @@ SELECT EXISTS (SELECT 1 FROM endpoints WHERE name = ? AND deleted_ms IS NULL AND
 -- The current revision of a living endpoint.
 SELECT
     revisions.endpoint_id, revisions.version, revisions.model, revisions.env, revisions.engine_url,
-    revisions.gpu_count, revisions.memory_bytes, revisions.created_ms
+    revisions.gpu_count, revisions.memory_bytes, revisions.created_ms, revisions.command
 FROM endpoints
 JOIN revisions ON revisions.endpoint_id = endpoints.id AND revisions.version = endpoints.version
 WHERE endpoints.id = ? AND endpoints.deleted_ms IS NULL;
@@ -44,9 +47,9 @@ UPDATE endpoints SET deleted_ms = ? WHERE id = ? AND deleted_ms IS NULL;
 SELECT
     endpoints.id, endpoints.name, endpoints.workers_min, endpoints.workers_max, endpoints.idle_timeout_ms,
     endpoints.scaler, endpoints.scaler_value, endpoints.execution_timeout_ms, endpoints.concurrency,
-    endpoints.flashboot, endpoints.created_ms, endpoints.updated_ms,
+    endpoints.flashboot, endpoints.created_ms, endpoints.updated_ms, endpoints.kind,
     revisions.endpoint_id, revisions.version, revisions.model, revisions.env, revisions.engine_url,
-    revisions.gpu_count, revisions.memory_bytes, revisions.created_ms
+    revisions.gpu_count, revisions.memory_bytes, revisions.created_ms, revisions.command
 FROM endpoints
 JOIN revisions ON revisions.endpoint_id = endpoints.id AND revisions.version = endpoints.version
 WHERE endpoints.deleted_ms IS NULL
@@ -54,7 +57,7 @@ ORDER BY endpoints.created_ms, endpoints.seq;
 
 -- name: revisions
 -- All revisions of an endpoint, newest first.
-SELECT endpoint_id, version, model, env, engine_url, gpu_count, memory_bytes, created_ms
+SELECT endpoint_id, version, model, env, engine_url, gpu_count, memory_bytes, created_ms, command
 FROM revisions
 WHERE endpoint_id = ?
 ORDER BY version DESC;

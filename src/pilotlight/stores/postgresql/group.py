@@ -1,0 +1,106 @@
+"""Groups of changes: what is asked for during one commit is done together in the next.
+
+Making a commit durable costs one flush of the log however much it holds, and a round trip costs both sides
+time. So submits and events are gathered while the last group is being committed, and then run as one
+transaction with one statement per kind. Nobody waits for a timer: with one caller a group is one change,
+with sixty-four it is about that many.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Generic, TypeVar
+
+from pilotlight.errors import StoreError
+from pilotlight.stores.postgresql.database import PENDING_MAX, Database
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+
+GROUP_MAX = 256
+"""Changes in one transaction; bounds how long the first of them waits for the last."""
+
+_GROUP_BYTES_MAX = 16 * 1024 * 1024
+"""Bytes of bodies in one transaction, but at least one change."""
+
+PENDING_BYTES_MAX = 512 * 1024 * 1024
+"""Bytes of bodies that may wait in memory for the database."""
+
+
+class Group(Generic[Item, Answer]):
+    """A queue of changes of one kind. A change whose caller is cancelled happens all the same, unseen.
+
+    Args:
+        database: Where the groups run.
+        commit: Does a group in one transaction; one answer per item, which may be an error for it alone.
+        lanes: Groups that may be under way at once.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        commit: Callable[[Sequence[Item]], Coroutine[Any, Any, Sequence[Answer | Exception]]],
+        *,
+        lanes: int = 1,
+    ) -> None:
+        self._database = database
+        self._commit = commit
+        self._lanes = lanes
+        self._running = 0
+        self._pending: list[tuple[Item, int, asyncio.Future[Answer]]] = []
+        self._pending_bytes = 0
+
+    def add(self, item: Item, *, size: int = 0) -> asyncio.Future[Answer]:
+        """A future of the answer for a change, done once its group is committed; shield it from cancellation.
+
+        Args:
+            item: The change.
+            size: Bytes it carries, for the bound on memory.
+
+        Raises:
+            StoreError: Closed, or too much is waiting; the future's, that the group could not be committed.
+        """
+        if self._database.closed:
+            raise StoreError("the store is closed")
+        if len(self._pending) >= PENDING_MAX or (
+            self._pending and self._pending_bytes + size > PENDING_BYTES_MAX
+        ):
+            raise StoreError(
+                f"the store is overloaded: {len(self._pending)} changes wait for the database; try again"
+            )
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._pending.append((item, size, future))
+        self._pending_bytes += size
+        if self._running < self._lanes:
+            self._database.spawn(self._run())
+            self._running += 1
+        return future
+
+    async def _run(self) -> None:
+        try:
+            while self._pending:
+                group = self._next()
+                try:
+                    answers = await self._commit([item for item, _, _ in group])
+                except Exception as error:  # noqa: BLE001 - handed to those who asked
+                    answers = [error] * len(group)
+                for (_, _, future), answer in zip(group, answers, strict=True):
+                    if future.done():
+                        continue
+                    if isinstance(answer, Exception):
+                        future.set_exception(answer)
+                    else:
+                        future.set_result(answer)
+        finally:
+            self._running -= 1
+
+    def _next(self) -> list[tuple[Item, int, asyncio.Future[Answer]]]:
+        number = size = 0
+        for _, item_size, _ in self._pending[:GROUP_MAX]:
+            if number and size + item_size > _GROUP_BYTES_MAX:
+                break
+            number, size = number + 1, size + item_size
+        group, self._pending = self._pending[:number], self._pending[number:]
+        self._pending_bytes -= size
+        return group

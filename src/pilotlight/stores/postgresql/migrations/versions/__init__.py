@@ -1,0 +1,1 @@
+"""Alembic's scripts, one per migration; each runs the `.sql` file of the same name."""

@@ -1,0 +1,101 @@
+-- name: insert_usage
+-- Appends intervals; those that are there already are skipped.
+INSERT INTO usage_intervals (worker_id, sequence, endpoint_id, version, state, devices, start_ms, end_ms)
+SELECT * FROM unnest(
+    $1::TEXT[], $2::BIGINT[], $3::TEXT[], $4::INTEGER[], $5::TEXT[], $6::INTEGER[], $7::BIGINT[], $8::BIGINT[]
+)
+ON CONFLICT DO NOTHING;
+
+-- name: usage
+-- Intervals that end after a moment, of all endpoints.
+SELECT worker_id, sequence, endpoint_id, version, state, devices, start_ms, end_ms
+FROM usage_intervals
+WHERE end_ms > $1
+ORDER BY start_ms, worker_id, sequence;
+
+-- name: usage_of_endpoint
+-- Intervals of one endpoint that end after a moment.
+SELECT worker_id, sequence, endpoint_id, version, state, devices, start_ms, end_ms
+FROM usage_intervals
+WHERE end_ms > $1 AND endpoint_id = $2
+ORDER BY start_ms, worker_id, sequence;
+
+-- name: usage_of_worker
+-- Intervals of one worker that end after a moment.
+SELECT worker_id, sequence, endpoint_id, version, state, devices, start_ms, end_ms
+FROM usage_intervals
+WHERE end_ms > $1 AND worker_id = $2
+ORDER BY start_ms, worker_id, sequence;
+
+-- name: insert_requests
+-- Appends requests; those that are there already are skipped.
+INSERT INTO requests (
+    id, road, endpoint_id, key_id, worker_id, route, status, outcome, arrival_ms, wait_ms, first_token_ms,
+    duration_ms, tokens_in, tokens_out, estimated
+)
+SELECT
+    id, road, endpoint_id, key_id, worker_id, route, status, outcome, arrival_ms, wait_ms, first_token_ms,
+    duration_ms, tokens_in, tokens_out, estimated
+FROM unnest(
+    $1::TEXT[], $2::TEXT[], $3::TEXT[], $4::TEXT[], $5::TEXT[], $6::TEXT[], $7::INTEGER[], $8::TEXT[],
+    $9::BIGINT[], $10::BIGINT[], $11::BIGINT[], $12::BIGINT[], $13::BIGINT[], $14::BIGINT[], $15::BOOLEAN[]
+) WITH ORDINALITY AS new (
+    id, road, endpoint_id, key_id, worker_id, route, status, outcome, arrival_ms, wait_ms, first_token_ms,
+    duration_ms, tokens_in, tokens_out, estimated, place
+)
+ORDER BY place
+ON CONFLICT (id) DO NOTHING;
+
+-- name: requests
+-- The newest requests of all endpoints.
+SELECT
+    id, road, endpoint_id, key_id, worker_id, route, status, outcome, arrival_ms, wait_ms, first_token_ms,
+    duration_ms, tokens_in, tokens_out, estimated
+FROM requests
+ORDER BY arrival_ms DESC, seq DESC
+LIMIT $1;
+
+-- name: requests_of_endpoint
+-- The newest requests of one endpoint.
+SELECT
+    id, road, endpoint_id, key_id, worker_id, route, status, outcome, arrival_ms, wait_ms, first_token_ms,
+    duration_ms, tokens_in, tokens_out, estimated
+FROM requests
+WHERE endpoint_id = $1
+ORDER BY arrival_ms DESC, seq DESC
+LIMIT $2;
+
+-- name: prune_requests
+-- Forgets all but the newest requests.
+DELETE FROM requests WHERE seq IN (
+    SELECT seq FROM requests ORDER BY arrival_ms DESC, seq DESC OFFSET $1
+);
+
+-- name: put_start
+-- Inserts or replaces the record of one start.
+INSERT INTO starts (worker_id, endpoint_id, version, rung, stages, outcome, decided_ms)
+VALUES ($1, $2, $3, $4, $5, $6, $7)
+ON CONFLICT (worker_id) DO UPDATE SET
+    endpoint_id = excluded.endpoint_id,
+    version = excluded.version,
+    rung = excluded.rung,
+    stages = excluded.stages,
+    outcome = excluded.outcome,
+    decided_ms = excluded.decided_ms;
+
+-- name: prune_starts
+-- Forgets starts that are more than a number of insertions old.
+DELETE FROM starts WHERE seq <= (SELECT max(seq) FROM starts) - $1;
+
+-- name: starts
+-- The newest starts of all endpoints.
+SELECT worker_id, endpoint_id, version, rung, stages, outcome FROM starts
+ORDER BY decided_ms DESC, seq DESC
+LIMIT $1;
+
+-- name: starts_of_endpoint
+-- The newest starts of one endpoint.
+SELECT worker_id, endpoint_id, version, rung, stages, outcome FROM starts
+WHERE endpoint_id = $1
+ORDER BY decided_ms DESC, seq DESC
+LIMIT $2;

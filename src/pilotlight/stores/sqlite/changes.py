@@ -1,0 +1,191 @@
+"""How a job is read, changed and written; used by the operations on jobs, chunks and batches.
+
+Every change of state goes load, `core.lifecycle.apply`, write, inside one transaction of the one
+writer; that is the exclusion the port promises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import msgspec
+
+from pilotlight.core.lifecycle import Applied, JobEvent
+from pilotlight.domain.job import Attempt, Job, JobStatus, OpenJob, close
+from pilotlight.stores import common
+from pilotlight.stores.sqlite import webhooks
+from pilotlight.stores.sqlite.threads import Transaction
+
+Row = tuple[Any, ...]
+
+SEQ = 27
+"""Position of `seq` in `job_records`, after the fields of `Job` but the input."""
+
+INPUT = 34
+"""Position of the input where a query has it behind `job_records`."""
+
+_attempts = msgspec.json.Decoder(tuple[Attempt, ...])
+_STATUS = {status.value: status for status in JobStatus}
+
+
+class JobChanges:
+    """Events applied to several jobs, and written together.
+
+    Args:
+        transaction: Where.
+        rows: The records of the jobs.
+        with_inputs: Whether the records have the inputs behind them.
+    """
+
+    def __init__(self, transaction: Transaction, rows: Iterable[Row], *, with_inputs: bool = False) -> None:
+        self._transaction = transaction
+        self._seqs: dict[str, int] = {}
+        self._jobs: dict[str, Job] = {}
+        for row in rows:
+            self._jobs[row[0]] = job_of(row, row[INPUT] if with_inputs else b"")
+            self._seqs[row[0]] = row[SEQ]
+        self._changed: dict[str, Job] = {}
+
+    def apply(self, job_id: str, event: JobEvent) -> Applied | None:
+        """Apply one event and all that follows from it; None when the job is unknown.
+
+        The record itself is written by `write`.
+        """
+        job = self._jobs.get(job_id)
+        if job is None:
+            return None
+        transaction = self._transaction
+        applied = common.apply(job, event, batch_cancelled=False)
+        if applied.requeued and job.batch_id is not None and _batch_cancelled(transaction, job.batch_id):
+            applied = common.apply(job, event, batch_cancelled=True)
+        if not applied.changed:
+            return applied
+        after, seq = applied.after, self._seqs[job_id]
+        self._changed.setdefault(job_id, job)
+        self._jobs[job_id] = after
+        transaction.counters(after.endpoint_id).move(job, after)
+        if job.batch_id is not None:
+            counters = transaction.batch_counters(job.batch_id)
+            counters[common.batch_counter(job.status)] -= 1
+            counters[common.batch_counter(after.status)] += 1
+        if applied.requeued and transaction.execute("drop_chunks", (seq,)).rowcount:
+            transaction.execute("restart_chunks", (seq,))
+        if after.webhook is not None and applied.finished:
+            notify(transaction, seq, after)
+        return applied
+
+    def apply_all(self, event: JobEvent) -> list[Applied]:
+        """Apply one event to each of the jobs."""
+        return [applied for job_id in list(self._jobs) if (applied := self.apply(job_id, event))]
+
+    def write(self) -> None:
+        """Write what the events changed."""
+        touched: list[Row] = []
+        finished: list[Row] = []
+        others: list[Row] = []
+        for job_id, before in self._changed.items():
+            after, seq = self._jobs[job_id], self._seqs[job_id]
+            if before.status is not JobStatus.IN_PROGRESS or after.attempts is not before.attempts:
+                others.append(_update(after, seq, self._transaction.purges(after.endpoint_id)))
+            elif after.finished_ms is None:
+                touched.append((after.confirmed_ms, after.output, seq))
+            else:
+                finished.append(
+                    (
+                        after.status.value,
+                        after.confirmed_ms,
+                        after.finished_ms,
+                        after.output,
+                        after.error,
+                        after.s3_config,
+                        seq,
+                    )
+                )
+        for query, rows in (("touch_job", touched), ("finish_job", finished), ("update_job", others)):
+            if rows:
+                self._transaction.executemany(query, rows)
+
+
+def find_many(transaction: Transaction, job_ids: Collection[str]) -> list[Row]:
+    """The records of those jobs that are known, in no order."""
+    if len(job_ids) == 1:
+        return transaction.execute("job", tuple(job_ids)).fetchall()
+    return transaction.execute("jobs_by_id", (msgspec.json.encode(list(job_ids)).decode(),)).fetchall()
+
+
+def load(transaction: Transaction, job_id: str) -> Row:
+    """The record of a job; NotFoundError when it is unknown."""
+    row: Row | None = transaction.execute("job", (job_id,)).fetchone()
+    if row is None:
+        raise common.job_not_found(job_id)
+    return row
+
+
+def notify(transaction: Transaction, seq: int, ended: Job) -> None:
+    """Store the delivery of the webhook of a job that has just ended."""
+    body = transaction.execute("input", (seq,)).fetchone()[0]
+    webhooks.put(transaction, common.webhook_delivery(ended, body))
+
+
+def _update(job: Job, seq: int, purges: int) -> Row:
+    """What `update_job` writes: everything of a job that an event can change."""
+    return (
+        job.status.value,
+        job.queued_ms,
+        job.expires_ms,
+        job.attempt,
+        job.retries,
+        job.worker_id,
+        job.started_ms,
+        job.confirmed_ms,
+        job.first_output_ms,
+        1 if job.chunk_read else 0,
+        job.finished_ms,
+        job.output,
+        job.error,
+        job.s3_config,
+        msgspec.json.encode(job.attempts).decode() if job.attempts else None,
+        # What ends in the queue needs none, what is queued again has to outlive the purges before.
+        purges,
+        seq,
+    )
+
+
+def job_of(row: Row, job_input: bytes = b"") -> Job:
+    """The job of a record."""
+    job: Any = OpenJob()
+    job.id = row[0]
+    job.endpoint_id = row[1]
+    job.key_id = row[2]
+    job.input = job_input
+    job.input_bytes = row[3]
+    job.status = _STATUS[row[4]]
+    job.sync = row[5] != 0
+    job.low_priority = row[6] != 0
+    job.created_ms = row[7]
+    job.queued_ms = row[8]
+    job.expires_ms = row[9]
+    job.execution_timeout_ms = row[10]
+    job.retention_ms = row[11]
+    job.attempt = row[12]
+    job.retries = row[13]
+    job.retries_max = row[14]
+    job.worker_id = row[15]
+    job.started_ms = row[16]
+    job.confirmed_ms = row[17]
+    job.first_output_ms = row[18]
+    job.chunk_read = row[19] != 0
+    job.finished_ms = row[20]
+    job.output = row[21]
+    job.error = row[22]
+    job.webhook = row[23]
+    job.s3_config = row[24]
+    job.batch_id = row[25]
+    job.attempts = _attempts.decode(row[26]) if row[26] else ()
+    return close(job)
+
+
+def _batch_cancelled(transaction: Transaction, batch_id: str) -> bool:
+    row = transaction.execute("batch_cancelled", (batch_id,)).fetchone()
+    return row is not None and bool(row[0])
