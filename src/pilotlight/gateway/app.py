@@ -2,8 +2,9 @@
 
 | path | part |
 |---|---|
-| /v2/{endpoint}/openai/… | data path (bare ASGI) |
+| /v2/{endpoint}/openai/… | data path (bare ASGI); as jobs where workers only take jobs |
 | /v2/{endpoint}/… | job API and worker protocol |
+| /lb/{endpoint}/…, everything at the host {endpoint}.… | load balancer (bare ASGI, WebSockets too) |
 | /v2/serverless…, /pilotlight/v1/… | management API |
 | /pilotlight/v1/worker-state/… | worker programs report here |
 | /health, / | is it up, what is it |
@@ -13,6 +14,8 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Callable
+from typing import Protocol
 from urllib.parse import unquote
 
 import msgspec
@@ -20,7 +23,9 @@ import msgspec
 from pilotlight import __version__
 from pilotlight.domain.endpoint import RESERVED_ENDPOINT_IDS
 from pilotlight.gateway.asgi import App, Message, Receive, Scope, Send, send_json
-from pilotlight.gateway.data_path import DataPath
+from pilotlight.gateway.elsewhere import FOLLOWER_RETRY_S, FOLLOWS, follower_body
+from pilotlight.gateway.load_balancer import LoadBalancer
+from pilotlight.gateway.load_balancer_tunnel import TUNNEL
 from pilotlight.gateway.refusal import openai_body
 
 _SLASHES = re.compile(rb"/{2,}")
@@ -30,17 +35,39 @@ _WORKER_OPERATIONS = frozenset(
 )
 
 
+class OpenAIRoad(Protocol):
+    """What serves the OpenAI routes of an endpoint."""
+
+    async def __call__(
+        self, scope: Scope, receive: Receive, send: Send, *, endpoint_id: str, path: str
+    ) -> None:
+        """Serve one request; `path` is what follows `/openai`, with the query."""
+        ...
+
+
 class Gateway:
     """The ASGI application.
 
     Args:
-        data_path: Serves OpenAI routes.
+        openai: Gives what serves the OpenAI routes of an endpoint, by its id.
         jobs: Serves the job API and the worker protocol.
         management: Serves the management API.
+        balancer: Serves load-balancing endpoints.
+        leads: Whether this gateway has the workers; another one may, where several share a store.
     """
 
-    def __init__(self, *, data_path: DataPath, jobs: App, management: App) -> None:
-        self._data_path = data_path
+    def __init__(
+        self,
+        *,
+        openai: Callable[[str], OpenAIRoad],
+        jobs: App,
+        management: App,
+        balancer: LoadBalancer,
+        leads: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self._leads = leads
+        self._openai_of = openai
+        self._balancer = balancer
         self._jobs = jobs
         self._management = management
         self._managing: set[asyncio.Task[object]] = set()
@@ -53,9 +80,13 @@ class Gateway:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request (ASGI)."""
-        if scope["type"] != "http":
+        balanced = self._balanced(scope)
+        if balanced is not None or scope["type"] != "http":
+            await self._balance(balanced, scope, receive, send)
             return
-        path = _SLASHES.sub(b"/", scope["raw_path"].partition(b"?")[0])
+        path: bytes = scope["raw_path"].partition(b"?")[0]
+        if b"//" in path or path[-1:] == b"/":
+            path = _SLASHES.sub(b"/", path)
         parts = path.split(b"/", 4)
         root = parts[1] if len(parts) > 1 else b""
         operation = parts[3] if len(parts) > 3 else b""
@@ -64,7 +95,7 @@ class Gateway:
         elif root == b"v2" and operation == b"openai":
             await self._openai(scope, receive, send, parts)
         elif path.startswith(_WORKER_STATE) or (root == b"v2" and _names_endpoint(parts)):
-            await self._jobs(_with_path(scope, path), receive, send)
+            await self._jobs(scope, receive, send)
         elif root in {b"v2", b"pilotlight"}:
             await self._manage(_with_path(scope, path), receive, send)
         elif path == b"/health":
@@ -74,6 +105,44 @@ class Gateway:
             await send_json(send, 200, msgspec.json.encode(about))
         else:
             await send_json(send, 404, b'{"error":"not found","detail":"not found"}')
+
+    def _balanced(self, scope: Scope) -> tuple[str, str] | None:
+        """The load-balancing endpoint that a request is for, and what of its path is not the worker's."""
+        raw: bytes = scope["raw_path"]
+        if raw.startswith(b"/lb/"):
+            endpoint_id = raw.split(b"/", 3)[2].decode("latin-1")
+            return endpoint_id, f"/lb/{endpoint_id}"
+        for name, value in scope["headers"]:
+            if name == b"host":
+                named = self._balancer.serves_host(value)
+                return None if named is None else (named, "")
+        return None
+
+    async def _balance(
+        self, balanced: tuple[str, str] | None, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        tunnel = (scope.get("extensions") or {}).get(TUNNEL)
+        if tunnel is not None and (balanced is None or self.closing or not self._leads()):
+            stopping = "the gateway is stopping" if self.closing else FOLLOWS
+            status, error = (404, "not found") if balanced is None else (503, stopping)
+            body = msgspec.json.encode({"error": error, "detail": error})
+            tunnel.refuse(status, body, [(b"content-type", b"application/json")])
+        elif balanced is not None and self.closing:
+            await self._unavailable(send)
+        elif balanced is not None and not self._leads():
+            await send_json(send, 503, follower_body(), [(b"retry-after", b"%d" % FOLLOWER_RETRY_S)])
+        elif balanced is not None:
+            endpoint_id, prefix = balanced
+            path = scope["raw_path"].decode("latin-1").removeprefix(prefix) or "/"
+            query = scope["query_string"].decode("latin-1")
+            await self._balancer(
+                scope,
+                receive,
+                send,
+                endpoint_id=endpoint_id,
+                path=f"{path}?{query}" if query else path,
+                prefix=prefix,
+            )
 
     async def _manage(self, scope: Scope, receive: Receive, send: Send) -> None:
         begun = False
@@ -102,12 +171,9 @@ class Gateway:
     async def _openai(self, scope: Scope, receive: Receive, send: Send, parts: list[bytes]) -> None:
         path = "/" + (parts[4].decode("latin-1") if len(parts) > 4 else "")
         query = scope["query_string"].decode("latin-1")
-        await self._data_path(
-            scope,
-            receive,
-            send,
-            endpoint_id=parts[2].decode("latin-1"),
-            path=f"{path}?{query}" if query else path,
+        endpoint_id = parts[2].decode("latin-1")
+        await self._openai_of(endpoint_id)(
+            scope, receive, send, endpoint_id=endpoint_id, path=f"{path}?{query}" if query else path
         )
 
     async def _unavailable(self, send: Send) -> None:

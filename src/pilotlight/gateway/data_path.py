@@ -34,8 +34,9 @@ from pilotlight.gateway.asgi import (
     wait_disconnect,
 )
 from pilotlight.gateway.body import BodyPlan, plan_body
-from pilotlight.gateway.directory import Directory, secret_of
+from pilotlight.gateway.directory import Directory
 from pilotlight.gateway.events import EventStream, TokenCount
+from pilotlight.gateway.openai_access import called_endpoint, caller_of
 from pilotlight.gateway.protocol import EXTENSION, ClientStream
 from pilotlight.gateway.refusal import RequestRefusedError, anthropic_body, openai_body
 from pilotlight.gateway.slots import HoldExpiredError, SlotTable, WorkerSlots
@@ -188,7 +189,9 @@ class DataPath:
         self, exchange: _Exchange, scope: Scope, receive: Receive, send: Send, path: str
     ) -> None:
         headers = Headers(scope["headers"])
-        endpoint = self._authorise(exchange, headers)
+        key = caller_of(self._directory, headers)
+        exchange.key_id = key.id
+        endpoint = called_endpoint(self._directory, key, exchange.endpoint_id)
         decision = _check_route(scope["method"], path)
         if not decision.allowed or decision.kind is RouteKind.WEBSOCKET:
             raise _route_refusal(decision)
@@ -217,26 +220,6 @@ class DataPath:
             await self._fail(exchange, send, 504, message, "timeout_error")
         finally:
             watcher.cancel()
-
-    def _authorise(self, exchange: _Exchange, headers: Headers) -> Endpoint:
-        key = self._directory.key(secret_of(headers))
-        if key is None:
-            raise RequestRefusedError(
-                401, "invalid or missing API key; send `Authorization: Bearer rpa_…`",
-                type="authentication_error", code="invalid_api_key",
-            )  # fmt: skip
-        exchange.key_id = key.id
-        endpoint = self._directory.endpoint(exchange.endpoint_id)
-        if endpoint is None:
-            raise RequestRefusedError(
-                404, "endpoint not found", type="not_found_error", code="endpoint_not_found"
-            )
-        if not key.may_call(endpoint.id):
-            raise RequestRefusedError(
-                403, f"access denied: this key may not call endpoint {endpoint.id}", type="permission_error",
-                code="access_denied",
-            )  # fmt: skip
-        return endpoint
 
     async def _body(self, decision: RouteDecision, headers: Headers, receive: Receive) -> BodyPlan:
         try:

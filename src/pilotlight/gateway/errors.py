@@ -10,7 +10,6 @@ from collections.abc import Mapping
 
 import msgspec
 import structlog
-from starlette.responses import Response
 
 from pilotlight.errors import (
     ClusterError,
@@ -20,6 +19,7 @@ from pilotlight.errors import (
     PilotlightError,
     StoreError,
 )
+from pilotlight.gateway.asgi import JSON, Response
 
 _log = structlog.get_logger()
 
@@ -48,8 +48,8 @@ class AccessDeniedError(PilotlightError):
         super().__init__("access denied")
 
 
-class QueueFullError(PilotlightError):
-    """An endpoint's queue holds as many jobs as it may.
+class RateLimitedError(PilotlightError):
+    """A client that asks for more than it may have at this moment.
 
     Args:
         message: One sentence for the caller.
@@ -59,6 +59,10 @@ class QueueFullError(PilotlightError):
     def __init__(self, message: str, *, retry_after_s: int) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class QueueFullError(RateLimitedError):
+    """An endpoint's queue holds as many jobs as it may."""
 
 
 def native_error(
@@ -75,9 +79,7 @@ def native_error(
     body = {"error": text, "detail": text}
     if code is not None:
         body["code"] = code
-    return Response(
-        msgspec.json.encode(body), status_code=status, headers=headers, media_type="application/json"
-    )
+    return Response(msgspec.json.encode(body), status_code=status, headers=headers, media_type=JSON)
 
 
 def native_error_of(error: PilotlightError) -> Response:
@@ -96,7 +98,7 @@ def native_error_of(error: PilotlightError) -> Response:
             return native_error(404, text)
         case ConflictError():
             return native_error(409, text)
-        case QueueFullError(retry_after_s=seconds):
+        case RateLimitedError(retry_after_s=seconds):
             return native_error(429, text, {"Retry-After": str(seconds)})
         case StoreError() | ClusterError():
             return native_error(503, text, {"Retry-After": str(_RETRY_AFTER_STORE_S)})

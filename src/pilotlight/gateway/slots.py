@@ -29,6 +29,10 @@ class HoldExpiredError(Exception):
     """A held request waited as long as it may, or its endpoint gave up starting workers."""
 
 
+class WorkerGoneError(Exception):
+    """The one worker that a held request waited for takes no more requests."""
+
+
 @dataclass(slots=True)
 class WorkerSlots:
     """The slots of one worker. `registration` is None for a worker that only takes jobs."""
@@ -64,6 +68,7 @@ class _Held:
     future: asyncio.Future[WorkerSlots]
     since_ms: int
     body_bytes: int
+    worker_id: str | None = None
 
 
 @dataclass(slots=True)
@@ -126,11 +131,18 @@ class SlotTable:
         self._endpoint(endpoint_id).retry_ms = None
         self._serve_held(endpoint_id)
 
-    def close_worker(self, worker_id: str) -> None:
-        """Give no more slots of this worker; those in use stay in use."""
+    def close_worker(self, worker_id: str, *, for_good: bool = True) -> None:
+        """Give no more slots of this worker; those in use stay in use.
+
+        Args:
+            worker_id: Which.
+            for_good: Whether it is going to end, so that nobody needs to wait for it.
+        """
         slots = self._workers.get(worker_id)
         if slots is not None:
             slots.open = False
+        if for_good:
+            self._fail_pinned(worker_id, slots)
 
     def suspend_worker(self, worker_id: str, seconds: float) -> None:
         """Send it no requests for a while: it could not be reached, and whether it ended is not known yet."""
@@ -147,6 +159,7 @@ class SlotTable:
             slots.open = False
             endpoint = self._endpoint(slots.endpoint_id)
             endpoint.workers.pop(worker_id, None)
+            self._fail_pinned(worker_id, slots)
             if not endpoint.workers and not endpoint.held and endpoint.retry_ms is None:
                 del self._endpoints[slots.endpoint_id]
 
@@ -154,12 +167,15 @@ class SlotTable:
         """The slots of one worker; None when it is not ready or has ended."""
         return self._workers.get(worker_id)
 
-    def admit(self, endpoint_id: str, body_bytes: int) -> tuple[Admission, WorkerSlots | None]:
+    def admit(
+        self, endpoint_id: str, body_bytes: int, *, take: bool = True
+    ) -> tuple[Admission, WorkerSlots | None]:
         """Decide on a request; with ADMIT the slot is taken already and must be released.
 
         Args:
             endpoint_id: Whom it calls.
             body_bytes: Size of its body, which is held while it waits.
+            take: Whether to take a slot; no for a request that not every worker will do for.
         """
         endpoint = self._endpoint(endpoint_id)
         candidates = [slots for slots in endpoint.workers.values() if slots.takes_requests]
@@ -175,21 +191,38 @@ class SlotTable:
             self._clock.now_ms(),
             self._limits,
         )
-        if admission.verdict is not Verdict.ADMIT:
+        if admission.verdict is not Verdict.ADMIT or not take:
             return admission, None
         return admission, self._take_request_slot(endpoint)
 
-    async def hold(self, endpoint_id: str, body_bytes: int, *, timeout_s: float) -> WorkerSlots:
+    def take_of(self, endpoint_id: str, worker_id: str) -> WorkerSlots | None:
+        """A slot of one certain worker, taken and to be released; None when it has none free."""
+        slots = self._workers.get(worker_id)
+        if slots is None or slots.endpoint_id != endpoint_id or not slots.takes_requests or not slots.free:
+            return None
+        slots.requests += 1
+        return slots
+
+    async def hold(
+        self, endpoint_id: str, body_bytes: int, *, timeout_s: float, worker_id: str | None = None
+    ) -> WorkerSlots:
         """Wait for a slot; it is taken when this returns and must be released.
+
+        Args:
+            endpoint_id: Whom it calls.
+            body_bytes: Size of the body held meanwhile.
+            timeout_s: Longest wait.
+            worker_id: The only worker that will do; None for any.
 
         Raises:
             HoldExpiredError: No slot came in time; the message of a start failure is raised as given
                 to `fail_held`.
+            WorkerGoneError: The only worker that would do is going to end.
         """
         endpoint = self._endpoint(endpoint_id)
         self._ticket += 1
         ticket = self._ticket
-        held = _Held(asyncio.get_running_loop().create_future(), self._clock.now_ms(), body_bytes)
+        held = _Held(asyncio.get_running_loop().create_future(), self._clock.now_ms(), body_bytes, worker_id)
         endpoint.held[ticket] = held
         endpoint.held_bytes += body_bytes
         # A slot may have become free between the decision to hold and now.
@@ -289,10 +322,21 @@ class SlotTable:
         for held in list(endpoint.held.values()):
             if held.future.done():
                 continue
+            if held.worker_id is not None:
+                pinned = self.take_of(endpoint_id, held.worker_id)
+                if pinned is not None:
+                    held.future.set_result(pinned)
+                continue
             slots = self._take_request_slot(endpoint)
             if slots is None:
                 return
             held.future.set_result(slots)
+
+    def _fail_pinned(self, worker_id: str, slots: WorkerSlots | None) -> None:
+        endpoint = self._endpoints.get(slots.endpoint_id) if slots is not None else None
+        for held in endpoint.held.values() if endpoint is not None else ():
+            if held.worker_id == worker_id and not held.future.done():
+                held.future.set_exception(WorkerGoneError(f"worker {worker_id} is gone"))
 
     def _give_back(self, held: _Held) -> None:
         # The slot may have been handed over in the same moment in which the wait ended.

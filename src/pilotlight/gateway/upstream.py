@@ -47,9 +47,12 @@ class UpstreamError(Exception):
 class UpstreamResponse(asyncio.Protocol):
     """One connection, and on it one answer at a time: `status` and `headers`, then `read()` until None."""
 
-    def __init__(self, pool: UpstreamPool, address: Address) -> None:
+    def __init__(self, pool: UpstreamPool, address: Address, *, head_only: bool = False) -> None:
         self._pool = pool
         self._address = address
+        self._head_only = head_only
+        self._writable = asyncio.Event()
+        self._writable.set()
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._deadline = 0.0
@@ -94,7 +97,16 @@ class UpstreamResponse(asyncio.Protocol):
         self._broken = self._broken or (str(exc) if exc else "connection closed by the engine")
         self._pool.forget(self._address, self)
         self._set_timer(None)
+        self._writable.set()
         self._wake()
+
+    def pause_writing(self) -> None:
+        """Note that the engine reads more slowly than we write (asyncio)."""
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        """Go on (asyncio)."""
+        self._writable.set()
 
     def data_received(self, data: bytes) -> None:
         """Feed the parser (asyncio)."""
@@ -138,6 +150,8 @@ class UpstreamResponse(asyncio.Protocol):
         self._unframed = not any(
             name in {b"content-length", b"transfer-encoding"} for name, _ in self.headers
         )
+        if self._head_only:
+            self._complete = True
 
     def on_body(self, body: bytes) -> None:
         """Collect a piece of the body (httptools)."""
@@ -156,6 +170,17 @@ class UpstreamResponse(asyncio.Protocol):
         self._idle = False
         assert self._transport is not None
         self._transport.write(data)
+
+    async def write(self, data: bytes) -> None:
+        """Write a piece of a request; returns when more may be written.
+
+        Raises:
+            UpstreamError: The connection is broken; an answer may have come all the same.
+        """
+        if self._broken is not None or self._transport is None:
+            raise UpstreamError(self._broken or "not connected", answered=self._head_complete)
+        self._transport.write(data)
+        await self._writable.wait()
 
     async def head(self, timeout_s: float) -> None:
         """Wait until `status` and `headers` are known.
@@ -329,7 +354,18 @@ class UpstreamPool:
         Raises:
             UpstreamError: Not reachable, or broken before the head.
         """
-        data = _request_bytes(address, method, path, headers, body)
+        return await self.exchange(
+            address, _request_bytes(address, method, path, headers, body), timeout_s=timeout_s
+        )
+
+    async def exchange(self, address: Address, data: bytes, *, timeout_s: float) -> UpstreamResponse:
+        """Send the bytes of one request and wait for the head of its answer; the caller must `release()` it.
+
+        The bytes may be sent a second time, on a new connection, when the first was dead.
+
+        Raises:
+            UpstreamError: Not reachable, or broken before the head.
+        """
         while (response := self._take_idle(address)) is not None:
             response.send(data)
             try:
@@ -343,7 +379,7 @@ class UpstreamPool:
                 response.close()
                 raise
             return response
-        response = await self._connect(address)
+        response = await self.connect(address)
         try:
             response.send(data)
             await response.head(timeout_s)
@@ -389,18 +425,28 @@ class UpstreamPool:
             response.close()
         return None
 
-    async def _connect(self, address: Address) -> UpstreamResponse:
+    async def connect(self, address: Address, *, head_only: bool = False) -> UpstreamResponse:
+        """A new connection, whose owner writes a request on it and must `release()` it.
+
+        Args:
+            address: Where to.
+            head_only: Whether the answer has no body whatever its head says, as to HEAD.
+
+        Raises:
+            UpstreamError: Not reachable.
+        """
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(_CONNECT_TIMEOUT_S):
                 if address.url.startswith("unix:"):
                     _, protocol = await loop.create_unix_connection(
-                        lambda: UpstreamResponse(self, address), address.url.removeprefix("unix:")
+                        lambda: UpstreamResponse(self, address, head_only=head_only),
+                        address.url.removeprefix("unix:"),
                     )
                 else:
                     host, port = _host_port(address.url)
                     _, protocol = await loop.create_connection(
-                        lambda: UpstreamResponse(self, address), host, port
+                        lambda: UpstreamResponse(self, address, head_only=head_only), host, port
                     )
         except TimeoutError as error:
             raise UpstreamError(

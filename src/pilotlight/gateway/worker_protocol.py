@@ -8,14 +8,14 @@ result, so posts are answered 200 unless the caller is not the worker it says it
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import msgspec
 import structlog
-from starlette.responses import Response
-from starlette.routing import BaseRoute
 
 from pilotlight.domain.worker import Address, Failure, Registration, Stage, Worker
 from pilotlight.errors import InvalidInputError, PilotlightError
+from pilotlight.gateway.asgi import Response
 from pilotlight.gateway.directory import secret_of
 from pilotlight.gateway.errors import PayloadTooLargeError, UnauthorizedError, native_error
 from pilotlight.gateway.jobs.desk import TooManyPollsError, WorkerDesk
@@ -61,10 +61,26 @@ class _State(msgspec.Struct):
     versions: dict[str, str] = {}
 
 
+class _Item(msgspec.Struct, rename="camel"):
+    """One result in the body of `job-done-batch`."""
+
+    id: str
+    body: msgspec.Raw
+    is_stream: bool = False
+
+
+class _ItemAnswer(msgspec.Struct, omit_defaults=True):
+    id: str
+    status: int
+    error: str | None = None
+
+
 _states = msgspec.json.Decoder(_State)
+_lists = msgspec.json.Decoder(list[msgspec.Raw])
+_items = msgspec.json.Decoder(_Item)
 
 
-def worker_routes(service: JobService, fleet: Fleet, *, limits: LimitSettings) -> list[BaseRoute]:
+def worker_routes(service: JobService, fleet: Fleet, *, limits: LimitSettings) -> list[SegmentRoute]:
     """Routes for workers.
 
     Args:
@@ -79,6 +95,7 @@ def worker_routes(service: JobService, fleet: Fleet, *, limits: LimitSettings) -
         ("job-stop", 1): (_GET, api.stop),
         ("ping", 1): (_GET, api.ping),
         ("job-done", 2): (_POST, api.done),
+        ("job-done-batch", 1): (_POST, api.done_batch),
         ("job-stream", 2): (_POST, api.stream),
     }
     return [
@@ -111,26 +128,29 @@ class _WorkerApi:
         worker = self._worker(call)
         if worker is None or self._service.closing:
             return await self._refuse(call)
-        async with watched(call.receive) as gone:
+        async with watched(call.scope, call.receive) as gone:
             try:
                 jobs = await self._desk.take(
                     worker,
                     count=count,
                     holding=call.query.get("job_in_progress") != "0",
                     gone=gone,
-                    peer=call.peer,
+                    connection=call.connection,
                 )
             except (TooManyPollsError, PilotlightError) as error:
                 # Anything but 429 would make the worker ask again at once (§9).
                 _log.warning("take_refused", worker_id=worker.id, error=str(error))
                 return native_error(429, str(error))
+            except Exception:  # noqa: BLE001 - a defect of ours must not become a storm of takes
+                _log.exception("take_failed", worker_id=worker.id)
+                return native_error(429, "internal server error")
         return json_answer(taken_view(jobs, single=single)) if jobs else Response(status_code=204)
 
     async def stop(self, call: Call) -> Response:
         worker = self._worker(call)
         if worker is None:
             return await self._refuse(call)
-        async with watched(call.receive) as gone:
+        async with watched(call.scope, call.receive) as gone:
             ids = await self._desk.stop_poll(worker, gone=gone)
         if not ids:
             return Response(status_code=204)
@@ -148,7 +168,12 @@ class _WorkerApi:
             return json_answer(b"{}")
         listed = query.get("job_id", "")
         job_ids = [job_id for job_id in listed.split(",") if job_id]
-        await self._desk.ping(worker, job_ids, complete=len(listed) < _JOB_IDS_COMPLETE)
+        await self._desk.ping(
+            worker,
+            job_ids,
+            complete=len(listed) < _JOB_IDS_COMPLETE,
+            library=query.get("runpod_version", "")[:100],
+        )
         return json_answer(b"{}")
 
     async def done(self, call: Call) -> Response:
@@ -160,6 +185,28 @@ class _WorkerApi:
                 final_stream = call.query.get("isStream") == "true"
                 await self._desk.result(worker, job_id, body, size, final_stream=final_stream)
         return json_answer(b"{}")
+
+    async def done_batch(self, call: Call) -> Response:
+        """Many `job-done` posts in one: an addition of ours, which only our worker program uses.
+
+        The body is a list of `{"id", "isStream", "body"}`; the answer has one `{"id", "status"}` for each,
+        in the same order, with the status that `job-done` would have answered.
+        """
+        worker = self._worker(call)
+        if worker is None:
+            raise UnauthorizedError
+        link = self._desk.link(worker)
+        body, _ = await call.body(limit=self._limits.worker_body_bytes)
+        if body is None:
+            limit = self._limits.worker_body_bytes
+            raise PayloadTooLargeError(f"a list of results may have {limit} bytes; post them one by one")
+        answers, items = parse_done_batch(body)
+        if link is not None:
+            with contextlib.ExitStack() as posting:
+                for job_id, _, _ in items:
+                    posting.enter_context(link.posting(job_id))
+                await self._desk.results(worker, items)
+        return json_answer(msgspec.json.encode(answers))
 
     async def stream(self, call: Call) -> Response:
         worker, job_id = self._post(call)
@@ -217,11 +264,42 @@ class _WorkerApi:
         if self._refused < _REFUSED_MAX and not self._service.closing:
             self._refused += 1
             try:
-                async with watched(call.receive) as gone:
+                async with watched(call.scope, call.receive) as gone:
                     await asyncio.wait({gone}, timeout=_REFUSED_HOLD_S)
             finally:
                 self._refused -= 1
         return native_error(429, "unauthorized", {"Retry-After": "5"})
+
+
+def parse_done_batch(body: bytes) -> tuple[list[_ItemAnswer], list[tuple[str, bytes, bool]]]:
+    """Read the body of `job-done-batch`.
+
+    Returns:
+        The answer to each item, and (job id, body, `isStream`) of those that are well formed; one that is not
+        does no harm to the others.
+
+    Raises:
+        InvalidInputError: Not a list, or too long.
+    """
+    try:
+        raws = _lists.decode(body)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise InvalidInputError("the body must be a JSON list of {id, isStream, body}") from error
+    if len(raws) > _BATCH_MAX:
+        raise InvalidInputError(f"a list may have {_BATCH_MAX} results, got {len(raws)}")
+    answers, items = [], []
+    for raw in raws:
+        try:
+            item = _items.decode(raw)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            answers.append(_ItemAnswer(id="", status=400, error=f"bad item: {error}"))
+            continue
+        if not item.id:
+            answers.append(_ItemAnswer(id="", status=400, error="bad item: id must not be empty"))
+            continue
+        answers.append(_ItemAnswer(id=item.id, status=200))
+        items.append((item.id, bytes(item.body), item.is_stream))
+    return answers, items
 
 
 def parse_state(body: bytes) -> StageReport:

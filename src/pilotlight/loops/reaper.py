@@ -16,7 +16,7 @@ import structlog
 
 from pilotlight.errors import StoreError
 from pilotlight.ports.clock import Clock
-from pilotlight.ports.store import JobStore, RequestLog, WorkerStore
+from pilotlight.ports.store import BatchStore, JobStore, RequestLog, WorkerStore
 from pilotlight.settings import Settings
 
 _log = structlog.get_logger()
@@ -25,10 +25,14 @@ _SWEEP_S = 1.0
 """Deadlines of jobs are seconds and more, so a second of delay does not matter to anybody."""
 
 _PRUNE_JOBS_MS = 5_000
+_PRUNE_BATCHES_MS = 60_000
 _PRUNE_REQUESTS_MS = 60_000
 _PRUNE_WORKERS_MS = 600_000
 _PRUNE_SLICE = 1000
 """Records deleted in one go, so that other users of the store get their turn."""
+
+_PURGED_SLICES_MAX = 20
+"""Slices of a purged queue deleted in one round; a million jobs must not hold up the deadlines of others."""
 
 
 class JobSweeper(Protocol):
@@ -47,7 +51,7 @@ class JobSweeper(Protocol):
         ...
 
 
-class ReaperStore(JobStore, RequestLog, WorkerStore, Protocol):
+class ReaperStore(JobStore, BatchStore, RequestLog, WorkerStore, Protocol):
     """What is pruned."""
 
 
@@ -97,8 +101,10 @@ class Reaper:
         """One round. A step that fails is reported and tried again in the next round."""
         for step in (self._sweeper.end_overdue, self._sweeper.lose_unconfirmed, self._sweeper.kill_stuck):
             await self._try(step)
+        await self._try(self._delete_purged)
         for step, period_ms in (
             (self._prune_jobs, _PRUNE_JOBS_MS),
+            (self._prune_batches, _PRUNE_BATCHES_MS),
             (self._prune_requests, _PRUNE_REQUESTS_MS),
             (self._prune_workers, _PRUNE_WORKERS_MS),
         ):
@@ -122,10 +128,22 @@ class Reaper:
         except Exception:  # noqa: BLE001 - one broken record must not end all deadlines
             _log.exception("reaper_step_broken", step=step.__name__)
 
+    async def _delete_purged(self) -> None:
+        now_ms = self._clock.now_ms()
+        for _ in range(_PURGED_SLICES_MAX):
+            if self._stopping.is_set() or not await self._store.delete_purged(
+                now_ms=now_ms, limit=_PRUNE_SLICE
+            ):
+                return
+
     async def _prune_jobs(self) -> None:
         now_ms = self._clock.now_ms()
         while await self._store.prune_jobs(now_ms=now_ms, limit=_PRUNE_SLICE) >= _PRUNE_SLICE:
             pass
+
+    async def _prune_batches(self) -> None:
+        before_ms = self._clock.now_ms() - self._settings.jobs.batch_retention_ms
+        await self._store.prune_batches(ended_before_ms=before_ms, limit=_PRUNE_SLICE)
 
     async def _prune_requests(self) -> None:
         await self._store.prune_requests(keep=self._settings.store.request_log_rows)

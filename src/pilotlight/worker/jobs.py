@@ -13,7 +13,7 @@ import contextlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import aiohttp
 import msgspec
@@ -73,6 +73,14 @@ class _Running:
 
 
 PostChunk = Callable[[Item], Awaitable[None]]
+
+
+class Runner(Protocol):
+    """Answers jobs."""
+
+    async def run(self, job: TakenJob, post_chunk: PostChunk) -> list[Item]:
+        """All items of the job, each already handed to `post_chunk`; JobFailedError when it failed."""
+        ...
 
 
 class JobRunner:
@@ -190,7 +198,7 @@ class JobLoop:
         self,
         config: WorkerConfig,
         platform: Platform,
-        runner: JobRunner,
+        runner: Runner,
         log: LogSink,
         on_defect: Callable[[BaseException], None],
     ) -> None:
@@ -205,6 +213,7 @@ class JobLoop:
         self._draining = asyncio.Event()
         self._changed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
+        self._open_take: asyncio.Task[TakeAnswer] | None = None
 
     @property
     def running(self) -> int:
@@ -224,7 +233,11 @@ class JobLoop:
     async def drain(self) -> None:
         """Stops taking jobs and returns when none is left in hand. Safe to cancel and to call again."""
         self._draining.set()
+        self._changed.set()
         if self._tasks:
+            # An open take may still be answered for a moment; then it is closed.
+            await asyncio.wait({self._tasks[0]}, timeout=TAKE_CLOSE_SECONDS)
+            self._close_take()
             await asyncio.wait({self._tasks[0]})
         while self._running:
             self._changed.clear()
@@ -254,8 +267,9 @@ class JobLoop:
         while not self._draining.is_set():
             free = self._slots - len(self._running)
             if free <= 0:
+                # `drain` sets it, too.
                 self._changed.clear()
-                await self._unless_draining(self._changed.wait())
+                await self._changed.wait()
                 continue
             asked = clock()
             answer = await self._poll(free)
@@ -276,17 +290,26 @@ class JobLoop:
                 await self._unless_draining(asyncio.sleep(delay))
 
     async def _poll(self, free: int) -> TakeAnswer:
-        """One take; when the drain begins it may still be answered for a moment, then it is closed."""
+        """One take, which `drain` may close."""
         take = asyncio.create_task(self._platform.take(free, busy=bool(self._running)))
-        draining = asyncio.create_task(self._draining.wait())
+        self._open_take = take
         try:
-            await asyncio.wait({take, draining}, return_when=asyncio.FIRST_COMPLETED)
-            if not take.done():
-                await asyncio.wait({take}, timeout=TAKE_CLOSE_SECONDS)
-            return take.result() if take.done() else TakeAnswer()
+            return await take
+        except asyncio.CancelledError:
+            if not self._draining.is_set():
+                raise
+            # `drain` closed it; only an end of the loop itself goes on.
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            return TakeAnswer()
         finally:
-            draining.cancel()
+            self._open_take = None
             take.cancel()
+
+    def _close_take(self) -> None:
+        if self._open_take is not None:
+            self._open_take.cancel()
 
     async def _stop_loop(self) -> None:
         backoff = Backoff(0.5, 5.0)

@@ -1,9 +1,9 @@
 """The worker's side of the worker protocol: takes, stops, pings, results, chunks and state reports.
 
-One HTTP client for all of it. Every method is one exchange (or one bounded series of tries) and returns what
-the platform said; `jobs` decides what to do about it. Rules: `worker-protocol.md` §3, §8 and §9. Where the
-reference SDK loses a result on a broken connection, this client tries again: `POST_SECONDS` spans a restart
-of the platform.
+One HTTP client (`worker.http`) for all. Every method is one exchange (or one bounded series of tries) and
+returns what the platform said; `jobs` decides what to do about it. Rules: `worker-protocol.md` §3, §8 and §9.
+Where the reference SDK loses a result on a broken connection, this client tries again: `POST_SECONDS` spans a
+restart of the platform.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import quote
 
-import aiohttp
 import msgspec
-from yarl import URL
 
 import pilotlight
 from pilotlight.worker.config import WorkerConfig
+from pilotlight.worker.http import AnswerTimeoutError, HttpClient
 from pilotlight.worker.log import LogSink
+from pilotlight.worker.results import ResultPoster
 
 POLL_SECONDS: Final = 90.0
 """Client limit of a take or stop poll (`worker-protocol.md` §1 rule 6)."""
@@ -32,6 +32,9 @@ POST_SECONDS: Final = 60.0
 _ATTEMPT_SECONDS: Final = 60.0
 _PAUSE_429_SECONDS: Final = 5.0
 _OUTAGE_STEP_SECONDS: Final = 10.0
+
+
+_jitter = random.Random()  # noqa: S311 - jitter is no secret
 
 
 class Backoff:
@@ -46,7 +49,7 @@ class Backoff:
     def __init__(self, first: float, limit: float, rng: random.Random | None = None) -> None:
         self._first = first
         self._limit = limit
-        self._rng = rng if rng is not None else random.Random()  # noqa: S311 - jitter is no secret
+        self._rng = rng if rng is not None else _jitter
         self._tries = 0
 
     def next_delay(self) -> float:
@@ -99,18 +102,20 @@ class Platform:
         self._log = log
         self._on_recovered = on_recovered
         version = pilotlight.__version__
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=15),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
-            headers={"Authorization": config.platform_key, "User-Agent": f"Pilotlight-Worker/{version}"},
+        self._http = HttpClient(
+            {"Authorization": config.platform_key, "User-Agent": f"Pilotlight-Worker/{version}"}
         )
+        self._batch_url = _batch_url(self._urls.output)
+        post_many = self._post_batch if self._batch_url is not None else None
+        self._results = ResultPoster(self._post_result, post_many, log)
         self._version = quote(f"pilotlight-{version}")
         self._last_failure: float | None = None
         self.outage_seconds = 0.0
 
     async def close(self) -> None:
         """Closes all connections."""
-        await self._session.close()
+        await self._results.close()
+        await self._http.close()
 
     async def take(self, slots: int, *, busy: bool) -> TakeAnswer:
         """One long poll for up to `slots` jobs (§3.1, §3.2)."""
@@ -163,8 +168,12 @@ class Platform:
         await self._get(_with_query(self._urls.ping, query), 2 * self._ping_seconds)
 
     async def post_result(self, job_id: str, body: bytes) -> bool:
-        """Hands in the final result; True once the platform has it (§3.4)."""
-        return await self._post(self._urls.output, job_id, body, "isStream=true")
+        """Hands in the final result, together with others where that is possible (`ResultPoster`).
+
+        Returns:
+            True once the platform has it (§3.4).
+        """
+        return await self._results.post(job_id, body)
 
     async def post_chunk(self, job_id: str, number: int, body: bytes) -> bool:
         """Hands in one item of a running job (§3.5).
@@ -179,65 +188,66 @@ class Platform:
     async def report_state(self, body: bytes) -> int | None:
         """Sends one state report; the HTTP status, or None if the platform could not be reached."""
         assert self._state_url is not None
-        return await self._send(self._state_url, body, content_type="application/json", seconds=10)
+        status, _ = await self._send(self._state_url, body, content_type="application/json", seconds=10)
+        return status
+
+    async def _post_result(self, job_id: str, body: bytes) -> bool:
+        return await self._post(self._urls.output, job_id, body, "isStream=true")
+
+    async def _post_batch(self, body: bytes) -> tuple[int | None, bytes]:
+        assert self._batch_url is not None
+        return await self._offer(self._batch_url, body, job_id="several")
 
     async def _post(self, template: str | None, job_id: str, body: bytes, query: str) -> bool:
         if template is None:
             return False
         url = _with_query(template.replace("$ID", quote(job_id, safe="")), query)
+        status, _ = await self._offer(url, body, job_id=job_id)
+        if status is not None and status >= 400:
+            self._log.event("platform.post_refused", job=job_id, status=status)
+        return status is not None and status < 400
+
+    async def _offer(self, url: str, body: bytes, *, job_id: str) -> tuple[int | None, bytes]:
+        """Post until there is an answer that stands; status None when it was given up."""
         backoff = Backoff(0.2, 5.0)
         deadline = asyncio.get_running_loop().time() + POST_SECONDS
         while True:
             # The reference SDK labels its JSON this way and platforms parse the bytes (§1 rule 9).
-            status = await self._send(url, body, content_type="application/x-www-form-urlencoded")
-            if status is not None and status < 400:
-                return True
+            status, answer = await self._send(url, body, content_type="application/x-www-form-urlencoded")
             if status is not None and status < 500 and status not in {408, 429}:
-                self._log.event("platform.post_refused", job=job_id, status=status)
-                return False
+                return status, answer
             delay = backoff.next_delay()
             if asyncio.get_running_loop().time() + delay > deadline:
                 self._log.event("platform.post_lost", job=job_id, status=status)
-                return False
+                return None, b""
             await asyncio.sleep(delay)
 
     async def _send(
         self, url: str, body: bytes, *, content_type: str, seconds: float = _ATTEMPT_SECONDS
-    ) -> int | None:
+    ) -> tuple[int | None, bytes]:
         try:
-            async with self._session.post(
-                URL(url, encoded=True),
-                data=body,
-                headers={"Content-Type": content_type},
-                timeout=aiohttp.ClientTimeout(total=seconds),
-            ) as response:
-                await response.read()
-                status = response.status
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            status, answer = await self._http.request(
+                "POST", url, body=body, content_type=content_type, seconds=seconds
+            )
+        except (AnswerTimeoutError, OSError) as error:
             self._note_failure(error)
-            return None
+            return None, b""
         self._note_success()
-        return status
+        return status, answer
 
     async def _get(self, url: str, seconds: float) -> tuple[int | None, bytes]:
         """Status and body; status 0 when the time ran out on an open connection, None when it broke."""
         try:
-            async with self._session.get(
-                URL(url, encoded=True),
-                headers={"Content-Type": "application/json"},
-                timeout=aiohttp.ClientTimeout(total=seconds, sock_connect=min(10, seconds)),
-            ) as response:
-                body = await response.read()
-                self._note_success()
-                return response.status, body
-        except aiohttp.ServerTimeoutError as error:
-            self._note_failure(error)
-            return None, b""
-        except TimeoutError:
+            status, body = await self._http.request(
+                "GET", url, content_type="application/json", seconds=seconds
+            )
+        except AnswerTimeoutError:
             return 0, b""
-        except (aiohttp.ClientError, OSError) as error:
+        except OSError as error:
             self._note_failure(error)
             return None, b""
+        self._note_success()
+        return status, body
 
     def _note_success(self) -> None:
         if self._last_failure is not None:
@@ -265,6 +275,16 @@ class Platform:
             else:
                 self._log.event("platform.bad_job", kind=type(item).__name__)
         return tuple(jobs)
+
+
+def _batch_url(output: str | None) -> str | None:
+    """Where many results go at once, by the address for single ones; None when that has another form."""
+    if output is None:
+        return None
+    path, mark, query = output.partition("?")
+    if "/job-done/" not in path or not path.endswith("/$ID"):
+        return None
+    return path.removesuffix("/$ID").replace("/job-done/", "/job-done-batch/") + mark + query
 
 
 def _with_query(url: str, query: str) -> str:

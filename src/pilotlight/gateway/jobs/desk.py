@@ -12,10 +12,19 @@ from typing import Any
 
 import structlog
 
-from pilotlight.core.lifecycle import Confirmed, Effect, JobEvent, Progressed, ResultPosted, WorkerLost
+from pilotlight.core.lifecycle import (
+    Applied,
+    Confirmed,
+    Effect,
+    JobEvent,
+    Progressed,
+    ResultPosted,
+    WorkerLost,
+)
 from pilotlight.domain.job import Job
 from pilotlight.domain.worker import Failure, Stage, Worker
 from pilotlight.errors import InvalidInputError, NotFoundError, PilotlightError
+from pilotlight.gateway.jobs.buckets import Buckets, Outsize
 from pilotlight.gateway.jobs.ledger import Ledger
 from pilotlight.gateway.jobs.links import HandOut, Poll, WorkerLink
 from pilotlight.gateway.jobs.results import (
@@ -26,7 +35,9 @@ from pilotlight.gateway.jobs.results import (
     parse_result,
 )
 from pilotlight.gateway.jobs.waiting import Gone, happened
+from pilotlight.gateway.protocol import ClientStream
 from pilotlight.ports.fleet import StageReport
+from pilotlight.ports.store import ChunkFate
 from pilotlight.settings import LimitSettings
 
 _log = structlog.get_logger()
@@ -39,6 +50,10 @@ STOP_NOTHING = "-"
 
 _POLLS_MAX = 64
 """Open takes per worker; old libraries keep one per slot, newer ones a single one."""
+
+_CROSSING_NS = 2_000_000_000
+"""A worker with several open takes may have asked on one, saying that it holds nothing, before it read the
+job that was answered on another; arbitrary, far longer than that can take."""
 
 _ENDING_HOLD_S = 1.0
 """Hold of polls by a worker that is being ended, so that they do not delay its exit."""
@@ -55,19 +70,23 @@ class WorkerDesk:
         ledger: Jobs and bookkeeping.
         limits: Sizes of results and chunks.
         entropy: Random bytes, to spread the holds.
+        buckets: Opens the `s3Config` of jobs, and takes results that are too large.
     """
 
-    def __init__(self, ledger: Ledger, limits: LimitSettings, entropy: Callable[[int], bytes]) -> None:
+    def __init__(
+        self, ledger: Ledger, limits: LimitSettings, entropy: Callable[[int], bytes], buckets: Buckets
+    ) -> None:
         self._ledger = ledger
         self._limits = limits
         self._entropy = entropy
+        self._buckets = buckets
 
     def link(self, worker: Worker) -> WorkerLink | None:
         """What is known of a living worker; None when it has ended."""
         return self._ledger.link_of(worker)
 
     async def take(
-        self, worker: Worker, *, count: int, holding: bool, gone: Gone, peer: tuple[str, int] | None = None
+        self, worker: Worker, *, count: int, holding: bool, gone: Gone, connection: ClientStream | None = None
     ) -> Sequence[Job]:
         """Wait for jobs; empty when the hold is over, or when the worker is being ended.
 
@@ -76,7 +95,7 @@ class WorkerDesk:
             count: Jobs wanted at most.
             holding: Its `job_in_progress`: whether it holds any job at the moment of asking.
             gone: Done when it hangs up; jobs handed to it then go back without using up their retry.
-            peer: Its connection, where known.
+            connection: Its connection, where known.
 
         Raises:
             TooManyPollsError: Answer 429.
@@ -84,13 +103,13 @@ class WorkerDesk:
         link = self.link(worker)
         if link is None:
             return []
-        leased = len(link.hand_outs) if holding else 0
-        await self._ledger.fleet.took(worker.id, slots=count + leased)
+        link.several_polls = link.several_polls or bool(link.polls)
+        await self._ledger.fleet.took(worker.id, slots=self._slots_of(link, count, holding=holding))
         if len(link.polls) >= _POLLS_MAX:
             raise TooManyPollsError(f"worker {worker.id} has {len(link.polls)} open takes")
         if not holding and not link.polls:
-            await self._close_earlier(link, peer)
-        poll = Poll(link, count, peer, asyncio.get_running_loop().create_future())
+            await self._close_earlier(link)
+        poll = Poll(link, count, connection, asyncio.get_running_loop().create_future())
         either: set[asyncio.Future[Any]] = {poll.future, gone}
         dispatcher = self._ledger.dispatcher
         dispatcher.park(poll)
@@ -105,7 +124,18 @@ class WorkerDesk:
             self._leave(poll, deliver=False)
             raise
         # Nothing is awaited between this look and the write, unless the client reads too slowly.
-        return self._leave(poll, deliver=not gone.done() and dispatcher.may_hand_out(link))
+        return self._opened(self._leave(poll, deliver=not gone.done() and dispatcher.may_hand_out(link)))
+
+    def _opened(self, jobs: Sequence[Job]) -> Sequence[Job]:
+        """Jobs with their `s3Config` readable; those for which it is lost fail, and are not handed over."""
+        readable, lost = self._buckets.opened(jobs)
+        for job, error in lost:
+            assert job.worker_id is not None
+            now_ms = self._ledger.clock.now_ms()
+            event = ResultPosted(worker_id=job.worker_id, now_ms=now_ms, error=error, attempt=job.attempt)
+            _log.error("s3_config_lost", job_id=job.id, endpoint_id=job.endpoint_id)
+            self._ledger.spawn(self._apply(job.id, event), f"fail-{job.id}")
+        return readable
 
     async def stop_poll(self, worker: Worker, *, gone: Gone) -> Sequence[str]:
         """Wait for ids the worker should stop; empty when the hold is over."""
@@ -113,11 +143,14 @@ class WorkerDesk:
         if link is None:
             return []
         link.stop_polls += 1
+        link.stop_broken_ns = None
         try:
             return await self._stop_poll(link, gone=gone)
         finally:
             link.stop_polls -= 1
             link.stop_polled_ns = self._ledger.clock.monotonic_ns()
+            if gone.done() and not link.stop_polls:
+                link.stop_broken_ns = link.stop_polled_ns
 
     async def _stop_poll(self, link: WorkerLink, *, gone: Gone) -> Sequence[str]:
         loop = asyncio.get_running_loop()
@@ -131,17 +164,23 @@ class WorkerDesk:
             return []
         return link.take_stops() or ([STOP_NOTHING] if link.released else [])
 
-    async def ping(self, worker: Worker, job_ids: Sequence[str], *, complete: bool) -> None:
+    async def ping(
+        self, worker: Worker, job_ids: Sequence[str], *, complete: bool, library: str = ""
+    ) -> None:
         """Take a heartbeat: what it lists is confirmed, what it lists no more is lost (§5).
 
         Args:
             worker: Who.
             job_ids: Jobs it says it holds.
             complete: Whether the list cannot have been cut short.
+            library: Version of its library, as it says.
         """
         link = self.link(worker)
         if link is None:
             return
+        if link.library is None:
+            link.library = library
+            _log.info("worker_library", worker_id=worker.id, version=library or "unknown")
         link.pinged_ns = self._ledger.clock.monotonic_ns()
         # Nothing is awaited while two pings are compared, so they are compared in the order they came.
         listed, previous = frozenset(job_ids), link.listed
@@ -155,7 +194,10 @@ class WorkerDesk:
         link.listed = listed | undecided
         self._look_at_stops(link, listed, previous)
         for hand_out in confirmed:
-            await self._apply(hand_out.job_id, Confirmed(worker_id=worker.id))
+            event = Confirmed(
+                worker_id=worker.id, now_ms=self._ledger.clock.now_ms(), attempt=hand_out.attempt
+            )
+            await self._apply(hand_out.job_id, event)
         for hand_out in missing:
             if hand_out.job_id not in undecided:
                 await self._lose(link, hand_out, arrived=True)
@@ -183,19 +225,38 @@ class WorkerDesk:
         link = self.link(worker)
         if link is None:
             return
-        posted = _read_result(body)
-        if posted is not None and posted.progress and not final_stream:
-            await self._progress(link, job_id, posted)
+        event, replace_worker = self._posted(link, job_id, body, size, final_stream=final_stream)
+        if replace_worker:
+            self._replace(link)
+        if isinstance(event, Outsize):
+            event = await self._buckets.settle(job_id, event)
+        if event is not None:
+            await self._apply(job_id, event)
+
+    async def results(self, worker: Worker, items: Sequence[tuple[str, bytes, bool]]) -> None:
+        """Take many `job-done` posts at once: they are applied in their order, in one go.
+
+        Args:
+            worker: Who posts.
+            items: (job id, body, `isStream`) of each.
+
+        Raises:
+            StoreError: None of them was applied.
+        """
+        link = self.link(worker)
+        if link is None:
             return
-        event = self._final(worker.id, job_id, posted, size, too_large=body is None)
-        await self._apply(job_id, event)
-        if posted is not None and posted.replace_worker:
-            # Before anything is awaited: with the per-result form it goes on polling (§6.4).
-            link.retiring = True
-            self._ledger.spawn(
-                self._ledger.fleet.drain(worker.id, reason="the worker asked to be replaced"),
-                f"drain-{worker.id}",
-            )
+        events: list[tuple[str, JobEvent]] = []
+        for job_id, body, final_stream in items:
+            event, replace_worker = self._posted(link, job_id, body, len(body), final_stream=final_stream)
+            if replace_worker:
+                self._replace(link)
+            if isinstance(event, Outsize):
+                event = await self._buckets.settle(job_id, event)
+            if event is not None:
+                events.append((job_id, event))
+        for (job_id, _), applied in zip(events, await self._ledger.apply_many(events), strict=True):
+            _note_late(job_id, applied)
 
     async def chunk(
         self, worker: Worker, job_id: str, body: bytes | None, size: int, *, sequence: int | None = None
@@ -223,19 +284,26 @@ class WorkerDesk:
             pieces = parse_chunk(body, limit=self._limits.chunk_bytes)
         except ChunkTooLargeError as error:
             _log.warning("chunk_too_large", worker_id=worker.id, job_id=job_id, size=size)
-            now_ms = ledger.clock.now_ms()
-            await self._apply(job_id, ResultPosted(worker_id=worker.id, now_ms=now_ms, error=str(error)))
-            link.stop(job_id, deadline_ns=ledger.stop_deadline_ns())
+            await self._fail(link, hand_out, str(error))
             return
         except InvalidInputError as error:
             _log.warning("chunk_ignored", worker_id=worker.id, job_id=job_id, error=str(error))
             return
         for piece in pieces:
             try:
-                stored = await ledger.store.append_chunk(job_id, worker.id, piece)
+                fate = await ledger.store.append_chunk(
+                    job_id,
+                    worker.id,
+                    piece,
+                    attempt=hand_out.attempt,
+                    now_ms=ledger.clock.now_ms(),
+                    limit_bytes=self._limits.stream_bytes,
+                )
             except NotFoundError:
                 return
-            if not stored:
+            if fate is ChunkFate.FULL:
+                await self._fail_full(link, hand_out)
+            if fate is not ChunkFate.STORED:
                 return
             hand_out.confirmed = True
             if hand_out.first_chunk_ms is None:
@@ -245,6 +313,19 @@ class WorkerDesk:
             ledger.signals.notify(job_id)
         if sequence is not None:
             hand_out.last_sequence = sequence
+
+    async def _fail_full(self, link: WorkerLink, hand_out: HandOut) -> None:
+        limit = self._limits.stream_bytes / 1_048_576
+        await self._fail(
+            link, hand_out, f"nobody reads the stream: more than {limit:g} MB of chunks wait for a reader"
+        )
+
+    async def _fail(self, link: WorkerLink, hand_out: HandOut, error: str) -> None:
+        """End a job whose worker goes on, and tell the worker."""
+        now_ms = self._ledger.clock.now_ms()
+        event = ResultPosted(worker_id=link.worker_id, now_ms=now_ms, error=error, attempt=hand_out.attempt)
+        await self._apply(hand_out.job_id, event)
+        link.stop(hand_out.job_id, deadline_ns=self._ledger.stop_deadline_ns())
 
     def _leave(self, poll: Poll, *, deliver: bool) -> Sequence[Job]:
         """End a take; jobs that cannot be delivered go back."""
@@ -261,20 +342,66 @@ class WorkerDesk:
         # ± 10 %, so that the polls of many workers do not end together (§8).
         return seconds * (0.9 + 0.2 * self._entropy(1)[0] / 255)
 
+    def _slots_of(self, link: WorkerLink, count: int, *, holding: bool) -> int:
+        """Slots that a worker shows with a take (§6.2).
+
+        An idle one asks for all it has, and a busy one may ask for fewer than are free. Libraries before 1.7
+        ask for one while idle, and for as many as they have, each on its own, while busy.
+        """
+        known = self._ledger.slots.worker(link.worker_id)
+        if link.several_polls:
+            shown = len(link.polls) + count
+        else:
+            shown = count + (len(link.hand_outs) if holding else 0)
+        if known is None or not (holding or link.several_polls):
+            return shown
+        return max(known.capacity, shown)
+
+    def _posted(
+        self, link: WorkerLink, job_id: str, body: bytes | None, size: int, *, final_stream: bool
+    ) -> tuple[JobEvent | Outsize | None, bool]:
+        """What a `job-done` post means for its job, and whether it asks for a new worker (`stopPod`).
+
+        For a job that the worker does not hold any more it means nothing (§7.2).
+        """
+        posted = _read_result(body)
+        hand_out = link.hand_outs.get(job_id)
+        if posted is not None and posted.progress and not final_stream:
+            return self._progressed(link, hand_out, posted), False
+        replace_worker = posted is not None and posted.replace_worker
+        if hand_out is None:
+            _log.info("late_post", job_id=job_id, worker_id=link.worker_id, reason="not in its hands")
+            return None, replace_worker
+        return self._final(link, hand_out, posted, size, too_large=body is None), replace_worker
+
+    def _replace(self, link: WorkerLink) -> None:
+        """Give it nothing more, at once, since its open takes may be served meanwhile, and drain it (§6.4).
+
+        It is told to end when its last slot is free, so what it has posted just now is not in danger.
+        """
+        if link.retiring:
+            return
+        link.retiring = True
+        drain = self._ledger.fleet.drain(link.worker_id, reason="the worker asked to be replaced")
+        self._ledger.spawn(drain, f"drain-{link.worker_id}")
+
     def _final(
-        self, worker_id: str, job_id: str, posted: PostedResult | None, size: int, *, too_large: bool
-    ) -> ResultPosted:
-        now_ms = self._ledger.clock.now_ms()
+        self, link: WorkerLink, hand_out: HandOut, posted: PostedResult | None, size: int, *, too_large: bool
+    ) -> ResultPosted | Outsize:
+        now_ms, job_id = self._ledger.clock.now_ms(), hand_out.job_id
+        worker_id, attempt = link.worker_id, hand_out.attempt
         limits = self._limits
         limit = limits.sync_result_bytes if job_id.startswith("sync-") else limits.result_bytes
         if posted is None:
             error = (
                 oversize(size, limit) if too_large else "the worker posted a result that is not valid JSON"
             )
-            return ResultPosted(worker_id=worker_id, now_ms=now_ms, error=error)
+            return ResultPosted(worker_id=worker_id, now_ms=now_ms, error=error, attempt=attempt)
         length = len(posted.output or b"")
         if length > limit:
-            return ResultPosted(worker_id=worker_id, now_ms=now_ms, error=oversize(length, limit))
+            error = oversize(length, limit)
+            failed = ResultPosted(worker_id=worker_id, now_ms=now_ms, error=error, attempt=attempt)
+            return Outsize(failed, posted.output if posted.error is None else None)
         error_text = posted.error
         if error_text is not None and len(error_text) > limit // 4:
             # UTF-8 takes up to four bytes per character.
@@ -285,17 +412,26 @@ class WorkerDesk:
             output=posted.output,
             error=error_text,
             retryable=posted.retryable,
+            attempt=attempt,
         )
 
-    async def _progress(self, link: WorkerLink, job_id: str, posted: PostedResult) -> None:
-        hand_out = link.hand_outs.get(job_id)
+    def _progressed(
+        self, link: WorkerLink, hand_out: HandOut | None, posted: PostedResult
+    ) -> Progressed | None:
+        """A progress value; None when it comes late (§1 rule 16) or is too large to keep."""
         if hand_out is None:
-            return
+            return None
         hand_out.confirmed = True
         if len(posted.output or b"") > self._limits.result_bytes:
+            job_id = hand_out.job_id
             _log.warning("progress_ignored", worker_id=link.worker_id, job_id=job_id, reason="too large")
-            return
-        await self._apply(job_id, Progressed(worker_id=link.worker_id, output=posted.output))
+            return None
+        return Progressed(
+            worker_id=link.worker_id,
+            now_ms=self._ledger.clock.now_ms(),
+            output=posted.output,
+            attempt=hand_out.attempt,
+        )
 
     def _look_at_stops(self, link: WorkerLink, listed: frozenset[str], previous: frozenset[str]) -> None:
         for job_id in [*link.stopping]:
@@ -313,12 +449,13 @@ class WorkerDesk:
         if freed:
             self._ledger.dispatcher.stop_avoiding(link)
 
-    async def _close_earlier(self, link: WorkerLink, peer: tuple[str, int] | None) -> None:
+    async def _close_earlier(self, link: WorkerLink) -> None:
         """Close every hand-out to a worker that says it holds nothing (§5)."""
+        now_ns = self._ledger.clock.monotonic_ns()
         for hand_out in [*link.hand_outs.values()]:
-            if not hand_out.posts:
-                same = peer is not None and hand_out.peer == peer
-                await self._lose(link, hand_out, arrived=hand_out.confirmed or same)
+            crossing = link.several_polls and now_ns - hand_out.at_ns < _CROSSING_NS
+            if not hand_out.posts and not crossing:
+                await self._lose(link, hand_out, arrived=hand_out.arrived)
         if not link.hand_outs:
             link.stopping.clear()
             link.stop_pending.clear()
@@ -330,10 +467,12 @@ class WorkerDesk:
         """End an attempt that will have no result: FAILED when the worker made none, else requeued."""
         now_ms, worker_id = self._ledger.clock.now_ms(), link.worker_id
         if arrived and not hand_out.post_failed:
-            event: JobEvent = ResultPosted(worker_id=worker_id, now_ms=now_ms, error=NO_RESULT_ERROR)
+            event: JobEvent = ResultPosted(
+                worker_id=worker_id, now_ms=now_ms, error=NO_RESULT_ERROR, attempt=hand_out.attempt
+            )
         else:
             reason = "result lost on its way" if arrived else "job never reached the worker"
-            event = WorkerLost(worker_id=worker_id, now_ms=now_ms, reason=reason)
+            event = WorkerLost(worker_id=worker_id, now_ms=now_ms, reason=reason, attempt=hand_out.attempt)
         await self._apply(hand_out.job_id, event)
 
     async def _apply(self, job_id: str, event: JobEvent) -> None:
@@ -341,10 +480,17 @@ class WorkerDesk:
         try:
             applied = await self._ledger.apply(job_id, event)
         except NotFoundError:
-            _log.info("late_post", job_id=job_id, reason="unknown job")
+            _note_late(job_id, None)
             return
-        if applied.effect in {Effect.IGNORED_TERMINAL, Effect.IGNORED_OTHER_ATTEMPT}:
-            _log.info("late_post", job_id=job_id, reason=applied.effect.value)
+        _note_late(job_id, applied)
+
+
+def _note_late(job_id: str, applied: Applied | None) -> None:
+    """Log what came too late for its job."""
+    if applied is None:
+        _log.info("late_post", job_id=job_id, reason="unknown job")
+    elif applied.effect in {Effect.IGNORED_TERMINAL, Effect.IGNORED_OTHER_ATTEMPT}:
+        _log.info("late_post", job_id=job_id, reason=applied.effect.value)
 
 
 def _read_result(body: bytes | None) -> PostedResult | None:

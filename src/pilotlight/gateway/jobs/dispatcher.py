@@ -85,11 +85,11 @@ class Dispatcher:
         self._lines: dict[str, _Line] = {}
         self._closed = False
 
-    def arrived(self, endpoint_id: str) -> None:
-        """A job was put into the queue; it has been committed."""
+    def arrived(self, endpoint_id: str, count: int = 1) -> None:
+        """Jobs were put into the queue: a take that is asked for from now on finds them."""
         line = self._line(endpoint_id)
-        line.believed += 1
-        line.arrivals += 1
+        line.believed += count
+        line.arrivals += count
         self.serve(endpoint_id)
 
     def park(self, poll: Poll) -> None:
@@ -146,7 +146,13 @@ class Dispatcher:
         """Return jobs that never reached a worker to the head of the queue; their retry is untouched."""
         for job in jobs:
             try:
-                await self._apply(job.id, PlatformInterrupted(now_ms=self._clock.now_ms()))
+                event = PlatformInterrupted(
+                    now_ms=self._clock.now_ms(),
+                    reason="the worker was gone before it could be given the job",
+                    worker_id=job.worker_id,
+                    attempt=job.attempt,
+                )
+                await self._apply(job.id, event)
             except NotFoundError:
                 continue
             except StoreError as error:
@@ -198,15 +204,20 @@ class Dispatcher:
         living = [job for job in jobs if (job.id, job.attempt) not in link.ended_early]
         now_ns = self._clock.monotonic_ns()
         for job in living:
-            link.hand_outs[job.id] = HandOut(job.id, now_ns, poll.peer)
+            link.hand_outs[job.id] = HandOut(job.id, job.attempt, now_ns, poll.connection)
         if poll.closed or poll.future.done() or not self.may_hand_out(link):
             return [], living
-        refused = [job for job in living if link.avoid.get(job.id, now_ns) > now_ns]
+        kept: list[Job] = []
+        refused: list[Job] = []
+        again_ns = now_ns
+        for job in living:
+            until_ns = link.avoid_until(job.id, now_ns)
+            (kept if until_ns is None else refused).append(job)
+            again_ns = max(again_ns, until_ns or now_ns)
         if refused:
             link.avoiding = True
-            again_s = (max(link.avoid[job.id] for job in refused) - now_ns) / 1e9
+            again_s = (again_ns - now_ns) / 1e9
             asyncio.get_running_loop().call_later(again_s, self.stop_avoiding, link)
-        kept = [job for job in living if job not in refused]
         for job in kept:
             link.begin(job.id)
             self._started(job.id)

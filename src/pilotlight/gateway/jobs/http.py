@@ -6,19 +6,17 @@ and because REST v2 shares the prefix `/v2/`.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from urllib.parse import parse_qsl
 
 import structlog
-from starlette.datastructures import URLPath
-from starlette.responses import Response
-from starlette.routing import BaseRoute, Match, NoMatchFound
 
 from pilotlight.domain.endpoint import RESERVED_ENDPOINT_IDS
 from pilotlight.errors import PilotlightError
-from pilotlight.gateway.asgi import ClientGoneError, Receive, Scope, Send
+from pilotlight.gateway.asgi import JSON, ClientGoneError, Receive, Response, Scope, Send
 from pilotlight.gateway.errors import native_error, native_error_of
+from pilotlight.gateway.protocol import EXTENSION, ClientStream
 
 _log = structlog.get_logger()
 
@@ -26,8 +24,9 @@ _DISCARDED_MAX = 64 * 1024 * 1024
 """Bytes of an oversize body that are read and thrown away, so that the client reads our answer instead of
 meeting a closed connection."""
 
+_NO_QUERY: Mapping[str, str] = {}
 
-@dataclass(frozen=True, slots=True)
+
 class Call:
     """One request below `/v2/{endpoint_id}/…`.
 
@@ -39,22 +38,35 @@ class Call:
         headers: By lower-case name; of repeated ones the last counts.
     """
 
-    scope: Scope
-    receive: Receive
-    endpoint_id: str
-    ids: tuple[str, ...]
-    headers: Mapping[bytes, bytes]
+    __slots__ = ("_query", "endpoint_id", "headers", "ids", "receive", "scope")
+
+    def __init__(self, scope: Scope, receive: Receive, endpoint_id: str, ids: tuple[str, ...]) -> None:
+        self.scope = scope
+        self.receive = receive
+        self.endpoint_id = endpoint_id
+        self.ids = ids
+        self.headers: Mapping[bytes, bytes] = dict(scope["headers"])
+        self._query: Mapping[str, str] | None = None
+
+    @property
+    def method(self) -> str:
+        """The HTTP method, in capitals."""
+        method: str = self.scope["method"]
+        return method
 
     @property
     def query(self) -> Mapping[str, str]:
         """Query parameters; of repeated ones the last counts."""
-        return dict(parse_qsl(self.scope["query_string"].decode("latin-1"), keep_blank_values=True))
+        if self._query is None:
+            raw: bytes = self.scope["query_string"]
+            self._query = parse_query(raw.decode("latin-1")) if raw else _NO_QUERY
+        return self._query
 
     @property
-    def peer(self) -> tuple[str, int] | None:
-        """The client's end of the connection; None on a Unix socket, where it says nothing."""
-        client = self.scope.get("client")
-        return (client[0], client[1]) if client and client[1] else None
+    def connection(self) -> ClientStream | None:
+        """The client's connection, which may serve more requests; None where the server does not show it."""
+        connection: ClientStream | None = (self.scope.get("extensions") or {}).get(EXTENSION)
+        return connection
 
     async def body(self, *, limit: int) -> tuple[bytes | None, int]:
         """The body and its size; None for the body when it is over the limit.
@@ -75,7 +87,9 @@ class Call:
             else:
                 chunks.clear()
             if not message.get("more_body", False):
-                return (b"".join(chunks) if size <= limit else None), size
+                if size > limit:
+                    return None, size
+                return (chunks[0] if len(chunks) == 1 else b"".join(chunks)), size
             if size > limit + _DISCARDED_MAX:
                 return None, size
 
@@ -96,58 +110,72 @@ class Operation:
     handler: Handler
 
 
-class SegmentRoute(BaseRoute):
+@dataclass(frozen=True, slots=True)
+class SegmentRoute:
     """Routes of the form `/{prefix}/{endpoint_id}/{verb}[/{id}…]`, found in a table.
 
-    Args:
+    Attributes:
         operations: By verb and number of ids after it.
         prefix: Segments before the endpoint's id.
         verbless: Whether there is no verb between the endpoint's id and the ids; its key is then "".
     """
 
-    def __init__(
-        self,
-        operations: Mapping[tuple[str, int], Operation],
-        *,
-        prefix: tuple[str, ...] = ("v2",),
-        verbless: bool = False,
-    ) -> None:
-        self._operations = operations
-        self._prefix = prefix
-        self._verbless = verbless
+    operations: Mapping[tuple[str, int], Operation]
+    prefix: tuple[str, ...] = ("v2",)
+    verbless: bool = False
 
-    def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        """FULL for a path of the table, whatever the method: a wrong one is answered 405."""
-        if scope["type"] != "http":
-            return Match.NONE, {}
-        segments = [segment for segment in scope["path"].split("/") if segment]
-        start = len(self._prefix)
-        if tuple(segments[:start]) != self._prefix or len(segments) < start + 2:
-            return Match.NONE, {}
-        endpoint_id, rest = segments[start], segments[start + 1 :]
-        verb, ids = ("", rest) if self._verbless else (rest[0], rest[1:])
-        operation = self._operations.get((verb, len(ids)))
+    def find(self, segments: list[str]) -> tuple[Operation, str, tuple[str, ...]] | None:
+        """Operation, endpoint and ids of a path, whatever the method; None when it is not in the table."""
+        start = len(self.prefix)
+        if len(segments) < start + 2 or tuple(segments[:start]) != self.prefix:
+            return None
+        if self.verbless:
+            verb, ids = "", segments[start + 1 :]
+        else:
+            verb, ids = segments[start + 1], segments[start + 2 :]
+        operation = self.operations.get((verb, len(ids)))
+        endpoint_id = segments[start]
         if operation is None or endpoint_id in RESERVED_ENDPOINT_IDS:
-            return Match.NONE, {}
-        return Match.FULL, {
-            "path_params": {"endpoint_id": endpoint_id},
-            "pilotlight.operation": (operation, endpoint_id, tuple(ids)),
-        }
+            return None
+        return operation, endpoint_id, tuple(ids)
 
-    def url_path_for(self, name: str, /, **path_params: object) -> URLPath:
-        """Refused: nothing builds these paths by name."""
-        raise NoMatchFound(name, dict(path_params))
 
-    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request; errors become answers here."""
-        operation, endpoint_id, ids = scope["pilotlight.operation"]
+class JobRoad:
+    """The ASGI application for all routes with segments; what none of them answers is 404.
+
+    Args:
+        routes: Tables; of two that know a path the first one counts.
+    """
+
+    def __init__(self, routes: Iterable[SegmentRoute]) -> None:
+        tables: dict[tuple[tuple[str, ...], bool], dict[tuple[str, int], Operation]] = {}
+        for route in routes:
+            table = tables.setdefault((route.prefix, route.verbless), {})
+            for path, operation in route.operations.items():
+                table.setdefault(path, operation)
+        self._routes = tuple(
+            SegmentRoute(table, prefix, verbless) for (prefix, verbless), table in tables.items()
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request (ASGI); errors become answers here."""
+        if scope["type"] != "http":
+            return
+        segments = [segment for segment in scope["path"].split("/") if segment]
+        for route in self._routes:
+            found = route.find(segments)
+            if found is not None:
+                break
+        else:
+            await native_error(404, "not found")(scope, receive, send)
+            return
+        operation, endpoint_id, ids = found
         if scope["method"] not in operation.methods:
             allowed = {"Allow": ", ".join(sorted(operation.methods))}
             response = native_error(405, "method not allowed", allowed)
         else:
-            call = Call(scope, receive, endpoint_id, ids, dict(scope["headers"]))
             try:
-                response = await operation.handler(call)
+                response = await operation.handler(Call(scope, receive, endpoint_id, ids))
             except ClientGoneError:
                 return
             except PilotlightError as error:
@@ -158,6 +186,15 @@ class SegmentRoute(BaseRoute):
         await response(scope, receive, send)
 
 
+def parse_query(text: str) -> dict[str, str]:
+    """Query parameters; of repeated ones the last counts, one without a value is empty."""
+    if "%" in text or "+" in text:
+        return dict(parse_qsl(text, keep_blank_values=True))
+    # Most have nothing to decode; workers send one with every take and every result.
+    pairs = (item.partition("=") for item in text.split("&") if item)
+    return {name: value for name, _, value in pairs}
+
+
 def json_answer(body: bytes, headers: Mapping[str, str] | None = None) -> Response:
     """A success; always 200 (serverless-api.md §2.1)."""
-    return Response(body, media_type="application/json", headers=headers)
+    return Response(body, headers=headers, media_type=JSON)

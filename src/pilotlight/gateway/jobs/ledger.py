@@ -7,17 +7,17 @@ autoscaler woken.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 
 import structlog
 
 from pilotlight.core.lifecycle import (
+    RETRIED_BY_CLIENT,
     Applied,
     Cancelled,
     ExecutionTimedOut,
     JobEvent,
     ResultPosted,
-    StartRefused,
     TtlReached,
     WorkerLost,
 )
@@ -27,6 +27,7 @@ from pilotlight.domain.worker import Worker
 from pilotlight.gateway.jobs.dispatcher import Dispatcher
 from pilotlight.gateway.jobs.links import HandOut, WorkerLink
 from pilotlight.gateway.jobs.results import usage_of
+from pilotlight.gateway.jobs.tally import JobTally
 from pilotlight.gateway.jobs.waiting import Signals
 from pilotlight.gateway.slots import SlotTable
 from pilotlight.ports.clock import Clock
@@ -36,7 +37,7 @@ from pilotlight.settings import JobSettings
 
 _log = structlog.get_logger()
 
-_ENDS_THE_RUN = (Cancelled, ExecutionTimedOut, TtlReached, StartRefused)
+_ENDS_THE_RUN = (Cancelled, ExecutionTimedOut, TtlReached)
 """Events by which a job ends although its worker goes on with it."""
 
 _OUTCOMES = {
@@ -58,6 +59,8 @@ class Ledger:
         settings: Periods.
         record: Takes the row of the request log.
         wake: Wakes the autoscaler of an endpoint.
+        ended: Told of the endpoint of each job that had run and has ended.
+        webhook_due: Told that a job has ended whose webhook the store now holds.
     """
 
     def __init__(
@@ -70,6 +73,8 @@ class Ledger:
         settings: JobSettings,
         record: Callable[[RequestRecord], None],
         wake: Callable[[str], None],
+        ended: Callable[[str], None],
+        webhook_due: Callable[[], None],
     ) -> None:
         self.store = store
         self.slots = slots
@@ -78,7 +83,10 @@ class Ledger:
         self.settings = settings
         self.record = record
         self.wake = wake
+        self.ended = ended
+        self.webhook_due = webhook_due
         self.signals = Signals()
+        self.tally = JobTally()
         self.links: dict[str, WorkerLink] = {}
         self.closing = False
         self.dispatcher = Dispatcher(
@@ -112,6 +120,18 @@ class Ledger:
         self.settle(applied, event)
         return applied
 
+    async def apply_many(self, events: Sequence[tuple[str, JobEvent]]) -> Sequence[Applied | None]:
+        """Change several jobs in one go and do what follows; None for a job that is not known.
+
+        Raises:
+            StoreError: Nothing was changed.
+        """
+        changes = await self.store.apply_many(events) if events else []
+        for (_, event), applied in zip(events, changes, strict=True):
+            if applied is not None:
+                self.settle(applied, event)
+        return changes
+
     def settle(self, applied: Applied, event: JobEvent) -> None:
         """Do what follows from a change that the store has committed."""
         if not applied.changed:
@@ -119,16 +139,12 @@ class Ledger:
         before, after = applied.before, applied.after
         hand_out = self._free(applied, event) if applied.freed_worker_id else None
         if applied.finished:
-            _log.info(
-                "job_finished",
-                job_id=after.id,
-                endpoint_id=after.endpoint_id,
-                worker_id=after.worker_id,
-                status=after.status.value,
-                reason=type(event).__name__,
-                attempt=after.attempt,
-            )
+            self.tally.ended(after, type(event).__name__)
             self.record(_row(after, hand_out))
+            if applied.freed_worker_id is not None:
+                self.ended(after.endpoint_id)
+            if after.webhook is not None:
+                self.webhook_due()
         self.signals.notify(after.id)
         if applied.requeued:
             _log.info(
@@ -162,6 +178,7 @@ class Ledger:
         self.signals.notify_all()
         while self._tasks:
             await asyncio.wait(self._tasks)
+        self.tally.close()
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -192,8 +209,10 @@ def _row(job: Job, hand_out: HandOut | None) -> RequestRecord:
     if usage is None and hand_out is not None and hand_out.usage_chunk is not None:
         usage = usage_of(hand_out.usage_chunk)
     first_ms = hand_out.first_chunk_ms if hand_out is not None else None
+    retried = any(attempt.reason.startswith(RETRIED_BY_CLIENT) for attempt in job.attempts)
     return RequestRecord(
-        id=job.id,
+        # The log has one row per id, and a job that its client retried ends once more.
+        id=f"{job.id}.{job.attempt}" if retried else job.id,
         road=Road.JOB,
         endpoint_id=job.endpoint_id,
         key_id=job.key_id,

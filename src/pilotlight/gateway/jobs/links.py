@@ -12,9 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from pilotlight.domain.job import Job
+from pilotlight.gateway.protocol import ClientStream
 
 _STOP_POLL_MISSING_NS = 3_000_000_000
 """A living worker opens the next stop poll within two seconds of an answer (worker-protocol.md §6.5)."""
+
+_LOOK_AGAIN_NS = 1_000_000_000
+"""Pause before a worker that still lists a job is offered it again; arbitrary, below a heartbeat's period."""
 
 
 @dataclass(slots=True, eq=False)
@@ -23,9 +27,10 @@ class HandOut:
 
     Attributes:
         job_id: Which job.
+        attempt: Which attempt of it: the token of the lease (`core.lifecycle`).
         at_ns: When it was handed out, monotonic.
-        peer: The connection it was written to, where that is known. A later request on the same
-            connection proves that the answer arrived.
+        connection: Where it was written to. While that stands, what was written has arrived or will: a
+            worker that hangs up closes it.
         confirmed: Whether the worker has shown that it holds the job.
         posts: Posts for this job that are being received now.
         post_failed: Whether we failed to take a post, so that a missing result may be our fault (L2).
@@ -35,14 +40,20 @@ class HandOut:
     """
 
     job_id: str
+    attempt: int
     at_ns: int
-    peer: tuple[str, int] | None
+    connection: ClientStream | None
     confirmed: bool = False
     posts: int = 0
     post_failed: bool = False
     first_chunk_ms: int | None = None
     usage_chunk: bytes | None = None
     last_sequence: int = -1
+
+    @property
+    def arrived(self) -> bool:
+        """Whether the worker has, or has had, the job."""
+        return self.confirmed or (self.connection is not None and self.connection.open)
 
 
 @dataclass(slots=True, eq=False)
@@ -52,7 +63,7 @@ class Poll:
     Attributes:
         link: Whose.
         count: Jobs it asks for.
-        peer: Its connection.
+        connection: Where it came from; None where the server does not say.
         future: Resolved with the jobs; with none when the hold is over.
         asking: Whether a take for it is under way in the store.
         expired: Whether its hold is over, so that it is answered as soon as that take returns.
@@ -61,7 +72,7 @@ class Poll:
 
     link: WorkerLink
     count: int
-    peer: tuple[str, int] | None
+    connection: ClientStream | None
     future: asyncio.Future[list[Job]]
     asking: bool = False
     expired: bool = False
@@ -92,6 +103,9 @@ class WorkerLink:
         pinged_ns: When its last heartbeat came, monotonic; None before the first.
         stop_polls: Its open stop polls.
         stop_polled_ns: When its last stop poll was answered.
+        stop_broken_ns: When a stop poll broke, until it opens the next one; None while nothing is wrong.
+        library: Version of the library that it speaks with, as its heartbeats say; None before the first.
+        several_polls: Whether it has had several open takes at once, as libraries before 1.7 do.
     """
 
     worker_id: str
@@ -112,6 +126,9 @@ class WorkerLink:
     pinged_ns: int | None = None
     stop_polls: int = 0
     stop_polled_ns: int = 0
+    stop_broken_ns: int | None = None
+    library: str | None = None
+    several_polls: bool = False
 
     def begin(self, job_id: str) -> None:
         """Forget what was said of an earlier attempt of a job: it says nothing of the one that begins."""
@@ -119,6 +136,16 @@ class WorkerLink:
         self.stopping.pop(job_id, None)
         self.avoid.pop(job_id, None)
         self.listed -= {job_id}
+
+    def avoid_until(self, job_id: str, now_ns: int) -> int | None:
+        """Until when it must not be given a job, because it may still hold it; None when it may have it.
+
+        It could not tell two attempts of one job apart, and runs the same id twice (worker-protocol.md §3.2).
+        """
+        until = max(self.avoid.get(job_id, now_ns), self.stopping.get(job_id, now_ns))
+        if job_id in self.listed:
+            until = max(until, now_ns + _LOOK_AGAIN_NS)
+        return until if until > now_ns else None
 
     def stop(self, job_id: str, *, deadline_ns: int) -> None:
         """Tell it to let go of a job with its next stop poll, and remember until when it should have."""
@@ -151,6 +178,15 @@ class WorkerLink:
         if self.pinged_ns is None or now_ns - self.pinged_ns <= pings_missing_ns:
             return False
         return not self.stop_polls and now_ns - self.stop_polled_ns > _STOP_POLL_MISSING_NS
+
+    def orphaned(self, now_ns: int) -> bool:
+        """Whether its main process is gone although heartbeats go on (worker-protocol.md §6.5).
+
+        Its stop poll was closed by its own end and has not come back, and it has no other call open.
+        """
+        if self.stop_broken_ns is None or now_ns - self.stop_broken_ns <= _STOP_POLL_MISSING_NS:
+            return False
+        return not self.polls and not any(hand_out.posts for hand_out in self.hand_outs.values())
 
     @contextlib.contextmanager
     def posting(self, job_id: str) -> Iterator[HandOut | None]:

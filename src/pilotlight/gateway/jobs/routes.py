@@ -2,29 +2,51 @@
 
 from __future__ import annotations
 
-from starlette.responses import Response
-from starlette.routing import BaseRoute
+from collections.abc import Awaitable, Callable
 
-from pilotlight.domain.endpoint import Endpoint
-from pilotlight.domain.job import Job
+import structlog
+
+from pilotlight.core.rate_limits import OperationGroup
+from pilotlight.domain.endpoint import Endpoint, EndpointKind
+from pilotlight.domain.job import Job, JobStatus
 from pilotlight.domain.key import ApiKey
-from pilotlight.errors import InvalidInputError, NotFoundError
+from pilotlight.errors import ConflictError, InvalidInputError, NotFoundError, StoreError
+from pilotlight.gateway.asgi import Response
 from pilotlight.gateway.directory import Directory, secret_of
 from pilotlight.gateway.errors import (
     AccessDeniedError,
     PayloadTooLargeError,
-    QueueFullError,
+    RateLimitedError,
     UnauthorizedError,
 )
 from pilotlight.gateway.jobs.http import Call, Handler, Operation, SegmentRoute, json_answer
-from pilotlight.gateway.jobs.service import JobService
-from pilotlight.gateway.jobs.submission import WAIT_MS, parse_milliseconds
-from pilotlight.gateway.jobs.views import cancelled_view, health_view, job_view, stream_view, submitted_view
+from pilotlight.gateway.jobs.rates import RateTable
+from pilotlight.gateway.jobs.service import NOT_FOR_QUEUES, JobService, Submitted
+from pilotlight.gateway.jobs.submission import (
+    WAIT_MS,
+    parse_flag,
+    parse_idempotency_key,
+    parse_milliseconds,
+    parse_number,
+)
+from pilotlight.gateway.jobs.views import (
+    cancelled_view,
+    decode_cursor,
+    health_view,
+    job_view,
+    purged_view,
+    replay_view,
+    requests_view,
+    stream_view,
+    submitted_view,
+    timeline_view,
+)
 from pilotlight.gateway.jobs.waiting import watched
 from pilotlight.gateway.slots import SlotTable
-from pilotlight.ports.clock import Clock
 from pilotlight.ports.fleet import Fleet
 from pilotlight.settings import LimitSettings
+
+_log = structlog.get_logger()
 
 _POST = frozenset({"POST"})
 _GET = frozenset({"GET"})
@@ -36,6 +58,14 @@ _STREAM_WAIT_DEFAULT_MS = 8_000
 
 _TTL_MAX_MS = 604_800_000
 
+_PAGE = (50, 100)
+"""Jobs on a page of `/requests`: by default, and at most."""
+
+_CURSOR_MAX = 2**31 - 1
+"""No job has that many chunks: each takes at least a byte of `limits.stream_bytes`."""
+
+_Serve = Callable[[Call, Endpoint, ApiKey], Awaitable[Response]]
+
 
 def job_routes(
     service: JobService,
@@ -43,9 +73,8 @@ def job_routes(
     *,
     slots: SlotTable,
     fleet: Fleet,
-    clock: Clock,
     limits: LimitSettings,
-) -> list[BaseRoute]:
+) -> list[SegmentRoute]:
     """Routes for clients. Put them behind REST v2's own roots below `/v2/`, which they leave alone.
 
     Args:
@@ -53,30 +82,73 @@ def job_routes(
         directory: Endpoints and keys.
         slots: For `/health`.
         fleet: For `/health`.
-        clock: Time.
         limits: Sizes of bodies.
     """
-    api = _JobApi(service, directory, slots, fleet, clock, limits)
-    table: dict[tuple[str, int], tuple[frozenset[str], Handler]] = {
-        ("run", 0): (_POST, api.run),
-        ("runsync", 0): (_POST, api.runsync),
-        ("run_sync", 0): (_POST, api.runsync),
-        ("status", 1): (_BOTH, api.status),
-        ("status-sync", 1): (_BOTH, api.status_sync),
-        ("stream", 1): (_BOTH, api.stream),
-        ("cancel", 1): (_POST, api.cancel),
-        ("health", 0): (_GET, api.health),
+    api = _JobApi(service, slots, fleet, limits)
+    group = OperationGroup
+    table: dict[tuple[str, int], tuple[frozenset[str], OperationGroup, _Serve]] = {
+        ("run", 0): (_POST, group.RUN, api.run),
+        ("runsync", 0): (_POST, group.RUNSYNC, api.runsync),
+        ("run_sync", 0): (_POST, group.RUNSYNC, api.runsync),
+        ("status", 1): (_BOTH, group.READ, api.status),
+        ("status-sync", 1): (_BOTH, group.READ, api.status_sync),
+        ("stream", 1): (_BOTH, group.READ, api.stream),
+        ("cancel", 1): (_POST, group.CANCEL, api.cancel),
+        ("retry", 1): (_POST, group.RETRY, api.retry),
+        ("purge-queue", 0): (_POST, group.PURGE, api.purge),
+        ("health", 0): (_GET, group.HEALTH, api.health),
+        ("requests", 0): (_GET, group.REQUESTS, api.requests),
     }
-    return [SegmentRoute({key: Operation(*value) for key, value in table.items()})]
+    return [
+        SegmentRoute(
+            {
+                key: Operation(methods, admitted(group, serve, directory, service.rates))
+                for key, (methods, group, serve) in table.items()
+            }
+        )
+    ]
 
 
-def authorize(call: Call, directory: Directory) -> tuple[Endpoint, ApiKey]:
+def admitted(group: OperationGroup, serve: _Serve, directory: Directory, rates: RateTable | None) -> Handler:
+    """A handler that lets in who may: key, endpoint, kind of endpoint, and, with `rates`, how often."""
+    for_queues = group is not OperationGroup.HEALTH
+
+    async def handle(call: Call) -> Response:
+        endpoint, key = authorize(call, directory, for_queues=for_queues)
+        if rates is None:
+            return await serve(call, endpoint, key)
+        with rates.admitted(group, endpoint, key):
+            return await serve(call, endpoint, key)
+
+    return handle
+
+
+def limited(
+    group: OperationGroup, handler: Handler, directory: Directory, rates: RateTable | None
+) -> Handler:
+    """A handler that checks its caller itself, with the limit of its group in front where there is one."""
+    if rates is None:
+        return handler
+
+    async def serve(call: Call, _: Endpoint, __: ApiKey) -> Response:
+        return await handler(call)
+
+    return admitted(group, serve, directory, rates)
+
+
+def authorize(call: Call, directory: Directory, *, for_queues: bool = True) -> tuple[Endpoint, ApiKey]:
     """The endpoint and the key of a client's call (serverless-api.md §10, §12 item 43).
+
+    Args:
+        call: The request.
+        directory: Endpoints and keys.
+        for_queues: Whether it is a call that only endpoints with a queue answer (§2.14).
 
     Raises:
         UnauthorizedError: No key, or an unknown one.
         NotFoundError: No such endpoint.
         AccessDeniedError: The key is for other endpoints.
+        InvalidInputError: The endpoint has no queue.
     """
     key = directory.key(secret_of(call.headers))
     if key is None:
@@ -86,68 +158,79 @@ def authorize(call: Call, directory: Directory) -> tuple[Endpoint, ApiKey]:
         raise NotFoundError("endpoint not found")
     if not key.may_call(endpoint.id):
         raise AccessDeniedError
+    if for_queues and endpoint.kind is EndpointKind.LOAD_BALANCER:
+        raise InvalidInputError(NOT_FOR_QUEUES)
     return endpoint, key
 
 
 class _JobApi:
-    def __init__(
-        self,
-        service: JobService,
-        directory: Directory,
-        slots: SlotTable,
-        fleet: Fleet,
-        clock: Clock,
-        limits: LimitSettings,
-    ) -> None:
+    def __init__(self, service: JobService, slots: SlotTable, fleet: Fleet, limits: LimitSettings) -> None:
         self._service = service
-        self._directory = directory
         self._slots = slots
         self._fleet = fleet
-        self._clock = clock
         self._limits = limits
 
-    async def run(self, call: Call) -> Response:
-        endpoint, key = authorize(call, self._directory)
-        job = await self._submit(call, endpoint, key, sync=False)
-        return json_answer(submitted_view(job), _paused(endpoint))
+    async def run(self, call: Call, endpoint: Endpoint, key: ApiKey) -> Response:
+        submitted = await self._submit(call, endpoint, key, sync=False)
+        return json_answer(submitted_view(submitted.job), _headers(endpoint, submitted))
 
-    async def runsync(self, call: Call) -> Response:
-        endpoint, key = authorize(call, self._directory)
+    async def runsync(self, call: Call, endpoint: Endpoint, key: ApiKey) -> Response:
         wait_ms = _wait(call, _WAIT_DEFAULT_MS)
         submitted = await self._submit(call, endpoint, key, sync=True)
-        async with watched(call.receive) as gone:
-            job = await self._service.wait(endpoint.id, submitted.id, timeout_s=wait_ms / 1000, gone=gone)
-        return json_answer(job_view(job), _paused(endpoint))
+        job = await self._result(call, submitted.job, wait_ms)
+        return json_answer(job_view(job), _headers(endpoint, submitted))
 
-    async def status(self, call: Call) -> Response:
-        endpoint, _ = authorize(call, self._directory)
+    async def status(self, call: Call, endpoint: Endpoint, _: ApiKey) -> Response:
+        (job_id,) = call.ids
+        if not call.query:
+            return json_answer(job_view(await self._service.job(endpoint.id, job_id)))
+        with_timeline = parse_flag("timeline", call.query.get("timeline"))
         ttl_ms = parse_milliseconds("ttl", call.query.get("ttl"), default=-1, lowest=0, highest=_TTL_MAX_MS)
         if ttl_ms >= 0:
-            await self._service.shorten(endpoint.id, call.ids[0], ttl_ms=ttl_ms)
-        return json_answer(job_view(await self._service.job(endpoint.id, call.ids[0])))
+            await self._service.shorten(endpoint.id, job_id, ttl_ms=ttl_ms)
+        job = await self._service.job(endpoint.id, job_id)
+        if not with_timeline:
+            return json_answer(job_view(job))
+        return json_answer(timeline_view(job, await self._service.waiting(endpoint, job)))
 
-    async def status_sync(self, call: Call) -> Response:
-        endpoint, _ = authorize(call, self._directory)
+    async def status_sync(self, call: Call, endpoint: Endpoint, _: ApiKey) -> Response:
         wait_ms = _wait(call, _WAIT_DEFAULT_MS)
-        async with watched(call.receive) as gone:
+        async with watched(call.scope, call.receive) as gone:
             job = await self._service.wait(endpoint.id, call.ids[0], timeout_s=wait_ms / 1000, gone=gone)
         return json_answer(job_view(job))
 
-    async def stream(self, call: Call) -> Response:
-        endpoint, _ = authorize(call, self._directory)
-        wait_ms = _wait(call, _STREAM_WAIT_DEFAULT_MS)
-        async with watched(call.receive) as gone:
-            status, chunks = await self._service.stream(
-                endpoint.id, call.ids[0], hold_s=wait_ms / 1000, gone=gone
+    async def stream(self, call: Call, endpoint: Endpoint, _: ApiKey) -> Response:
+        (job_id,) = call.ids
+        hold_s = _wait(call, _STREAM_WAIT_DEFAULT_MS) / 1000
+        cursor = parse_number("cursor", call.query.get("cursor"), default=-1, lowest=0, highest=_CURSOR_MAX)
+        async with watched(call.scope, call.receive) as gone:
+            if cursor < 0:
+                status, chunks = await self._service.stream(endpoint.id, job_id, hold_s=hold_s, gone=gone)
+                return json_answer(stream_view(status, chunks))
+            status, chunks, following = await self._service.replay(
+                endpoint.id, job_id, cursor=cursor, hold_s=hold_s, gone=gone
             )
-        return json_answer(stream_view(status, chunks))
+        return json_answer(replay_view(status, chunks, following))
 
-    async def cancel(self, call: Call) -> Response:
-        endpoint, _ = authorize(call, self._directory)
+    async def cancel(self, call: Call, endpoint: Endpoint, _: ApiKey) -> Response:
         return json_answer(cancelled_view(await self._service.cancel(endpoint.id, call.ids[0])))
 
-    async def health(self, call: Call) -> Response:
-        endpoint, _ = authorize(call, self._directory)
+    async def retry(self, call: Call, endpoint: Endpoint, _: ApiKey) -> Response:
+        job = await self._service.retry(endpoint, call.ids[0])
+        return json_answer(submitted_view(job), _paused(endpoint))
+
+    async def purge(self, _: Call, endpoint: Endpoint, __: ApiKey) -> Response:
+        return json_answer(purged_view(await self._service.purge(endpoint.id)))
+
+    async def requests(self, call: Call, endpoint: Endpoint, _: ApiKey) -> Response:
+        default, most = _PAGE
+        limit = parse_number("limit", call.query.get("limit"), default=default, lowest=1, highest=most)
+        before = decode_cursor(call.query.get("cursor"))
+        status = _status(call.query.get("status"))
+        jobs, position = await self._service.jobs(endpoint.id, status=status, before=before, limit=limit)
+        return json_answer(requests_view(jobs, position))
+
+    async def health(self, _: Call, endpoint: Endpoint, __: ApiKey) -> Response:
         counts = await self._service.counts(endpoint.id)
         traffic = await self._slots.traffic(endpoint.id, overdue_before_ms=0)
         workers = []
@@ -165,25 +248,58 @@ class _JobApi:
         )
         return json_answer(body)
 
-    async def _submit(self, call: Call, endpoint: Endpoint, key: ApiKey, *, sync: bool) -> Job:
+    async def _submit(self, call: Call, endpoint: Endpoint, key: ApiKey, *, sync: bool) -> Submitted:
         limit = self._limits.body_bytes if sync else self._limits.run_body_bytes
         given_ms = _wait(call, 0) if sync else 0
         try:
             body, _ = await call.body(limit=limit)
             if body is None:
                 raise PayloadTooLargeError(f"request body exceeds {limit / 1_048_576:g} MB limit")
-            return await self._service.submit(endpoint, key, body, sync=sync, wait_ms=given_ms)
+            repeatable = parse_idempotency_key(call.headers.get(b"idempotency-key"))
+            return await self._service.submit(
+                endpoint, key, body, sync=sync, wait_ms=given_ms, idempotency_key=repeatable
+            )
         except InvalidInputError:
             self._service.refused(endpoint.id, key, sync=sync, status=400)
             raise
-        except QueueFullError:
+        except ConflictError:
+            self._service.refused(endpoint.id, key, sync=sync, status=409)
+            raise
+        except RateLimitedError:
             self._service.refused(endpoint.id, key, sync=sync, status=429)
             raise
+
+    async def _result(self, call: Call, job: Job, wait_ms: int) -> Job:
+        """The job when it is terminal or the wait is over."""
+        async with watched(call.scope, call.receive) as gone:
+            try:
+                return await self._service.wait(job.endpoint_id, job.id, timeout_s=wait_ms / 1000, gone=gone)
+            except StoreError as error:
+                # The job is in the queue: a 503 would make the caller submit it once more.
+                _log.warning("wait_failed", job_id=job.id, error=str(error))
+                return job
 
 
 def _wait(call: Call, default: int) -> int:
     lowest, highest = WAIT_MS
     return parse_milliseconds("wait", call.query.get("wait"), default=default, lowest=lowest, highest=highest)
+
+
+def _status(text: str | None) -> JobStatus | None:
+    if text is None or text == "":
+        return None
+    try:
+        return JobStatus(text)
+    except ValueError as error:
+        legal = ", ".join(JobStatus)
+        raise InvalidInputError(
+            f"status must be one of {legal}, got {text[:40]!r}", field="status"
+        ) from error
+
+
+def _headers(endpoint: Endpoint, submitted: Submitted) -> dict[str, str] | None:
+    headers = _paused(endpoint)
+    return {**(headers or {}), "Idempotency-Replayed": "true"} if submitted.replayed else headers
 
 
 def _paused(endpoint: Endpoint) -> dict[str, str] | None:

@@ -1,7 +1,7 @@
 """The job road: clients submit, wait, read and cancel here; workers speak to `JobService.workers`.
 
-Made once by `bootstrap`. The fleet reports ended workers, the reaper drives what is due, and everything
-that waits is woken by in-process signals.
+Made once by `bootstrap`. The fleet reports ended workers, the reaper drives what is due (`upkeep`), and
+everything that waits is woken by in-process signals.
 """
 
 from __future__ import annotations
@@ -9,43 +9,38 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
-import structlog
-
-from pilotlight.core.lifecycle import (
-    Cancelled,
-    ExecutionTimedOut,
-    JobEvent,
-    PlatformInterrupted,
-    TtlReached,
-    WorkerLost,
-)
-from pilotlight.domain.endpoint import Endpoint
+from pilotlight.core.explain import Wait, explain_wait
+from pilotlight.core.lifecycle import Applied, Cancelled, Effect, JobEvent, PlatformInterrupted, Retried
+from pilotlight.domain.endpoint import Endpoint, EndpointKind
 from pilotlight.domain.ids import job_id as make_job_id
-from pilotlight.domain.job import Job, JobCounts, JobStatus
+from pilotlight.domain.job import Idempotency, Job, JobCounts, JobStatus
 from pilotlight.domain.key import ApiKey
 from pilotlight.domain.usage import Outcome, RequestRecord, Road
-from pilotlight.domain.worker import Failure, Stage, Worker, WorkerState
-from pilotlight.errors import InvalidInputError, NotFoundError, StoreError
+from pilotlight.errors import InvalidInputError, NotFoundError
 from pilotlight.gateway.directory import Directory
-from pilotlight.gateway.errors import QueueFullError
+from pilotlight.gateway.jobs.batches import BatchService
+from pilotlight.gateway.jobs.bounds import QueueBounds
+from pilotlight.gateway.jobs.buckets import Buckets
 from pilotlight.gateway.jobs.desk import WorkerDesk
 from pilotlight.gateway.jobs.ledger import Ledger
-from pilotlight.gateway.jobs.links import WorkerLink
-from pilotlight.gateway.jobs.submission import parse_submission
+from pilotlight.gateway.jobs.rates import RateTable
+from pilotlight.gateway.jobs.sight import Sight
+from pilotlight.gateway.jobs.submission import ID, TTL_MS, Submission, fingerprint_of, parse_submission
+from pilotlight.gateway.jobs.upkeep import Upkeep
 from pilotlight.gateway.jobs.waiting import Gone, happened
 from pilotlight.gateway.slots import SlotTable
 from pilotlight.ports.clock import Clock
-from pilotlight.ports.fleet import Fleet, StageReport
-from pilotlight.ports.store import JobStore
+from pilotlight.ports.fleet import Fleet
+from pilotlight.ports.store import BatchStore, Chunk, JobStore
 from pilotlight.settings import Settings
-
-_log = structlog.get_logger()
 
 JOB_NOT_FOUND = "job not found"
 
-_RETRY_AFTER_FULL_S = 5
-"""Arbitrary: long enough not to hammer, short enough to notice a freed queue."""
+NOT_FOR_QUEUES = "not allowed for QB API"
+"""What a queue route of a load-balancing endpoint answers, with 400 (serverless-api.md §2.14)."""
 
 _STREAM_BYTES = 8 * 1024 * 1024
 """Chunks put into one answer of `/stream`."""
@@ -61,11 +56,24 @@ _CANCELLED_STREAM_MS = 60_000
 
 _CANCELLED_STREAMS_MAX = 10_000
 
-_LOOK_PAUSE_NS = 5_000_000_000
-"""A longer pause between two rounds of the reaper means that this process was suspended."""
+_RETRYABLE = frozenset({JobStatus.FAILED, JobStatus.TIMED_OUT})
 
-_ALIVE = frozenset({WorkerState.READY, WorkerState.DRAINING})
-"""States in which a worker program polls and sends heartbeats."""
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """The answer to a submission.
+
+    Attributes:
+        job: The job; for a repetition the one of the first submission, as it stands.
+        replayed: Whether it was a repetition (`Idempotency-Key`).
+    """
+
+    job: Job
+    replayed: bool
+
+
+class QueueStore(JobStore, BatchStore, Protocol):
+    """What the job road remembers."""
 
 
 class JobService:
@@ -81,15 +89,20 @@ class JobService:
         entropy: Random bytes, for job ids.
         record: Takes the row of the request log.
         wake: Wakes the autoscaler of an endpoint.
+        buckets: Seals what only workers may see (`s3Config`), and stores results that are too large.
+        webhook_due: Called when a job has ended whose webhook the store now holds.
 
     Attributes:
         workers: The side that workers speak to.
+        batches: What can be done with batches.
+        bounds: What may wait in a queue; batches ask here, too.
+        rates: Counts requests where the profile `runpod` limits them; None where nothing does.
     """
 
     def __init__(
         self,
         *,
-        store: JobStore,
+        store: QueueStore,
         slots: SlotTable,
         fleet: Fleet,
         directory: Directory,
@@ -98,9 +111,10 @@ class JobService:
         entropy: Callable[[int], bytes],
         record: Callable[[RequestRecord], None],
         wake: Callable[[str], None],
+        buckets: Buckets,
+        webhook_due: Callable[[], None] = lambda: None,
     ) -> None:
         self._store = store
-        self._slots = slots
         self._fleet = fleet
         self._directory = directory
         self._clock = clock
@@ -108,6 +122,9 @@ class JobService:
         self._entropy = entropy
         self._record = record
         self._wake = wake
+        self._buckets = buckets
+        self.bounds = QueueBounds(store, clock, settings.limits)
+        self.rates = RateTable(clock, fleet) if settings.limits.profile == "runpod" else None
         self._ledger = Ledger(
             store=store,
             slots=slots,
@@ -116,18 +133,35 @@ class JobService:
             settings=settings.jobs,
             record=record,
             wake=wake,
+            ended=self.bounds.ended,
+            webhook_due=webhook_due,
         )
-        self.workers = WorkerDesk(self._ledger, settings.limits, entropy)
-        self._room: dict[str, int] = {}
+        self.workers = WorkerDesk(self._ledger, settings.limits, entropy, buckets)
+        self.batches = BatchService(
+            store=store,
+            ledger=self._ledger,
+            clock=clock,
+            settings=settings,
+            entropy=entropy,
+            make_room=self.bounds.make_room,
+            wake=wake,
+        )
+        self._sight = Sight(store, slots, fleet)
+        self._upkeep = Upkeep(self._ledger, self._gone)
         self._cancelled_streams: OrderedDict[str, int] = OrderedDict()
-        self._unsettled: dict[str, str] = {}
-        self._looked_ns = clock.monotonic_ns()
 
     # Clients
 
     async def submit(
-        self, endpoint: Endpoint, key: ApiKey, body: bytes, *, sync: bool, wait_ms: int = 0
-    ) -> Job:
+        self,
+        endpoint: Endpoint,
+        key: ApiKey,
+        body: bytes,
+        *,
+        sync: bool,
+        wait_ms: int = 0,
+        idempotency_key: str | None = None,
+    ) -> Submitted:
         """Check a submission and queue it; the job is durable when this returns.
 
         Args:
@@ -136,29 +170,74 @@ class JobService:
             body: The request's body, within its limit.
             sync: Whether it came by `/runsync`.
             wait_ms: How long that caller waits; prolongs the retention of the result (§2.11).
+            idempotency_key: Makes a repetition of the same request find the same job.
 
         Raises:
             InvalidInputError: Names what is wrong with the body.
+            ConflictError: The idempotency key came with another body or route before.
             QueueFullError: The endpoint's queue is full.
             StoreError: Nothing was queued.
         """
-        if endpoint.revision.engine_url is not None:
-            raise InvalidInputError(
-                f"endpoint {endpoint.id} has a fixed engine and no workers that take jobs; "
-                "use its /openai routes"
-            )
         submission = parse_submission(body)
-        await self._make_room(endpoint.id)
+        idempotency = None
+        if idempotency_key is not None:
+            fingerprint = fingerprint_of("runsync" if sync else "run", body)
+            idempotency = Idempotency(key=idempotency_key, fingerprint=fingerprint)
+        return await self._enqueue(endpoint, key, submission, sync, wait_ms, idempotency)
+
+    async def enqueue(
+        self, endpoint: Endpoint, key: ApiKey, submission: Submission, *, sync: bool, wait_ms: int = 0
+    ) -> Job:
+        """Queue a submission that was checked, or made by us; as `submit`."""
+        return (await self._enqueue(endpoint, key, submission, sync, wait_ms, None)).job
+
+    async def _enqueue(
+        self,
+        endpoint: Endpoint,
+        key: ApiKey,
+        submission: Submission,
+        sync: bool,
+        wait_ms: int,
+        idempotency: Idempotency | None,
+    ) -> Submitted:
+        check_takes_jobs(endpoint)
+        job = self._new_job(endpoint, key, submission, sync, wait_ms)
+        async with self.bounds.room(endpoint, jobs=1, size=job.input_bytes):
+            stored = await self._store.submit(
+                job,
+                idempotency=idempotency,
+                announce=lambda: self._ledger.dispatcher.arrived(endpoint.id),
+            )
+            if stored.id != job.id and self._gone(stored):
+                # It has expired, and only its record is still there: this is a new submission after all.
+                await self._store.prune_jobs(now_ms=self._clock.now_ms())
+                stored = await self._store.submit(
+                    job,
+                    idempotency=idempotency,
+                    announce=lambda: self._ledger.dispatcher.arrived(endpoint.id),
+                )
+        if self._directory.endpoint(endpoint.id) is None:
+            # Deleted in between: its other jobs were cancelled before this one was there.
+            await self.endpoint_deleted(endpoint.id)
+        self._wake(endpoint.id)
+        return Submitted(stored, replayed=stored.id != job.id)
+
+    def _new_job(
+        self, endpoint: Endpoint, key: ApiKey, submission: Submission, sync: bool, wait_ms: int
+    ) -> Job:
         now_ms = self._clock.now_ms()
         jobs = self._settings.jobs
         retention_ms = (
             max(jobs.sync_retention_ms, min(wait_ms, _SYNC_RETENTION_MAX_MS)) if sync else jobs.retention_ms
         )
-        job = Job(
-            id=make_job_id(self._entropy(16), sync=sync),
+        job_id = make_job_id(self._entropy(16), sync=sync, created_ms=now_ms)
+        secrets = submission.s3_config
+        return Job(
+            id=job_id,
             endpoint_id=endpoint.id,
             key_id=key.id,
             input=submission.input,
+            input_bytes=len(submission.input),
             sync=sync,
             low_priority=submission.low_priority,
             created_ms=now_ms,
@@ -166,20 +245,16 @@ class JobService:
             expires_ms=now_ms + (submission.ttl_ms or jobs.ttl_ms),
             execution_timeout_ms=submission.execution_timeout_ms or endpoint.execution_timeout_ms,
             retention_ms=retention_ms,
+            retries_max=jobs.retries_max,
+            webhook=submission.webhook,
+            s3_config=None if secrets is None else self._buckets.seal(job_id, secrets),
         )
-        await self._store.submit(job)
-        if self._directory.endpoint(endpoint.id) is None:
-            # Deleted in between: its other jobs were cancelled before this one was there.
-            await self.endpoint_deleted(endpoint.id)
-        self._ledger.dispatcher.arrived(endpoint.id)
-        self._wake(endpoint.id)
-        return job
 
     def refused(self, endpoint_id: str, key: ApiKey, *, sync: bool, status: int) -> None:
         """Leave a row in the request log for a submission that became no job."""
         self._record(
             RequestRecord(
-                id=make_job_id(self._entropy(16), sync=sync),
+                id=make_job_id(self._entropy(16), sync=sync, created_ms=self._clock.now_ms()),
                 road=Road.JOB,
                 endpoint_id=endpoint_id,
                 key_id=key.id,
@@ -192,20 +267,50 @@ class JobService:
 
     async def job(self, endpoint_id: str, job_id: str) -> Job:
         """One job of an endpoint. NotFoundError when unknown, expired or another endpoint's."""
+        if not ID.fullmatch(job_id):
+            raise NotFoundError(JOB_NOT_FOUND)
         try:
             job = await self._store.job(job_id)
         except NotFoundError:
             raise NotFoundError(JOB_NOT_FOUND) from None
-        # The record may outlive its time by the period of the reaper.
-        expired = job.finished_ms is not None and job.finished_ms + job.retention_ms <= self._clock.now_ms()
-        if job.endpoint_id != endpoint_id or expired:
+        if job.endpoint_id != endpoint_id or self._gone(job):
             raise NotFoundError(JOB_NOT_FOUND)
         return job
+
+    async def jobs(
+        self, endpoint_id: str, *, status: JobStatus | None, before: tuple[int, str] | None, limit: int
+    ) -> tuple[Sequence[Job], tuple[int, str] | None]:
+        """Jobs of an endpoint, newest first, and the position from which to go on (§2.15).
+
+        Jobs that were submitted meanwhile move nothing. A page may hold fewer than `limit` where records have
+        just expired; only the position tells whether there are more.
+
+        Args:
+            endpoint_id: Whose.
+            status: Only those; None for all.
+            before: Position that an earlier page gave.
+            limit: Most jobs on the page.
+        """
+        found = await self._store.jobs(endpoint_id, status=status, before=before, limit=limit + 1)
+        page = found[:limit]
+        position = (page[-1].created_ms, page[-1].id) if len(found) > limit else None
+        return [job for job in page if not self._gone(job)], position
+
+    async def waiting(self, endpoint: Endpoint, job: Job) -> Wait | None:
+        """Why a job is in the queue; None when it is not."""
+        if job.status is not JobStatus.IN_QUEUE:
+            return None
+        return explain_wait(await self._sight.of(endpoint, job), self._clock.now_ms())
 
     async def shorten(self, endpoint_id: str, job_id: str, *, ttl_ms: int) -> None:
         """Let the record live at most `ttl_ms` from now (§2.6)."""
         await self.job(endpoint_id, job_id)
-        await self._store.shorten(job_id, now_ms=self._clock.now_ms(), ttl_ms=max(_STATUS_TTL_MIN_MS, ttl_ms))
+        try:
+            await self._store.shorten(
+                job_id, now_ms=self._clock.now_ms(), ttl_ms=max(_STATUS_TTL_MIN_MS, ttl_ms)
+            )
+        except NotFoundError:
+            raise NotFoundError(JOB_NOT_FOUND) from None
 
     async def wait(self, endpoint_id: str, job_id: str, *, timeout_s: float, gone: Gone | None = None) -> Job:
         """The job as soon as it is terminal, or as it is when the time is over or the client gone."""
@@ -232,29 +337,93 @@ class JobService:
         Raises:
             NotFoundError: Unknown job, or a cancelled one whose reader does not stop by itself.
         """
+        job, status, chunks = await self._read_stream(endpoint_id, job_id, None, hold_s=hold_s, gone=gone)
+        if status.terminal:
+            self._check_cancelled_stream(job, empty=not chunks)
+        return status, [chunk.body for chunk in chunks]
+
+    async def replay(
+        self, endpoint_id: str, job_id: str, *, cursor: int, hold_s: float, gone: Gone | None = None
+    ) -> tuple[JobStatus, Sequence[bytes], int]:
+        """As `stream`, but all chunks from a position on, as often as wanted (§12 item 13).
+
+        Returns:
+            The status, the chunks' raw JSON, and the position after them.
+        """
+        _, status, chunks = await self._read_stream(endpoint_id, job_id, cursor, hold_s=hold_s, gone=gone)
+        return status, [chunk.body for chunk in chunks], chunks[-1].sequence + 1 if chunks else cursor
+
+    async def _read_stream(
+        self, endpoint_id: str, job_id: str, cursor: int | None, *, hold_s: float, gone: Gone | None
+    ) -> tuple[Job, JobStatus, Sequence[Chunk]]:
         deadline = asyncio.get_running_loop().time() + hold_s
         ledger = self._ledger
-        first = (await self.job(endpoint_id, job_id)).status
+        before = await self.job(endpoint_id, job_id)
         with ledger.signals.watch(job_id) as changed:
             while True:
                 changed.clear()
                 if gone is not None and gone.done():
-                    return first, []
-                job, chunks = await self._store.drain_chunks(job_id, limit_bytes=_STREAM_BYTES)
+                    return before, before.status, []
+                try:
+                    job, chunks = await self._store.drain_chunks(
+                        job_id, limit_bytes=_STREAM_BYTES, cursor=cursor
+                    )
+                except NotFoundError:
+                    raise NotFoundError(JOB_NOT_FOUND) from None
+                if self._gone(job):
+                    raise NotFoundError(JOB_NOT_FOUND)
                 if job.status.terminal:
-                    more = bool(chunks) and await self._store.has_chunks(job_id)
-                    self._check_cancelled_stream(job, empty=not chunks)
-                    status = JobStatus.IN_PROGRESS if more else job.status
-                    return status, [chunk.body for chunk in chunks]
-                if chunks or job.status is not first or ledger.closing:
-                    return job.status, [chunk.body for chunk in chunks]
+                    return job, await self._status_after(job, chunks, cursor), chunks
+                if chunks or job.status is not before.status or ledger.closing:
+                    return job, job.status, chunks
                 if not await happened(changed, deadline=deadline, gone=gone):
-                    return job.status, []
+                    return job, job.status, []
+
+    async def _status_after(self, job: Job, chunks: Sequence[Chunk], cursor: int | None) -> JobStatus:
+        """The status to tell with these chunks: terminal only with the last of them."""
+        following = None if cursor is None or not chunks else chunks[-1].sequence + 1
+        more = bool(chunks) and await self._store.has_chunks(job.id, cursor=following)
+        return JobStatus.IN_PROGRESS if more else job.status
 
     async def cancel(self, endpoint_id: str, job_id: str) -> Job:
         """Cancel a job; one that is terminal stays as it is (§2.15). A running one's worker is told."""
         await self.job(endpoint_id, job_id)
-        return (await self._ledger.apply(job_id, Cancelled(now_ms=self._clock.now_ms()))).after
+        return (await self._apply(job_id, Cancelled(now_ms=self._clock.now_ms()))).after
+
+    async def retry(self, endpoint: Endpoint, job_id: str) -> Job:
+        """Queue a job that failed again, with its id, its input and a new time to live (§2.10, §2.15).
+
+        It gets as long a time to live as it had at first.
+
+        Raises:
+            InvalidInputError: It did not fail, or its s3Config is gone.
+            NotFoundError: Unknown job.
+            QueueFullError: The queue is full.
+        """
+        job = await self.job(endpoint.id, job_id)
+        if job.status not in _RETRYABLE:
+            raise _not_retryable(job)
+        now_ms = self._clock.now_ms()
+        lowest, highest = TTL_MS
+        window_ms = max(lowest, min(highest, job.expires_ms - job.created_ms))
+        async with self.bounds.room(endpoint, jobs=1, size=job.input_bytes):
+            applied = await self._apply(job_id, Retried(now_ms=now_ms, expires_ms=now_ms + window_ms))
+        if applied.effect is Effect.IGNORED_WIPED:
+            raise InvalidInputError(
+                "job cannot be retried: its s3Config was deleted when it ended; submit it again"
+            )
+        if not applied.changed:
+            raise _not_retryable(applied.after)
+        return applied.after
+
+    async def purge(self, endpoint_id: str) -> int:
+        """Remove what is queued and return how many jobs that were; running ones go on (§2.15)."""
+        removed = await self._store.purge(endpoint_id, now_ms=self._clock.now_ms())
+        self.bounds.forget(endpoint_id)
+        # Whoever waits for one of them learns that it is gone; which ones they were nobody listed.
+        self._ledger.signals.notify_all()
+        self._wake(endpoint_id)
+        return removed
 
     async def counts(self, endpoint_id: str) -> JobCounts:
         """The queue's counters."""
@@ -278,23 +447,16 @@ class JobService:
 
     async def worker_ended(self, worker_id: str, reason: str) -> None:
         """Requeue or fail what a worker had in hand; its last process is gone."""
-        link = self._ledger.links.pop(worker_id, None)
-        if link is not None:
-            link.release()
-        self._unsettled[worker_id] = reason
-        try:
-            await self._settle_ended(worker_id)
-        except StoreError as error:
-            # The reaper tries again: nothing else would ever end these attempts.
-            _log.warning("worker_end_not_settled", worker_id=worker_id, error=str(error))
+        await self._upkeep.worker_ended(worker_id, reason)
 
     async def endpoint_deleted(self, endpoint_id: str) -> None:
         """Cancel all jobs of a deleted endpoint (serverless-api.md §12 item 41)."""
         event = Cancelled(now_ms=self._clock.now_ms())
-        for applied in await self._store.cancel_all(endpoint_id, event):
-            self._ledger.settle(applied, event)
+        while ended := await self._store.cancel_all(endpoint_id, event):
+            for applied in ended:
+                self._ledger.settle(applied, event)
         self._ledger.dispatcher.drop_endpoint(endpoint_id)
-        self._room.pop(endpoint_id, None)
+        self.bounds.forget(endpoint_id)
 
     # Start and end of the gateway
 
@@ -322,6 +484,11 @@ class JobService:
         await self._ledger.close()
 
     @property
+    def ledger(self) -> Ledger:
+        """Where jobs are changed, for the news of other gateways."""
+        return self._ledger
+
+    @property
     def closing(self) -> bool:
         """Whether `close` has begun."""
         return self._ledger.closing
@@ -330,114 +497,35 @@ class JobService:
 
     async def end_overdue(self) -> None:
         """End jobs whose time to live or execution timeout has passed."""
-        now_ms = self._clock.now_ms()
-        for job in await self._store.due(now_ms=now_ms):
-            expired = job.expires_ms <= now_ms
-            event: JobEvent = TtlReached(now_ms=now_ms) if expired else ExecutionTimedOut(now_ms=now_ms)
-            try:
-                applied = await self._ledger.apply(job.id, event)
-                if expired and applied.changed and applied.before.status is JobStatus.IN_PROGRESS:
-                    # Queued jobs leave a record behind, running ones are gone at once (§12 items 3, 4).
-                    await self._store.shorten(job.id, now_ms=now_ms, ttl_ms=0)
-            except NotFoundError:
-                continue
+        await self._upkeep.end_overdue()
 
     async def lose_unconfirmed(self) -> None:
         """Requeue hand-outs that their worker has not shown to hold in time (worker-protocol.md §8)."""
-        oldest_ns = self._clock.monotonic_ns() - self._settings.jobs.confirm_s * 1_000_000_000
-        for link in [*self._ledger.links.values()]:
-            for hand_out in [*link.hand_outs.values()]:
-                if hand_out.confirmed or hand_out.posts or hand_out.at_ns > oldest_ns:
-                    continue
-                reason = f"hand-out not confirmed within {self._settings.jobs.confirm_s} s"
-                event = WorkerLost(worker_id=link.worker_id, now_ms=self._clock.now_ms(), reason=reason)
-                try:
-                    await self._ledger.apply(hand_out.job_id, event)
-                except NotFoundError:
-                    link.hand_outs.pop(hand_out.job_id, None)
-                    continue
-                # Should it have arrived after all, the work would be done twice.
-                link.stop(hand_out.job_id, deadline_ns=self._ledger.stop_deadline_ns())
-        for worker_id in [*self._unsettled]:
-            await self._settle_ended(worker_id)
+        await self._upkeep.lose_unconfirmed()
 
     async def kill_stuck(self) -> None:
         """End workers that hang, or go on with a stopped job and nothing else (worker-protocol.md §8)."""
-        now_ns = self._clock.monotonic_ns()
-        self._kill_silent(now_ns)
-        for link in [*self._ledger.links.values()]:
-            held = [
-                job_id
-                for job_id, deadline_ns in link.stopping.items()
-                if deadline_ns <= now_ns and job_id in link.listed
-            ]
-            if held and not link.retiring and not self._has_other_work(link):
-                link.retiring = True
-                _log.warning("worker_stuck", worker_id=link.worker_id, job_id=held[0])
-                reason = f"it goes on with job {held[0]}, which has ended"
-                self._ledger.spawn(self._fleet.kill(link.worker_id, reason=reason), f"kill-{link.worker_id}")
+        await self._upkeep.kill_stuck()
 
-    def _kill_silent(self, now_ns: int) -> None:
-        """End workers that give no sign of life; their jobs are lost with them and run elsewhere."""
-        interrupted = now_ns - self._looked_ns > _LOOK_PAUSE_NS
-        self._looked_ns = now_ns
-        missing_ns = 3 * self._settings.jobs.ping_interval_ms * 1_000_000 + 6_000_000_000
-        for link in [*self._ledger.links.values()]:
-            if interrupted and link.pinged_ns is not None:
-                # It was us who stood still; what they sent meanwhile is yet to be read.
-                link.pinged_ns = now_ns
-            worker = self._fleet.worker(link.worker_id)
-            if (
-                worker is None
-                or worker.state not in _ALIVE
-                or not link.silent(now_ns, pings_missing_ns=missing_ns)
-            ):
-                continue
-            link.pinged_ns, link.retiring = None, True
-            self._ledger.spawn(self._end_silent(worker, missing_ns // 1_000_000_000), f"kill-{worker.id}")
+    def _gone(self, job: Job) -> bool:
+        """Whether an ended job is unknown to clients, although its record may be there for a moment more.
 
-    async def _end_silent(self, worker: Worker, seconds: int) -> None:
-        cause = f"the worker program hangs: no sign of life for {seconds} s"
-        _log.warning("worker_silent", worker_id=worker.id, endpoint_id=worker.endpoint_id)
-        failure = Failure(kind="hung", cause=cause, advice="See the worker's log.")
-        await self._fleet.reported(worker.id, StageReport(stage=Stage.FAILED, failure=failure))
-        await self._fleet.kill(worker.id, reason=cause)
-
-    def _has_other_work(self, link: WorkerLink) -> bool:
-        slots = self._slots.worker(link.worker_id)
-        return bool(link.hand_outs) or (slots is not None and slots.requests > 0)
-
-    async def _settle_ended(self, worker_id: str) -> None:
-        reason = self._unsettled[worker_id]
-        for job in await self._store.running(worker_id=worker_id):
-            now_ms = self._clock.now_ms()
-            event: JobEvent = WorkerLost(worker_id=worker_id, now_ms=now_ms, reason=reason)
-            if self._ledger.closing:
-                # The gateway ends and took its workers with it: not the job's fault.
-                event = PlatformInterrupted(now_ms=now_ms)
-            try:
-                await self._ledger.apply(job.id, event)
-            except NotFoundError:
-                continue
-        self._unsettled.pop(worker_id, None)
-
-    async def _make_room(self, endpoint_id: str) -> None:
-        """Return when one more job may be queued.
-
-        The number of free places is asked of the store once and counted down; jobs that leave the queue
-        only make it larger, so the store is asked again only when it has come down to nothing.
+        Its retention is over, or its time to live ended while it ran, or, where the operator wants no
+        tombstones, while it waited (§12 items 3, 4). Requests of a batch stay with their batch.
         """
-        if self._room.get(endpoint_id, 0) <= 0:
-            demand = await self._store.demand(endpoint_id, overdue_before_ms=0)
-            bound = self._settings.limits.queue_jobs
-            self._room[endpoint_id] = bound - demand.queued - demand.queued_low
-        if self._room[endpoint_id] <= 0:
-            raise QueueFullError(
-                f"rate limit exceeded: the queue of endpoint {endpoint_id} is full "
-                f"({self._settings.limits.queue_jobs} jobs)",
-                retry_after_s=_RETRY_AFTER_FULL_S,
-            )
-        self._room[endpoint_id] -= 1
+        if job.finished_ms is None:
+            return False
+        if job.finished_ms + job.retention_ms <= self._clock.now_ms():
+            return True
+        if job.status is not JobStatus.TIMED_OUT or job.batch_id is not None:
+            return False
+        return job.started_ms is not None or not self._settings.jobs.ttl_tombstone
+
+    async def _apply(self, job_id: str, event: JobEvent) -> Applied:
+        try:
+            return await self._ledger.apply(job_id, event)
+        except NotFoundError:
+            raise NotFoundError(JOB_NOT_FOUND) from None
 
     def _check_cancelled_stream(self, job: Job, *, empty: bool) -> None:
         if job.status is not JobStatus.CANCELLED or not empty:
@@ -448,3 +536,17 @@ class JobService:
             raise NotFoundError(JOB_NOT_FOUND)
         if len(self._cancelled_streams) > _CANCELLED_STREAMS_MAX:
             self._cancelled_streams.popitem(last=False)
+
+
+def check_takes_jobs(endpoint: Endpoint) -> None:
+    """Return when an endpoint has a queue. InvalidInputError when it has none."""
+    if endpoint.kind is EndpointKind.LOAD_BALANCER:
+        raise InvalidInputError(NOT_FOR_QUEUES)
+    if endpoint.revision.engine_url is not None:
+        raise InvalidInputError(
+            f"endpoint {endpoint.id} has a fixed engine and no workers that take jobs; use its /openai routes"
+        )
+
+
+def _not_retryable(job: Job) -> InvalidInputError:
+    return InvalidInputError(f"job cannot be retried in status {job.status}")

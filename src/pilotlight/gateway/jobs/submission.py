@@ -5,9 +5,12 @@ It is checked without building Python objects of the input, which is passed on a
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from urllib.parse import SplitResult, urlsplit
 
 import msgspec
 
@@ -18,9 +21,17 @@ TTL_MS = (10_000, 604_800_000)
 WAIT_MS = (1_000, 300_000)
 """Ranges of policy values (§2.3) and of `wait` (§2.5, §2.7, §2.8)."""
 
-_KNOWN = frozenset({"input", "webhook", "webhookV2", "policy", "s3Config"})
-_NOT_YET = ("webhook", "webhookV2", "s3Config")
+KNOWN_FIELDS = frozenset({"input", "webhook", "webhookV2", "policy", "s3Config"})
 
+URL_CHARS_MAX = 2_048
+S3_CONFIG_BYTES_MAX = 16 * 1024
+
+IDEMPOTENCY_KEY_CHARS_MAX = 255
+
+ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
+"""What ids of ours look like (§1); anything else is nobody's id, and need not trouble a store."""
+
+_NULL = b"null"
 _NOT_JSON = "request body is not valid JSON"
 _NO_INPUT = 'input is required; wrap the payload in {"input": …}'
 
@@ -36,12 +47,16 @@ class Submission:
         execution_timeout_ms: Running time allowed to one attempt.
         ttl_ms: Life from submission.
         low_priority: Served only when no normal job waits.
+        webhook: Whom to tell of the end.
+        s3_config: Raw JSON for the worker; it holds secrets, so it is sealed before it is stored.
     """
 
     input: bytes
     execution_timeout_ms: int | None = None
     ttl_ms: int | None = None
     low_priority: bool = False
+    webhook: str | None = None
+    s3_config: bytes | None = field(default=None, repr=False)
 
 
 def parse_submission(body: bytes) -> Submission:
@@ -51,21 +66,20 @@ def parse_submission(body: bytes) -> Submission:
         InvalidInputError: Names the field, its value and what is legal.
     """
     fields = _fields(body)
-    for name in _NOT_YET:
-        if name in fields and fields[name] != b"null":
-            raise InvalidInputError(f"{name} is not supported by this server yet; leave it out", field=name)
     job_input = fields.get("input")
     if job_input is None:
-        if not fields.keys() <= _KNOWN:
+        if not fields.keys() <= KNOWN_FIELDS:
             raise InvalidInputError(_NO_INPUT, field="input")
         # The Go client drops an empty input map while it serialises.
         job_input = b"{}"
-    policy = _policy(fields.get("policy", b"null"))
+    policy = _policy(fields.get("policy", _NULL))
     return Submission(
         input=job_input,
         execution_timeout_ms=_bounded(policy, "executionTimeout", EXECUTION_TIMEOUT_MS),
         ttl_ms=_bounded(policy, "ttl", TTL_MS),
         low_priority=_flag(policy, "lowPriority"),
+        webhook=_webhook(fields),
+        s3_config=_s3_config(fields.get("s3Config", _NULL)),
     )
 
 
@@ -85,6 +99,103 @@ def parse_milliseconds(name: str, text: str | None, *, default: int, lowest: int
             field=name,
         )
     return max(lowest, min(highest, int(text)))
+
+
+def parse_number(name: str, text: str | None, *, default: int, lowest: int, highest: int) -> int:
+    """A query parameter that is a whole number.
+
+    Raises:
+        InvalidInputError: Not an integer, or outside the range.
+    """
+    if text is None:
+        return default
+    if not (text.isascii() and text.isdigit() and len(text) <= 18 and lowest <= int(text) <= highest):
+        raise InvalidInputError(
+            f"{name} must be an integer between {lowest} and {highest}, got {text[:40]!r}", field=name
+        )
+    return int(text)
+
+
+def parse_flag(name: str, text: str | None) -> bool:
+    """A query parameter that is true or false; false when it is missing."""
+    if text is None:
+        return False
+    if text not in {"true", "1", "false", "0"}:
+        raise InvalidInputError(f"{name} must be true or false, got {text[:40]!r}", field=name)
+    return text in {"true", "1"}
+
+
+def parse_idempotency_key(raw: bytes | None) -> str | None:
+    """The header `Idempotency-Key`; None when it was not sent.
+
+    Raises:
+        InvalidInputError: Empty, too long, or not visible ASCII.
+    """
+    if raw is None:
+        return None
+    if not 0 < len(raw) <= IDEMPOTENCY_KEY_CHARS_MAX or not all(0x21 <= byte <= 0x7E for byte in raw):
+        raise InvalidInputError(
+            f"Idempotency-Key must be 1 to {IDEMPOTENCY_KEY_CHARS_MAX} visible ASCII characters, "
+            f"got {len(raw)} bytes",
+            field="Idempotency-Key",
+        )
+    return raw.decode("ascii")
+
+
+def fingerprint_of(route: str, body: bytes) -> bytes:
+    """What tells a repeated submission from another one under the same idempotency key."""
+    return hashlib.sha256(route.encode() + b"\0" + body).digest()
+
+
+def parse_url(name: str, value: str) -> SplitResult:
+    """A URL that we may call.
+
+    Args:
+        name: The field, for the message; the value is left out of it, since it may hold secrets.
+        value: What the client sent.
+
+    Raises:
+        InvalidInputError: Not an http or https URL with a host, too long, or with a password in it.
+    """
+    legal = f"{name} must be an http or https URL with a host, of at most {URL_CHARS_MAX} ASCII characters"
+    if not value or len(value) > URL_CHARS_MAX or not all(0x21 <= ord(mark) <= 0x7E for mark in value):
+        raise InvalidInputError(legal, field=name)
+    try:
+        url = urlsplit(value)
+        usable = url.scheme in {"http", "https"} and bool(url.hostname) and url.port != 0
+    except ValueError as error:
+        raise InvalidInputError(legal, field=name) from error
+    if not usable:
+        raise InvalidInputError(legal, field=name)
+    if "@" in url.netloc:
+        raise InvalidInputError(f"{name} must not hold a user name or password", field=name)
+    return url
+
+
+def _webhook(fields: Mapping[str, bytes]) -> str | None:
+    # The second name exists only in the types of two clients; it means the same (§12 item 27).
+    name = "webhook" if fields.get("webhook", _NULL) != _NULL else "webhookV2"
+    raw = fields.get(name, _NULL)
+    if raw == _NULL:
+        return None
+    value = _load(raw, name)
+    if not isinstance(value, str):
+        raise InvalidInputError(f"{name} must be a string", field=name)
+    parse_url(name, value)
+    return value
+
+
+def _s3_config(raw: bytes) -> bytes | None:
+    """Checked without a word of what is in it: messages name fields only."""
+    if raw == _NULL:
+        return None
+    if len(raw) > S3_CONFIG_BYTES_MAX:
+        raise InvalidInputError(f"s3Config must be at most {S3_CONFIG_BYTES_MAX} bytes", field="s3Config")
+    value = _load(raw, "s3Config")
+    if not isinstance(value, dict):
+        raise InvalidInputError("s3Config must be an object", field="s3Config")
+    # What is in it is the worker's affair; an upload of ours says what it misses.
+    return raw
 
 
 def _fields(body: bytes) -> Mapping[str, bytes]:
@@ -116,8 +227,17 @@ def _refuse(constant: str) -> object:
     raise ValueError(f"{constant} is not JSON")
 
 
+def _load(raw: bytes, name: str) -> object:
+    """JSON that was checked already, as Python objects."""
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        # Digits without end, or levels: legal JSON that nothing here means.
+        raise InvalidInputError(f"{name} cannot be read", field=name) from error
+
+
 def _policy(raw: bytes) -> Mapping[str, object]:
-    value = json.loads(raw)
+    value = None if raw == _NULL else _load(raw, "policy")
     if value is None:
         return {}
     if not isinstance(value, dict):

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from pilotlight.gateway.asgi import Receive, wait_disconnect
+from pilotlight.gateway.asgi import GONE, Receive, Scope, wait_disconnect
 
 Gone = asyncio.Future[None]
 """Done as soon as the client of a request has closed its connection."""
@@ -71,15 +71,34 @@ async def happened(event: asyncio.Event, *, deadline: float, gone: Gone | None =
     return event.is_set()
 
 
-@contextlib.asynccontextmanager
-async def watched(receive: Receive) -> AsyncIterator[Gone]:
+class watched:  # noqa: N801 - used like a function, `async with watched(scope, receive) as gone`
     """A future that is done when the client has closed its connection; enter after reading the body.
 
-    For a request without a body Uvicorn's first `receive` returns the empty body and only the second
-    waits, so one result says nothing yet.
+    Where the server offers to tell (`gateway.protocol`), nothing runs meanwhile. Elsewhere a task waits: for
+    a request without a body Uvicorn's first `receive` returns the empty body and only the second waits,
+    so one result says nothing yet.
+
+    Args:
+        scope: The request (ASGI).
+        receive: Its incoming events.
     """
-    task = asyncio.create_task(wait_disconnect(receive), name="client-gone")
-    try:
-        yield task
-    finally:
-        task.cancel()
+
+    __slots__ = ("_receive", "_scope", "_task")
+
+    def __init__(self, scope: Scope, receive: Receive) -> None:
+        self._scope = scope
+        self._receive = receive
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Gone:
+        """The future."""
+        offered: Callable[[], Gone] | None = (self._scope.get("extensions") or {}).get(GONE)
+        if offered is not None:
+            return offered()
+        self._task = asyncio.create_task(wait_disconnect(self._receive), name="client-gone")
+        return self._task
+
+    async def __aexit__(self, *_: object) -> None:
+        """Wait no longer."""
+        if self._task is not None:
+            self._task.cancel()

@@ -1,0 +1,198 @@
+"""What other gateways on the same store did, and what follows from it here.
+
+`bootstrap` hands `Elsewhere` to the store as its listener. Waiters look again, takes are asked for, endpoints
+and keys are read anew, and a worker of ours is told to stop a job that ended behind its back. All of it is
+idempotent: news may come late, twice, or only with the next `resync`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
+
+import structlog
+
+from pilotlight.errors import StoreError
+from pilotlight.gateway.asgi import Receive, Scope, Send, send_json
+from pilotlight.gateway.directory import Directory
+from pilotlight.gateway.jobs.ledger import Ledger
+from pilotlight.gateway.jobs.links import HandOut, WorkerLink
+from pilotlight.gateway.refusal import openai_body
+
+_log = structlog.get_logger()
+
+_MANY = 1 << 20
+"""Arrivals of which nobody knows the number: more than any queue of open takes asks for."""
+
+_SETTLE_S = 1.0
+"""A job that ended here is settled within a moment; one that is not after this has ended elsewhere."""
+
+FOLLOWER_RETRY_S = 2
+FOLLOWS = (
+    "this gateway has no workers: another gateway of this installation leads;"
+    " send the request there, or try again"
+)
+
+
+def follower_body() -> bytes:
+    """The answer of a gateway that follows to what only workers can answer; status 503."""
+    return openai_body(503, FOLLOWS, type="server_error", code="not_leading")
+
+
+async def follower_answer(
+    scope: Scope,  # noqa: ARG001 - called like the data path
+    receive: Receive,  # noqa: ARG001
+    send: Send,
+    *,
+    endpoint_id: str,  # noqa: ARG001
+    path: str,  # noqa: ARG001
+) -> None:
+    """Answer for the data path on a gateway that follows."""
+    await send_json(send, 503, follower_body(), [(b"retry-after", b"%d" % FOLLOWER_RETRY_S)])
+
+
+class JobsElsewhere:
+    """Jobs that other gateways changed.
+
+    Args:
+        ledger: Jobs of this gateway and who waits for them.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    def changed(self, job_ids: Sequence[str]) -> None:
+        """Wake those who wait for some jobs, and look after those that our workers run."""
+        for job_id in job_ids:
+            self._ledger.signals.notify(job_id)
+        self._look_after(self._held(frozenset(job_ids)))
+
+    def grew(self, endpoint_id: str) -> None:
+        """Jobs were queued: ask for them."""
+        self._ledger.dispatcher.arrived(endpoint_id, _MANY)
+        self._ledger.wake(endpoint_id)
+
+    def resync(self, endpoint_ids: Sequence[str]) -> None:
+        """Look at everything again."""
+        self._ledger.signals.notify_all()
+        for endpoint_id in endpoint_ids:
+            self.grew(endpoint_id)
+        self._look_after(self._held(None))
+
+    def _held(self, job_ids: Collection[str] | None) -> list[tuple[WorkerLink, HandOut]]:
+        """Attempts that workers of ours have, of some jobs or of all."""
+        return [
+            (link, hand_out)
+            for link in self._ledger.links.values()
+            for hand_out in link.hand_outs.values()
+            if job_ids is None or hand_out.job_id in job_ids
+        ]
+
+    def _look_after(self, held: list[tuple[WorkerLink, HandOut]]) -> None:
+        if held and not self._ledger.closing:
+            self._ledger.spawn(self._settle(held), "jobs-elsewhere")
+
+    async def _settle(self, held: list[tuple[WorkerLink, HandOut]]) -> None:
+        try:
+            links = {link.worker_id: link for link, _ in held}
+            running = {worker_id: await self._running(link) for worker_id, link in links.items()}
+        except StoreError as error:
+            _log.warning("jobs_elsewhere_not_read", error=str(error))
+            return
+        ended = [
+            (link, hand_out)
+            for link, hand_out in held
+            if (hand_out.job_id, hand_out.attempt) not in running[link.worker_id]
+        ]
+        if not ended:
+            return
+        # A result of our own may have been committed and not be settled yet.
+        await asyncio.sleep(_SETTLE_S)
+        for link, hand_out in ended:
+            if link.hand_outs.get(hand_out.job_id) is hand_out:
+                del link.hand_outs[hand_out.job_id]
+                link.stop(hand_out.job_id, deadline_ns=self._ledger.stop_deadline_ns())
+                self._ledger.slots.release_jobs(link.worker_id)
+
+    async def _running(self, link: WorkerLink) -> set[tuple[str, int]]:
+        """Attempts that are a worker's."""
+        jobs = await self._ledger.store.running(worker_id=link.worker_id)
+        return {(job.id, job.attempt) for job in jobs}
+
+
+class Elsewhere:
+    """Listens to a shared store (port `StoreListener`).
+
+    Args:
+        jobs: Takes news of jobs.
+        directory: Read anew when endpoints or keys changed.
+        changed: Called with the id of an endpoint that was made or changed elsewhere.
+        deleted: Awaited with the id of one that was deleted elsewhere.
+        webhook_due: Called when a job may have ended that has a webhook.
+    """
+
+    def __init__(
+        self,
+        *,
+        jobs: JobsElsewhere,
+        directory: Directory,
+        changed: Callable[[str], None],
+        deleted: Callable[[str], Awaitable[None]],
+        webhook_due: Callable[[], None],
+    ) -> None:
+        self._jobs = jobs
+        self._directory = directory
+        self._changed = changed
+        self._deleted = deleted
+        self._webhook_due = webhook_due
+        self._reading: asyncio.Task[None] | None = None
+        self._read_again = False
+        self._closed = False
+
+    def jobs_changed(self, job_ids: Sequence[str]) -> None:
+        """See `StoreListener.jobs_changed`."""
+        self._jobs.changed(job_ids)
+        self._webhook_due()
+
+    def queues_grew(self, endpoint_ids: Sequence[str]) -> None:
+        """See `StoreListener.queues_grew`."""
+        for endpoint_id in endpoint_ids:
+            self._jobs.grew(endpoint_id)
+
+    def configuration_changed(self) -> None:
+        """See `StoreListener.configuration_changed`."""
+        self._read_again = True
+        if not self._closed and (self._reading is None or self._reading.done()):
+            self._reading = asyncio.create_task(self._guarded(self._read()), name="configuration-elsewhere")
+
+    def resync(self) -> None:
+        """See `StoreListener.resync`."""
+        self._jobs.resync([endpoint.id for endpoint in self._directory.endpoints()])
+        self._webhook_due()
+        self.configuration_changed()
+
+    async def close(self) -> None:
+        """Read nothing more, and return when nothing is under way."""
+        self._closed = True
+        if self._reading is not None:
+            await self._reading
+
+    async def _guarded(self, work: Coroutine[object, object, None]) -> None:
+        try:
+            await work
+        except StoreError as error:
+            _log.warning("configuration_elsewhere_not_read", error=str(error))
+        except Exception:  # noqa: BLE001 - the end of a task: nobody above could know
+            _log.exception("configuration_elsewhere_failed")
+
+    async def _read(self) -> None:
+        while self._read_again:
+            self._read_again = False
+            before = {endpoint.id: endpoint for endpoint in self._directory.endpoints()}
+            await self._directory.refresh()
+            after = {endpoint.id: endpoint for endpoint in self._directory.endpoints()}
+            for endpoint_id in before.keys() - after.keys():
+                await self._deleted(endpoint_id)
+            for endpoint_id, endpoint in after.items():
+                if before.get(endpoint_id) != endpoint:
+                    self._changed(endpoint_id)

@@ -1,0 +1,239 @@
+"""OpenAI routes of endpoints whose workers only take jobs (serverless-api.md §2.15, `/openai/{path…}`).
+
+A bare ASGI callable like the data path, with the same refusals; each call becomes a synchronous job, whose
+stream chunks are the answer's bytes. The client's going away cancels the job.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import msgspec
+import structlog
+
+from pilotlight.core.openai_jobs import (
+    Failure,
+    failure_of,
+    job_input,
+    stream_text,
+    wants_stream,
+    whole_answer,
+)
+from pilotlight.domain.endpoint import Endpoint, EndpointKind
+from pilotlight.domain.job import Job, JobStatus
+from pilotlight.errors import InvalidInputError, NotFoundError, StoreError
+from pilotlight.gateway.asgi import ClientGoneError, Headers, Receive, Scope, Send, read_body, send_json
+from pilotlight.gateway.directory import Directory
+from pilotlight.gateway.errors import QueueFullError
+from pilotlight.gateway.jobs.service import JobService
+from pilotlight.gateway.jobs.submission import Submission
+from pilotlight.gateway.jobs.waiting import Gone, watched
+from pilotlight.gateway.openai_access import called_endpoint, caller_of
+from pilotlight.gateway.refusal import RequestRefusedError, anthropic_body
+from pilotlight.settings import LimitSettings
+
+_log = structlog.get_logger()
+
+_WAIT_S = 300.0
+"""How long a call that is not streamed waits for its job (§2.15)."""
+
+_HOLD_S = 8.0
+"""Length of one wait for stream chunks; the next follows at once."""
+
+
+class JobOpenAI:
+    """ASGI callable for the OpenAI routes of one installation's job-only endpoints.
+
+    Args:
+        service: Jobs.
+        directory: Endpoints and keys.
+        limits: Bounds.
+    """
+
+    def __init__(self, service: JobService, directory: Directory, limits: LimitSettings) -> None:
+        self._service = service
+        self._directory = directory
+        self._limits = limits
+
+    async def __call__(
+        self, scope: Scope, receive: Receive, send: Send, *, endpoint_id: str, path: str
+    ) -> None:
+        """Serve one request.
+
+        Args:
+            scope: The connection (ASGI).
+            receive: Its incoming events.
+            send: Takes its outgoing events.
+            endpoint_id: From the path.
+            path: What follows `/openai`, with the query, which workers of this kind do not get.
+        """
+        route = path.partition("?")[0]
+        try:
+            await self._serve(scope, receive, send, endpoint_id, route)
+        except RequestRefusedError as refusal:
+            await _refuse(send, route, refusal)
+        except ClientGoneError:
+            return
+        except Exception:  # noqa: BLE001 - the border: the client gets an answer, the log the error
+            _log.exception("openai_job_failed", endpoint_id=endpoint_id)
+            await _refuse(send, route, RequestRefusedError(500, "internal server error"))
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, endpoint_id: str, route: str) -> None:
+        headers = Headers(scope["headers"])
+        key = caller_of(self._directory, headers)
+        endpoint = called_endpoint(self._directory, key, endpoint_id)
+        if endpoint.kind is EndpointKind.LOAD_BALANCER:
+            raise RequestRefusedError(400, "not allowed for QB API")
+        body = await self._body(headers, receive)
+        try:
+            streamed = bool(body) and wants_stream(body)
+        except ValueError as error:
+            raise RequestRefusedError(400, str(error)) from error
+        submission = Submission(input=job_input(route, body))
+        try:
+            job = await self._service.enqueue(
+                endpoint, key, submission, sync=True, wait_ms=int(_WAIT_S * 1000)
+            )
+        except InvalidInputError as error:
+            raise RequestRefusedError(400, str(error)) from error
+        except QueueFullError as error:
+            raise RequestRefusedError(429, str(error), retry_after_s=error.retry_after_s) from error
+        except StoreError as error:
+            raise RequestRefusedError(503, str(error), retry_after_s=2) from error
+        async with watched(scope, receive) as gone:
+            try:
+                if streamed:
+                    await self._stream(endpoint, job, route, send, gone)
+                else:
+                    await self._whole(endpoint, job, send, gone)
+            finally:
+                if gone.done():
+                    await self._cancel(endpoint, job)
+
+    async def _body(self, headers: Headers, receive: Receive) -> bytes:
+        content_type = headers.get(b"content-type").partition(b";")[0].strip().lower()
+        if content_type.startswith(b"multipart/"):
+            raise RequestRefusedError(
+                400,
+                "this endpoint's workers take jobs, which carry JSON; multipart bodies cannot be sent to it",
+            )
+        try:
+            async with asyncio.timeout(self._limits.body_s):
+                return await read_body(headers, receive, limit=self._limits.body_bytes)
+        except TimeoutError as error:
+            message = f"the request body did not arrive within {self._limits.body_s} s"
+            raise RequestRefusedError(408, message) from error
+
+    async def _whole(self, endpoint: Endpoint, job: Job, send: Send, gone: Gone) -> None:
+        done = await self._service.wait(endpoint.id, job.id, timeout_s=_WAIT_S, gone=gone)
+        if gone.done():
+            return
+        if not done.status.terminal:
+            await self._cancel(endpoint, job)
+            raise RequestRefusedError(504, f"no answer within {_WAIT_S:g} s; the job was cancelled")
+        if done.status is not JobStatus.COMPLETED:
+            raise _refusal(_failure(done))
+        chunks: Sequence[bytes] = ()
+        if done.output in {None, b"null", b"[]"}:
+            _, chunks = await self._service.stream(endpoint.id, job.id, hold_s=0)
+        answer = whole_answer(done.output, chunks)
+        await send_json(send, answer.status, answer.body, [(b"x-job-id", job.id.encode())])
+
+    async def _stream(self, endpoint: Endpoint, job: Job, route: str, send: Send, gone: Gone) -> None:
+        begun = False
+        deadline = asyncio.get_running_loop().time() + self._limits.data_path_s
+        while not gone.done():
+            try:
+                status, chunks = await self._service.stream(endpoint.id, job.id, hold_s=_HOLD_S, gone=gone)
+            except NotFoundError:
+                # Its time to live ended while it ran.
+                status, chunks = JobStatus.TIMED_OUT, ()
+            if chunks and not begun:
+                begun = True
+                await _begin(send, job)
+            for chunk in chunks:
+                event = {"type": "http.response.body", "body": stream_text(chunk), "more_body": True}
+                await send(event)
+            if status.terminal:
+                await self._end(endpoint, job, route, send, begun=begun)
+                return
+            if asyncio.get_running_loop().time() > deadline:
+                await self._cancel(endpoint, job)
+                await _fail(
+                    send, route, Failure(status=504, message="the request took too long"), begun=begun
+                )
+                return
+
+    async def _end(self, endpoint: Endpoint, job: Job, route: str, send: Send, *, begun: bool) -> None:
+        try:
+            done = await self._service.job(endpoint.id, job.id)
+        except NotFoundError:
+            await _fail(
+                send, route, Failure(status=504, message="the job's time to live is over"), begun=begun
+            )
+            return
+        if done.status is not JobStatus.COMPLETED:
+            await _fail(send, route, _failure(done), begun=begun)
+        elif begun:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        else:
+            # It yielded nothing and returned its answer, or an error object, as a whole.
+            answer = whole_answer(done.output, ())
+            await send_json(send, answer.status, answer.body, [(b"x-job-id", job.id.encode())])
+
+    async def _cancel(self, endpoint: Endpoint, job: Job) -> None:
+        try:
+            await self._service.cancel(endpoint.id, job.id)
+        except (NotFoundError, StoreError) as error:
+            _log.info("abandoned_job_not_cancelled", job_id=job.id, error=str(error))
+
+
+def _failure(job: Job) -> Failure:
+    match job.status:
+        case JobStatus.CANCELLED:
+            return Failure(status=500, message="the job was cancelled")
+        case JobStatus.TIMED_OUT:
+            return Failure(status=504, message=job.error or "the job's time to live is over")
+        case _:
+            return failure_of(job.error or "the worker gave no reason")
+
+
+def _refusal(failure: Failure) -> RequestRefusedError:
+    return RequestRefusedError(failure.status, failure.message, type="worker_error")
+
+
+async def _begin(send: Send, job: Job) -> None:
+    headers = [
+        (b"content-type", b"text/event-stream"),
+        (b"cache-control", b"no-cache"),
+        (b"x-accel-buffering", b"no"),
+        (b"x-job-id", job.id.encode()),
+    ]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+
+
+async def _fail(send: Send, route: str, failure: Failure, *, begun: bool) -> None:
+    """Tell of a failure by the status while that can be set, else as the last event."""
+    if not begun:
+        raise _refusal(failure)
+    if route.startswith("/v1/messages"):
+        event = b"event: error\ndata: " + anthropic_body(failure.message, type="api_error") + b"\n\n"
+    else:
+        event = b"data: " + _error_body(failure.message) + b"\n\n"
+    await send({"type": "http.response.body", "body": event, "more_body": False})
+
+
+async def _refuse(send: Send, route: str, refusal: RequestRefusedError) -> None:
+    if route.startswith("/v1/messages"):
+        body = refusal.anthropic_body()
+    elif refusal.type == "worker_error":
+        body = _error_body(str(refusal))
+    else:
+        body = refusal.body()
+    await send_json(send, refusal.status, body, refusal.headers)
+
+
+def _error_body(message: str) -> bytes:
+    """The error object that §2.15 gives for a failed job."""
+    return msgspec.json.encode({"error": {"message": message, "type": "worker_error", "code": None}})

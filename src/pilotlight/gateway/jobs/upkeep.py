@@ -1,0 +1,192 @@
+"""What must happen to jobs because time has passed or a worker has ended; driven by the reaper and the fleet.
+
+Deadlines, hand-outs that nobody confirmed, workers that will not let go of a job, and jobs of workers that
+are gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import structlog
+
+from pilotlight.core.lifecycle import ExecutionTimedOut, JobEvent, PlatformInterrupted, TtlReached, WorkerLost
+from pilotlight.domain.job import Job
+from pilotlight.domain.worker import Failure, Stage, Worker, WorkerState
+from pilotlight.errors import NotFoundError, StoreError
+from pilotlight.gateway.jobs.ledger import Ledger
+from pilotlight.gateway.jobs.links import WorkerLink
+from pilotlight.ports.fleet import StageReport
+
+_log = structlog.get_logger()
+
+_LOOK_PAUSE_NS = 5_000_000_000
+"""A longer pause between two rounds of the reaper means that this process was suspended."""
+
+_PATIENCE_NS = 30_000_000_000
+"""How long a worker may go on with an ended job before it gets no more work, so that it can be ended.
+
+Arbitrary: long enough for a handler that is about to return, short enough that one which never will is not
+kept alive by the other work of its worker."""
+
+_ALIVE = frozenset({WorkerState.READY, WorkerState.DRAINING})
+"""States in which a worker program polls and sends heartbeats."""
+
+
+class Upkeep:
+    """Ends what is over.
+
+    Args:
+        ledger: Jobs and bookkeeping.
+        gone: Whether an ended job is to be unknown at once, so that its record may go.
+    """
+
+    def __init__(self, ledger: Ledger, gone: Callable[[Job], bool]) -> None:
+        self._ledger = ledger
+        self._gone = gone
+        self._unsettled: dict[str, str] = {}
+        self._ending: set[str] = set()
+        self._looked_ns = ledger.clock.monotonic_ns()
+
+    async def end_overdue(self) -> None:
+        """End jobs whose time to live or execution timeout has passed."""
+        ledger = self._ledger
+        now_ms = ledger.clock.now_ms()
+        for job in await ledger.store.due(now_ms=now_ms):
+            event: JobEvent = TtlReached(now_ms=now_ms)
+            if job.expires_ms > now_ms:
+                event = ExecutionTimedOut(now_ms=now_ms, attempt=job.attempt)
+            try:
+                applied = await ledger.apply(job.id, event)
+                if applied.finished and self._gone(applied.after):
+                    await ledger.store.shorten(job.id, now_ms=now_ms, ttl_ms=0)
+            except NotFoundError:
+                continue
+
+    async def lose_unconfirmed(self) -> None:
+        """Requeue hand-outs that their worker has not shown to hold in time (worker-protocol.md §8)."""
+        ledger = self._ledger
+        confirm_s = ledger.settings.confirm_s
+        oldest_ns = ledger.clock.monotonic_ns() - confirm_s * 1_000_000_000
+        for link in [*ledger.links.values()]:
+            for hand_out in [*link.hand_outs.values()]:
+                if hand_out.confirmed or hand_out.posts or hand_out.at_ns > oldest_ns:
+                    continue
+                event = WorkerLost(
+                    worker_id=link.worker_id,
+                    now_ms=ledger.clock.now_ms(),
+                    reason=f"hand-out not confirmed within {confirm_s} s",
+                    attempt=hand_out.attempt,
+                )
+                try:
+                    await ledger.apply(hand_out.job_id, event)
+                except NotFoundError:
+                    link.hand_outs.pop(hand_out.job_id, None)
+                    continue
+                # Should it have arrived after all, the work would be done twice.
+                link.stop(hand_out.job_id, deadline_ns=ledger.stop_deadline_ns())
+        for worker_id in [*self._unsettled]:
+            await self._settle_ended(worker_id)
+
+    async def kill_stuck(self) -> None:
+        """End workers that hang, or go on with a stopped job and nothing else (worker-protocol.md §8)."""
+        ledger = self._ledger
+        now_ns = ledger.clock.monotonic_ns()
+        interrupted = self._kill_silent(now_ns)
+        self._ending &= ledger.links.keys()
+        for link in [*ledger.links.values()]:
+            if link.orphaned(now_ns) and not link.retiring and not interrupted:
+                self._kill_orphaned(link)
+            elif link.worker_id not in self._ending:
+                self._kill_holding(link, now_ns)
+
+    def _kill_holding(self, link: WorkerLink, now_ns: int) -> None:
+        """End a worker that goes on with a job it should have let go of, once it has nothing else to do."""
+        held = [
+            (deadline_ns, job_id)
+            for job_id, deadline_ns in link.stopping.items()
+            if deadline_ns <= now_ns and job_id in link.listed
+        ]
+        if not held:
+            return
+        deadline_ns, job_id = min(held)
+        if self._has_other_work(link):
+            link.retiring = link.retiring or deadline_ns + _PATIENCE_NS <= now_ns
+            return
+        link.retiring = True
+        self._ending.add(link.worker_id)
+        _log.warning("worker_stuck", worker_id=link.worker_id, job_id=job_id)
+        reason = f"it goes on with job {job_id}, which has ended"
+        self._ledger.spawn(self._ledger.fleet.kill(link.worker_id, reason=reason), f"kill-{link.worker_id}")
+
+    def _kill_orphaned(self, link: WorkerLink) -> None:
+        """End what is left of a worker whose main process has died (worker-protocol.md §6.5)."""
+        worker = self._ledger.fleet.worker(link.worker_id)
+        if worker is None or worker.state is not WorkerState.READY:
+            return
+        link.retiring = True
+        cause = "its main process is gone: its stop poll broke and did not come back"
+        self._ledger.spawn(self._end_broken(worker, "crashed", cause), f"kill-{worker.id}")
+
+    async def worker_ended(self, worker_id: str, reason: str) -> None:
+        """Requeue or fail what a worker had in hand; its last process is gone."""
+        link = self._ledger.links.pop(worker_id, None)
+        if link is not None:
+            link.release()
+        self._unsettled[worker_id] = reason
+        try:
+            await self._settle_ended(worker_id)
+        except StoreError as error:
+            # The reaper tries again: nothing else would ever end these attempts.
+            _log.warning("worker_end_not_settled", worker_id=worker_id, error=str(error))
+
+    async def _settle_ended(self, worker_id: str) -> None:
+        ledger = self._ledger
+        reason = self._unsettled[worker_id]
+        for job in await ledger.store.running(worker_id=worker_id):
+            now_ms = ledger.clock.now_ms()
+            event: JobEvent = WorkerLost(worker_id=worker_id, now_ms=now_ms, reason=reason)
+            if ledger.closing:
+                # The gateway ends and took its workers with it: not the job's fault.
+                event = PlatformInterrupted(now_ms=now_ms)
+            try:
+                await ledger.apply(job.id, event)
+            except NotFoundError:
+                continue
+        self._unsettled.pop(worker_id, None)
+
+    def _kill_silent(self, now_ns: int) -> bool:
+        """End workers that give no sign of life; their jobs are lost with them and run elsewhere.
+
+        Returns:
+            Whether this process itself stood still since the last look, so that silence proves nothing.
+        """
+        ledger = self._ledger
+        interrupted = now_ns - self._looked_ns > _LOOK_PAUSE_NS
+        self._looked_ns = now_ns
+        missing_ns = 3 * ledger.settings.ping_interval_ms * 1_000_000 + 6_000_000_000
+        for link in [*ledger.links.values()]:
+            if interrupted and link.pinged_ns is not None:
+                # It was us who stood still; what they sent meanwhile is yet to be read.
+                link.pinged_ns = now_ns
+            worker = ledger.fleet.worker(link.worker_id)
+            if (
+                worker is None
+                or worker.state not in _ALIVE
+                or not link.silent(now_ns, pings_missing_ns=missing_ns)
+            ):
+                continue
+            link.pinged_ns, link.retiring = None, True
+            cause = f"the worker program hangs: no sign of life for {missing_ns // 1_000_000_000} s"
+            ledger.spawn(self._end_broken(worker, "hung", cause), f"kill-{worker.id}")
+        return interrupted
+
+    async def _end_broken(self, worker: Worker, kind: str, cause: str) -> None:
+        _log.warning("worker_broken", worker_id=worker.id, endpoint_id=worker.endpoint_id, cause=cause)
+        failure = Failure(kind=kind, cause=cause, advice="See the worker's log.")
+        await self._ledger.fleet.reported(worker.id, StageReport(stage=Stage.FAILED, failure=failure))
+        await self._ledger.fleet.kill(worker.id, reason=cause)
+
+    def _has_other_work(self, link: WorkerLink) -> bool:
+        slots = self._ledger.slots.worker(link.worker_id)
+        return bool(link.hand_outs) or (slots is not None and slots.requests > 0)

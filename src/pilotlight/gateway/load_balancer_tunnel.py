@@ -1,0 +1,332 @@
+"""WebSockets through the gateway: a handshake that is looked at, then bytes that are not.
+
+Uvicorn hands a connection that asks for a WebSocket to the class given as its `ws` protocol; that is
+`WebSocketTunnel`. It makes an ASGI scope of the request and calls the application, which finds the tunnel in
+the scope's `extensions` and either refuses or connects it to a worker. Frames, extensions and subprotocols
+are between client and worker, so the gateway needs no WebSocket library and adds no limits of one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterable
+from http import HTTPStatus
+from typing import Any, cast
+from urllib.parse import unquote, urlsplit
+
+import httptools
+import structlog
+
+from pilotlight.core.affinity import HEADER
+from pilotlight.domain.worker import Address
+from pilotlight.gateway.upstream import UpstreamError
+
+_log = structlog.get_logger()
+
+TUNNEL = "pilotlight.tunnel"
+"""Key in the scope's `extensions` under which the tunnel of a WebSocket request is found."""
+
+_HEAD_MAX = 64 * 1024
+_EARLY_MAX = 64 * 1024
+"""Sent by a client before the answer to its handshake; an honest one sends nothing."""
+
+_CONNECT_TIMEOUT_S = 5.0
+
+
+class _Side(asyncio.Protocol):
+    """One of the two connections; pauses the other one while it cannot write."""
+
+    def __init__(self) -> None:
+        self.transport: asyncio.Transport | None = None
+        self.other: _Side | None = None
+        self.lost = asyncio.Event()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
+        self.lost.set()
+
+    def pause_writing(self) -> None:
+        if self.other is not None and self.other.transport is not None:
+            with contextlib.suppress(RuntimeError):
+                self.other.transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        if self.other is not None and self.other.transport is not None:
+            with contextlib.suppress(RuntimeError):
+                self.other.transport.resume_reading()
+
+    def write(self, data: bytes) -> None:
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.write(data)
+
+    def close(self) -> None:
+        """Close once everything written has been sent."""
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.close()
+
+
+class _Worker(_Side):
+    """The connection to the worker: the head of its answer is collected, the rest passed on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._head: bytes | None = b""
+        self.head: asyncio.Future[tuple[bytes, bytes]] = asyncio.get_running_loop().create_future()
+        self.on_data: Callable[[bytes], None] | None = None
+
+    def data_received(self, data: bytes) -> None:
+        if self._head is None:
+            if self.on_data is not None:
+                self.on_data(data)
+            return
+        self._head += data
+        head, end, rest = self._head.partition(b"\r\n\r\n")
+        if end:
+            self._head = None
+            assert self.transport is not None
+            # Until the head has been passed on there is nobody who would take the rest.
+            self.transport.pause_reading()
+            if not self.head.done():
+                self.head.set_result((head, rest))
+        elif len(self._head) > _HEAD_MAX:
+            self._fail("the worker's answer to the handshake is too long")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._fail("the worker closed the connection during the handshake")
+
+    def _fail(self, message: str) -> None:
+        if not self.head.done():
+            self.head.set_exception(UpstreamError(message))
+        if self.transport is not None:
+            self.transport.abort()
+
+
+class WebSocketTunnel(_Side):
+    """The client's connection; Uvicorn makes one for each WebSocket request.
+
+    Args:
+        config: Uvicorn's, which knows the application.
+        server_state: Uvicorn's, which knows all connections and tasks.
+        app_state: Unused; part of Uvicorn's call.
+
+    Attributes:
+        gone: Whether the client has closed its connection.
+        on_gone: Called when it does.
+    """
+
+    def __init__(self, config: Any, server_state: Any, app_state: Any = None) -> None:  # noqa: ARG002
+        super().__init__()
+        self._app = config.loaded_app
+        self._connections: set[Any] = server_state.connections
+        self._tasks: set[asyncio.Task[None]] = server_state.tasks
+        self._parser = httptools.HttpRequestParser(self)
+        self._url = b""
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._early = b""
+        self._called = False
+        self._answered = False
+        self.gone = False
+        self.on_gone: Callable[[], object] | None = None
+
+    # Uvicorn and asyncio.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Be known to the server (asyncio)."""
+        super().connection_made(transport)
+        self._connections.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Tell the application (asyncio)."""
+        self._connections.discard(self)
+        super().connection_lost(exc)
+        self.gone = True
+        if self.other is not None:
+            self.other.close()
+        elif self.on_gone is not None:
+            self.on_gone()
+
+    def shutdown(self) -> None:
+        """End: the server is told to stop (Uvicorn)."""
+        self.close()
+
+    def data_received(self, data: bytes) -> None:
+        """Take the head of the request, which comes whole, and afterwards frames (asyncio)."""
+        if self._called:
+            if self.other is not None:
+                self.other.write(data)
+            elif len(self._early) + len(data) > _EARLY_MAX:
+                self.close()
+            else:
+                self._early += data
+            return
+        self._called = True
+        with contextlib.suppress(httptools.HttpParserUpgrade):
+            self._parser.feed_data(data)
+        task = asyncio.get_running_loop().create_task(self._call(), name="websocket")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def on_url(self, url: bytes) -> None:
+        """Collect the target (httptools)."""
+        self._url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Collect a header (httptools)."""
+        self._headers.append((name.lower(), value))
+
+    async def _call(self) -> None:
+        assert self.transport is not None
+        target = httptools.parse_url(self._url)
+        path = target.path or b"/"
+        scope = {
+            "type": "websocket",
+            "asgi": {"version": "3.0", "spec_version": "2.4"},
+            "http_version": "1.1",
+            "method": "GET",
+            "scheme": "ws",
+            "path": unquote(path.decode("latin-1")),
+            "raw_path": path,
+            "query_string": target.query or b"",
+            "headers": self._headers,
+            "client": self.transport.get_extra_info("peername"),
+            "server": self.transport.get_extra_info("sockname"),
+            "extensions": {TUNNEL: self},
+        }
+        try:
+            await self._app(scope, _never_receive, _never_send)
+        except Exception:  # noqa: BLE001 - the end of a task: nobody above could know
+            _log.exception("websocket_failed")
+        if not self._answered:
+            self.refuse(500, b'{"error":"internal server error"}', [(b"content-type", b"application/json")])
+
+    # The application.
+
+    def refuse(self, status: int, body: bytes, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        """Answer the handshake with an error and close; only close when it has been answered already."""
+        if not self._answered:
+            self._answered = True
+            lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}".encode()]
+            lines += [name + b": " + value for name, value in headers if name != b"content-length"]
+            lines += [b"content-length: %d" % len(body), b"connection: close"]
+            self.write(b"\r\n".join(lines) + b"\r\n\r\n" + body)
+        self.close()
+
+    async def relay(self, address: Address, head: bytes, *, worker_id: str, answer_s: float) -> int:
+        """Pass the handshake to a worker, and then everything both ways until either side closes.
+
+        Args:
+            address: Where the worker listens.
+            head: The request as the worker gets it.
+            worker_id: Named in the answer.
+            answer_s: Longest wait for the answer.
+
+        Returns:
+            Status of the worker's answer: 101 for a WebSocket; anything else was passed on as it is.
+
+        Raises:
+            UpstreamError: The worker cannot be reached, or gave no answer.
+        """
+        worker = await _connect(address)
+        try:
+            worker.write(head)
+            try:
+                async with asyncio.timeout(answer_s):
+                    answer, rest = await worker.head
+            except TimeoutError as error:
+                raise UpstreamError("no answer to the handshake in time", timed_out=True) from error
+            status = _status_of(answer)
+            switched = status == HTTPStatus.SWITCHING_PROTOCOLS
+            own = f"{HEADER}: {worker_id}".encode()
+            self._answered = True
+            if switched:
+                self.write(answer + b"\r\n" + own + b"\r\n\r\n" + rest)
+                self._join(worker)
+            else:
+                # Nothing says when such an answer ends but the answer itself.
+                end = _AnswerEnd(worker.close)
+                self.write(_closing(answer) + b"\r\n" + own + b"\r\n\r\n" + rest)
+                worker.on_data = _both(end.feed, self.write)
+                end.feed(answer + b"\r\n\r\n" + rest)
+                worker.other, self.other = self, worker
+            assert worker.transport is not None
+            with contextlib.suppress(RuntimeError):
+                worker.transport.resume_reading()
+            await worker.lost.wait()
+            return status
+        finally:
+            self.other = None
+            worker.close()
+
+    def _join(self, worker: _Worker) -> None:
+        worker.on_data = self.write
+        worker.other, self.other = self, worker
+        if self._early:
+            worker.write(self._early)
+            self._early = b""
+
+
+class _AnswerEnd:
+    """Notices the end of an answer whose bytes are only passing."""
+
+    def __init__(self, on_end: Callable[[], None]) -> None:
+        self._on_end = on_end
+        self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
+
+    def feed(self, data: bytes) -> None:
+        if self._parser is None:
+            return
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+            self._parser = None
+            self._on_end()
+
+    def on_message_complete(self) -> None:
+        """End (httptools)."""
+        self._parser = None
+        self._on_end()
+
+
+async def _connect(address: Address) -> _Worker:
+    parts = urlsplit(address.url)
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+            _, worker = await loop.create_connection(_Worker, parts.hostname or "", parts.port or 80)
+    except (TimeoutError, OSError) as error:
+        raise UpstreamError(f"the worker cannot be reached: {error}", sent=False) from error
+    return worker
+
+
+def _status_of(head: bytes) -> int:
+    words = head.split(b"\r\n", 1)[0].split(b" ", 2)
+    if len(words) < 2 or not words[0].startswith(b"HTTP/1.") or not words[1].isdigit():
+        raise UpstreamError("the worker's answer to the handshake is not HTTP")
+    return int(words[1])
+
+
+def _closing(head: bytes) -> bytes:
+    """A head that says the connection is closed after the answer."""
+    lines = head.split(b"\r\n")
+    kept = [line for line in lines if not line.lower().startswith((b"connection:", b"keep-alive:"))]
+    return b"\r\n".join([*kept, b"connection: close"])
+
+
+def _both(first: Callable[[bytes], None], second: Callable[[bytes], None]) -> Callable[[bytes], None]:
+    def feed(data: bytes) -> None:
+        second(data)
+        first(data)
+
+    return feed
+
+
+async def _never_receive() -> dict[str, Any]:
+    raise RuntimeError("a tunnelled WebSocket has no ASGI events")
+
+
+async def _never_send(event: object) -> None:
+    raise RuntimeError(f"a tunnelled WebSocket has no ASGI events: {event!r:.100}")
