@@ -70,8 +70,33 @@ def throughput_command(
     run(pairs, streams, tokens, Report("throughput", as_json=as_json))
 
 
+def queue_command(
+    seconds: Annotated[int, typer.Option(min=1, max=600, help="Length of each measurement.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, max=100, help="How often all of it is repeated.")] = 3,
+    deep: Annotated[
+        int, typer.Option(min=0, max=10_000_000, help="Jobs in the deep queue; 0 leaves that part out.")
+    ] = 1_000_000,
+    peers: Annotated[
+        str, typer.Option(help="Other queues to measure, separated by commas; an empty text leaves them out.")
+    ] = "celery-redis,dramatiq-redis,procrastinate-postgresql",
+    as_json: JsonOption = False,
+) -> None:
+    """What the job queue takes per second and how long jobs wait in it, beside other queues.
+
+    Needs redis-server and PostgreSQL for the other queues; without them they are left out. Takes about ten
+    minutes.
+    """
+    from pilotlight.bench.figures import Report  # noqa: PLC0415
+    from pilotlight.bench.queue import run  # noqa: PLC0415
+    from pilotlight.bench.queue_load import Load  # noqa: PLC0415
+
+    named = tuple(name.strip() for name in peers.split(",") if name.strip())
+    run(Load(seconds=seconds, rounds=rounds, deep=deep, peers=named), Report("queue", as_json=as_json))
+
+
 for _name, _function in (
     ("gateway", gateway_command),
+    ("queue", queue_command),
     ("coldstart", coldstart_command),
     ("throughput", throughput_command),
 ):

@@ -25,7 +25,7 @@ class Installation:
 
     Args:
         bench: Where it runs.
-        name: Of its data folder; each installation of a benchmark has one of its own.
+        name: Of its data folder; another installation of that name must have ended, and is continued.
         settings: Environment variables beside the defaults.
 
     Attributes:
@@ -37,7 +37,7 @@ class Installation:
 
     def __init__(self, bench: Bench, name: str = "pilotlight", **settings: str) -> None:
         home = bench.folder / name
-        home.mkdir(mode=0o700)
+        home.mkdir(mode=0o700, exist_ok=True)
         engine_home = str(load_settings().engine_home)
         self.child = bench.start(
             name,

@@ -1,9 +1,11 @@
-"""`pilotlight deploy`: a model becomes an endpoint, or an endpoint gets a new revision."""
+"""`pilotlight deploy`: a model or a command becomes an endpoint, or an endpoint gets a new revision."""
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
+import shutil
 import time
 from enum import StrEnum
 from pathlib import Path
@@ -34,6 +36,24 @@ DEFAULTS: dict[str, Any] = {
 """Sent with every new endpoint, so that an endpoint does not change when a gateway's defaults do."""
 
 
+KIND_DEFAULTS: dict[str, dict[str, Any]] = {
+    "vllm": {},
+    "queue": {},
+    "load-balancer": {"scaler": "REQUEST_COUNT"},
+}
+"""Where a kind differs from that."""
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+class Kind(StrEnum):
+    """What the workers of an endpoint are."""
+
+    VLLM = "vllm"
+    QUEUE = "queue"
+    LOAD_BALANCER = "load-balancer"
+
+
 class Scaler(StrEnum):
     """RunPod's two scaling rules (serverless-api.md §5.2)."""
 
@@ -47,6 +67,30 @@ Model = Annotated[
         metavar="MODEL",
         help="pilotlight/ember (built in), a Hugging Face id, or a folder with a config.json.",
         show_default=False,
+    ),
+]
+KindOption = Annotated[
+    Kind | None,
+    typer.Option(
+        "--kind",
+        case_sensitive=False,
+        help="What workers are: vllm serves a MODEL, queue is a --command that takes jobs, load-balancer one"
+        " that serves HTTP. Never changes.  [default: vllm]",
+    ),
+]
+Command = Annotated[
+    str | None,
+    typer.Option(
+        "--command",
+        metavar="COMMAND",
+        help="The program that a worker is, in one string; the program and its files are looked for here and"
+        " stored with their absolute paths.",
+    ),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory", metavar="SIZE", help="Memory reserved for a worker of a --command, such as 512M or 4G."
     ),
 ]
 Name = Annotated[str | None, typer.Option(help="Name of the endpoint; one that exists is revised.")]
@@ -81,7 +125,8 @@ ExecutionTimeout = Annotated[
     int | None, typer.Option(min=5, max=604_800, help="Seconds that one job may run.  [default: 600]")
 ]
 GpuCount = Annotated[
-    int | None, typer.Option(min=0, help="GPUs per worker.  [default: decided by the gateway]")
+    int | None,
+    typer.Option("--gpu-count", "--gpus", min=0, help="GPUs per worker.  [default: decided by the gateway]"),
 ]
 Wait = Annotated[bool, typer.Option("--wait", help="Start a worker and return when it is ready.")]
 EngineUrl = Annotated[
@@ -94,6 +139,8 @@ EngineUrl = Annotated[
 
 def deploy_command(
     model: Model = None,
+    kind: KindOption = None,
+    command: Command = None,
     name: Name = None,
     min_: Min = None,
     max_: Max = None,
@@ -105,11 +152,12 @@ def deploy_command(
     scaler_value: ScalerValue = None,
     execution_timeout: ExecutionTimeout = None,
     gpu_count: GpuCount = None,
+    memory: Memory = None,
     wait: Wait = False,
     engine_url: EngineUrl = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make an endpoint of a model, or revise one.
+    """Make an endpoint of a model or a command, or revise one.
 
     Model, options and memory are checked and the weights are fetched before anything is stored. No worker
     starts until somebody asks, unless --wait or --min says so. With the --name of an endpoint that exists,
@@ -119,10 +167,14 @@ def deploy_command(
       pilotlight deploy pilotlight/ember
       pilotlight deploy Qwen/Qwen3-0.6B --name qwen --max 2 --env MAX_MODEL_LEN=4096 --wait
       pilotlight deploy --engine-url http://10.0.0.5:8000 --name fixed
+      pilotlight deploy --kind queue --command "python handler.py" --name resize
+      pilotlight deploy --kind load-balancer --command "python server.py" --name api
     """
-    if model is None and engine_url is None:
-        raise typer.BadParameter("give a MODEL, or the --engine-url of a running server", param_hint="MODEL")
+    check_kind(kind, model=model, command=command, engine_url=engine_url, memory=memory)
     given = {
+        "kind": None if kind is None else kind.value,
+        "command": None if command is None else parse_command(command),
+        "memory_bytes": None if memory is None else parse_size(memory),
         "model": None if model is None else resolve_model(model),
         "name": name,
         "min": min_,
@@ -141,7 +193,9 @@ def deploy_command(
     with connect() as client:
         endpoint, revised = _apply(client, spec)
         try:
-            if wait:
+            if wait and endpoint["kind"] in {Kind.QUEUE, Kind.LOAD_BALANCER}:
+                endpoint = wait_command_ready(client, endpoint)
+            elif wait:
                 endpoint = wait_ready(client, endpoint)
         finally:
             # Whatever became of the first worker, the endpoint exists, and its id must not be lost.
@@ -160,7 +214,8 @@ def _apply(client: PilotlightClient, spec: dict[str, Any]) -> tuple[Endpoint, bo
             waiting.say(describe_progress(progress), step=step)
 
         if existing is None:
-            endpoint = client.create_endpoint({**DEFAULTS, "env": {}, **spec}, on_progress=on_progress)
+            defaults = DEFAULTS | KIND_DEFAULTS[spec.get("kind", "vllm")]
+            endpoint = client.create_endpoint({**defaults, "env": {}, **spec}, on_progress=on_progress)
         else:
             changes = {field: value for field, value in spec.items() if field != "name"}
             endpoint = client.revise_endpoint(existing["id"], changes, on_progress=on_progress)
@@ -194,6 +249,100 @@ def wait_ready(client: PilotlightClient, endpoint: Endpoint) -> Endpoint:
         else:
             note(f"ready after {duration(time.monotonic() - began)}")
             return client.endpoint(endpoint["id"])
+
+
+def wait_command_ready(client: PilotlightClient, endpoint: Endpoint) -> Endpoint:
+    """The endpoint of a command once a worker of it is ready; one starts only because of a minimum.
+
+    Raises:
+        PilotlightError: No worker is going to start, or it cannot; the message has the cause.
+    """
+    if not endpoint["min"]:
+        raise PilotlightError(
+            f"{endpoint['name']} starts its workers when work comes; to wait for one, deploy with --min 1"
+        )
+    began = time.monotonic()
+    with watch_start(client, endpoint["id"]):
+        while True:
+            now = client.endpoint(endpoint["id"])
+            if now["status"] == "ready":
+                break
+            if failure := now.get("failure"):
+                raise PilotlightError(f"{now['name']} cannot start: {failure.get('cause')}")
+            if time.monotonic() - began > WAIT_S_MAX:
+                raise PilotlightError(f"{now['name']} has no ready worker after {duration(WAIT_S_MAX)}")
+            time.sleep(0.2)
+    note(f"ready after {duration(time.monotonic() - began)}")
+    return now
+
+
+def check_kind(
+    kind: Kind | None, *, model: str | None, command: str | None, engine_url: str | None, memory: str | None
+) -> None:
+    """Return when the options say what the workers are.
+
+    Raises:
+        typer.BadParameter: Something is missing or belongs to another kind.
+    """
+    if kind in {None, Kind.VLLM}:
+        if command is not None:
+            message = "belongs to --kind queue or --kind load-balancer; name the kind"
+            raise typer.BadParameter(message, param_hint="--command")
+        if memory is not None:
+            message = "belongs to --kind queue or --kind load-balancer; a model's need is computed"
+            raise typer.BadParameter(message, param_hint="--memory")
+        if model is None and engine_url is None:
+            message = "give a MODEL, the --engine-url of a running server, or a --kind with its --command"
+            raise typer.BadParameter(message, param_hint="MODEL")
+        return
+    if model is not None or engine_url is not None:
+        message = f"--kind {kind} takes a --command instead"
+        raise typer.BadParameter(message, param_hint="MODEL" if model is not None else "--engine-url")
+    if command is None:
+        message = f'--kind {kind} needs it, such as --command "python handler.py"'
+        raise typer.BadParameter(message, param_hint="--command")
+
+
+def parse_command(text: str) -> list[str]:
+    """Program and arguments, with absolute paths for the program and for files that exist here.
+
+    A worker begins in an empty folder of its own and has the gateway's PATH, so what is meant here must be
+    named so that it means the same there.
+
+    Raises:
+        typer.BadParameter: It is empty, has a quote that nothing closes, or runs a script that is not here.
+    """
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r}: {error}", param_hint="--command") from error
+    if not words:
+        raise typer.BadParameter("names no program", param_hint="--command")
+    program = Path(words[0]).expanduser()
+    found = str(program) if "/" in words[0] else shutil.which(words[0])
+    script = next(iter(words[1:2]), "")
+    if Path(script).suffix == ".py" and not Path(script).expanduser().is_file():
+        raise typer.BadParameter(f"there is no file {script!r} here", param_hint="--command")
+    resolved = [os.path.abspath(found) if found else words[0]]  # noqa: PTH100 - links stay, a venv is one
+    for word in words[1:]:
+        here = not word.startswith("-") and Path(word).expanduser().is_file()
+        resolved.append(str(Path(word).expanduser().absolute()) if here else word)
+    if resolved != words:
+        note(f"workers run: {shlex.join(resolved)}")
+    return resolved
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 512M or 4GiB; a number alone is bytes.
+
+    Raises:
+        typer.BadParameter: It is none.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?", text.strip().upper())
+    if found is None or not float(found[1]):
+        message = f"{text!r} is no size; write 512M, 4G, or a number of bytes"
+        raise typer.BadParameter(message, param_hint="--memory")
+    return int(float(found[1]) * _UNITS[found[2]])
 
 
 def resolve_model(text: str) -> str:
@@ -233,6 +382,9 @@ def _print(endpoint: Endpoint, *, revised: bool, as_json: bool) -> None:
     if as_json:
         print_json(endpoint)
         return
+    if endpoint.get("kind") in {Kind.QUEUE, Kind.LOAD_BALANCER}:
+        write(_command_text(endpoint))
+        return
     model = next(iter(endpoint.get("served_names") or [endpoint.get("model", "")]))
     url = endpoint.get("openai_url", "")
     write(
@@ -249,4 +401,30 @@ def _print(endpoint: Endpoint, *, revised: bool, as_json: bool) -> None:
         f'  pilotlight chat {name} "Hello"            talk to it\n'
         f"  pilotlight keys create --endpoint {name}  a key for its callers\n"
         f"  pilotlight ps {name}                      its workers\n"
+    )
+
+
+def _command_text(endpoint: Endpoint) -> str:
+    name, url, key = endpoint["name"], endpoint["url"], '-H "Authorization: Bearer $PILOTLIGHT_API_KEY"'
+    if endpoint["kind"] == Kind.QUEUE:
+        example = (
+            f"curl {url}/runsync \\\n"
+            f'  {key} -H "Content-Type: application/json" \\\n'
+            """  -d '{"input": {}}'\n"""
+        )
+        first = f"  pilotlight run {name} '{{}}'                  a job\n"
+    else:
+        example = f"curl {url}/ {key}\n"
+        first = ""
+    return (
+        f"{name} is deployed (revision {endpoint['version']}, {endpoint['status']})\n"
+        f"  id       {endpoint['id']}\n"
+        f"  kind     {endpoint['kind']}\n"
+        f"  command  {shlex.join(endpoint['command'])}\n"
+        f"  URL      {url}\n"
+        f"\n{example}\n"
+        f"Next:\n{first}"
+        f"  pilotlight keys create --endpoint {name}  a key for its callers\n"
+        f"  pilotlight ps {name}                      its workers\n"
+        f"  pilotlight logs {name}                    what they print\n"
     )

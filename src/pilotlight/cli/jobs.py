@@ -1,8 +1,9 @@
-"""`pilotlight run`, `status` and `cancel`: the job API (serverless-api.md §2) from a shell."""
+"""`pilotlight run`, `status`, `cancel` and `retry`: the job API (serverless-api.md §2) from a shell."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -16,14 +17,16 @@ from pilotlight.cli.output import (
     note,
     print_fields,
     print_json,
+    print_table,
     read_stdin,
     show_value,
     write,
 )
 from pilotlight.cli.progress import Waiting, watch_start
 from pilotlight.cli.targets import find_id
+from pilotlight.cli.timeline import draw_timeline, short_reason
 from pilotlight.client import PilotlightClient
-from pilotlight.client.api import JOB_WAIT_MS_MAX, JOB_WAIT_MS_MIN
+from pilotlight.client.jobs import JOB_WAIT_MS_MAX, JOB_WAIT_MS_MIN
 from pilotlight.client.models import FINAL_STATES, Job
 
 BODY_BYTES_MAX = 20 * 1024 * 1024
@@ -32,6 +35,25 @@ BODY_BYTES_MAX = 20 * 1024 * 1024
 BODY_KEYS = frozenset({"input", "webhook", "webhookV2", "policy", "s3Config"})
 """What a whole request body may hold (serverless-api.md §2.3)."""
 
+TTL_MS = (10_000, 604_800_000)
+RUN_MS = (5_000, 604_800_000)
+"""Ranges of a job's time to live and of its running time (serverless-api.md §2.3)."""
+
+Webhook = Annotated[str | None, typer.Option(metavar="URL", help="Where the gateway posts the finished job.")]
+IdempotencyKey = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="Repeat a call with the same text to get the same job.")
+]
+LowPriority = Annotated[
+    bool, typer.Option("--low-priority", help="Run it when no other job waits; starts no worker.")
+]
+Ttl = Annotated[
+    int | None,
+    typer.Option(metavar="MS", min=TTL_MS[0], max=TTL_MS[1], help="Longest life, queue and run."),
+]
+ExecutionTimeout = Annotated[
+    int | None,
+    typer.Option(metavar="MS", min=RUN_MS[0], max=RUN_MS[1], help="Longest run of one attempt."),
+]
 JobArgument = Annotated[
     str, typer.Argument(metavar="JOB", help="Id of a job, as `pilotlight run` prints it.")
 ]
@@ -55,6 +77,11 @@ def run_command(
     stream: Annotated[
         bool, typer.Option("--stream", help="Print what the job yields while it runs.")
     ] = False,
+    webhook: Webhook = None,
+    idempotency_key: IdempotencyKey = None,
+    low_priority: LowPriority = False,
+    ttl: Ttl = None,
+    execution_timeout: ExecutionTimeout = None,
     as_json: JsonOption = False,
 ) -> None:
     """Submit a job to an endpoint.
@@ -64,23 +91,24 @@ def run_command(
 
     Examples:
       pilotlight run qwen '{"prompt": "Hello"}' --sync
-      pilotlight run qwen @job.json
+      pilotlight run qwen @job.json --webhook https://example.com/hook --idempotency-key order-17
       pilotlight run qwen '{"messages": [{"role": "user", "content": "Hi"}], "stream": true}' --stream
     """
     if sync and stream:
         raise typer.BadParameter("choose one of --sync and --stream", param_hint="--stream")
-    request = read_body(body)
+    policy = {"lowPriority": low_priority or None, "ttl": ttl, "executionTimeout": execution_timeout}
+    request = with_options(read_body(body), webhook=webhook, policy=policy)
     with connect() as client:
         endpoint_id = find_id(client, endpoint)
         if stream:
-            _stream(client, endpoint_id, request, as_json=as_json)
+            _stream(client, endpoint_id, request, idempotency_key, as_json=as_json)
             return
         if not sync:
-            job = client.run(endpoint_id, request)
+            job = client.run(endpoint_id, request, idempotency_key=idempotency_key)
             _print_submitted(endpoint, job, as_json=as_json)
             return
         with watch_start(client, endpoint_id):
-            job = client.run_sync(endpoint_id, request, wait_ms=wait)
+            job = client.run_sync(endpoint_id, request, wait_ms=wait, idempotency_key=idempotency_key)
     if as_json:
         print_json(job)
     elif job["status"] in FINAL_STATES:
@@ -95,6 +123,9 @@ def status_command(
     endpoint: EndpointArgument,
     job_id: JobArgument,
     wait: Annotated[bool, typer.Option("--wait", help="Return when the job is finished.")] = False,
+    timeline: Annotated[
+        bool, typer.Option("--timeline", help="Show what has happened to it, and why it waits.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show a job.
@@ -104,6 +135,7 @@ def status_command(
     Examples:
       pilotlight status qwen 0b9b…-u1
       pilotlight status qwen 0b9b…-u1 --wait --json
+      pilotlight status qwen 0b9b…-u1 --timeline
     """
     with connect() as client:
         endpoint_id = find_id(client, endpoint)
@@ -112,6 +144,9 @@ def status_command(
                 job = client.wait_job(endpoint_id, job_id, on_change=lambda now: waiting.say(now["status"]))
         else:
             job = client.job(endpoint_id, job_id)
+        story = client.job_story(endpoint_id, job_id) if timeline else None
+    if story is not None:
+        job = story
     if as_json:
         print_json(job)
     else:
@@ -122,7 +157,13 @@ def status_command(
         fields: list[tuple[str, object]] = [("id", job["id"]), ("status", job["status"])]
         fields += [(name, duration(ms / 1000)) for name, ms in times.items() if ms is not None]
         fields += [(name, job[name]) for name in ("workerId", "retries") if name in job]
+        if "error" in job:
+            fields.append(("error", short_reason(job["error"])))
+        if story is not None and "waiting" in story:
+            fields.append(("waits", story["waiting"]["detail"]))
         print_fields(fields)
+        if story is not None:
+            print_table(["EVENT", ">AT", "|", ">ATTEMPT", "WORKER", "REASON"], draw_timeline(story))
         _print_output(job)
     if wait:
         _end_with(job, as_json=as_json)
@@ -138,6 +179,23 @@ def cancel_command(endpoint: EndpointArgument, job_id: JobArgument, as_json: Jso
     """
     with connect() as client:
         job = client.cancel(find_id(client, endpoint), job_id)
+    if as_json:
+        print_json(job)
+    else:
+        write(f"{job['id']}  {job['status']}\n")
+
+
+def retry_command(endpoint: EndpointArgument, job_id: JobArgument, as_json: JsonOption = False) -> None:
+    """Queue a failed job again.
+
+    It keeps its id and its input. Its earlier result is gone, and it has a new time to live. Jobs that timed
+    out can be queued again, too.
+
+    Examples:
+      pilotlight retry qwen 0b9b…-u1
+    """
+    with connect() as client:
+        job = client.retry(find_id(client, endpoint), job_id)
     if as_json:
         print_json(job)
     else:
@@ -173,8 +231,30 @@ def read_body(text: str) -> dict[str, Any]:
     return {"input": value}
 
 
-def _stream(client: PilotlightClient, endpoint_id: str, request: dict[str, Any], *, as_json: bool) -> None:
-    job = client.run(endpoint_id, request)
+def with_options(
+    request: dict[str, Any], *, webhook: str | None, policy: Mapping[str, object]
+) -> dict[str, Any]:
+    """A request body with what options add to it; an option wins over the body."""
+    given = {name: value for name, value in policy.items() if value is not None}
+    if webhook is not None:
+        request = {**request, "webhook": webhook}
+    if given:
+        before = request.get("policy") or {}
+        if not isinstance(before, dict):
+            raise typer.BadParameter("its policy is not an object", param_hint="JSON")
+        request = {**request, "policy": {**before, **given}}
+    return request
+
+
+def _stream(
+    client: PilotlightClient,
+    endpoint_id: str,
+    request: dict[str, Any],
+    idempotency_key: str | None,
+    *,
+    as_json: bool,
+) -> None:
+    job = client.run(endpoint_id, request, idempotency_key=idempotency_key)
     chunks: list[dict[str, Any]] = []
     with watch_start(client, endpoint_id) as stop_watching:
         for answer in client.stream_job(endpoint_id, job["id"]):

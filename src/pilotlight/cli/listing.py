@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated, Any
 
 import typer
@@ -28,13 +29,14 @@ def list_command(as_json: JsonOption = False) -> None:
         note("no endpoints; make one with `pilotlight deploy MODEL`")
         return
     print_table(
-        ["NAME", "ID", "STATUS", "MODEL", "WORKERS", ">MAX", ">IDLE", ">REV"],
+        ["NAME", "ID", "STATUS", "KIND", "MODEL OR COMMAND", "WORKERS", ">MAX", ">IDLE", ">REV"],
         [
             [
                 one["name"],
                 one["id"],
                 one.get("status"),
-                one.get("model") or one.get("engine_url"),
+                one.get("kind", "").replace("_", " "),
+                shlex.join(one.get("command") or []) or one.get("model") or one.get("engine_url"),
                 ", ".join(f"{count} {state}" for state, count in one.get("workers", {}).items()) or "0",
                 one.get("max"),
                 f"{one.get('idle_timeout_s')} s",
@@ -80,11 +82,12 @@ def workers_command(
         note("no workers; they start when somebody asks")
         return
     print_table(
-        ["WORKER", "ENDPOINT", "STATUS", "STAGE", ">REV", ">UP", ">BUSY", ">MEMORY", ">PID"],
+        ["WORKER", "ENDPOINT", "KIND", "STATUS", "STAGE", ">REV", ">UP", ">BUSY", ">MEMORY", ">PID"],
         [
             [
                 worker["id"],
                 one["name"],
+                one.get("kind", "").replace("_", " "),
                 worker.get("state") or worker.get("status"),
                 worker.get("stage", "").replace("_", " "),
                 f"{worker.get('version')}{' (old)' if worker.get('isStale') else ''}",

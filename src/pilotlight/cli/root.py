@@ -51,18 +51,27 @@ COMMANDS: dict[str, Entry] = {
         f"{_CLI}.up", "up_command", "Serve", "Start the gateway on this machine and keep it running."
     ),
     "deploy": Entry(
-        f"{_CLI}.deploy", "deploy_command", "Serve", "Make an endpoint of a model, or revise one."
+        f"{_CLI}.deploy",
+        "deploy_command",
+        "Serve",
+        "Make an endpoint of a model or a command, or revise one.",
     ),
     "scale": Entry(
         f"{_CLI}.manage", "scale_command", "Serve", "Change how many workers an endpoint may have."
     ),
     "rm": Entry(f"{_CLI}.manage", "remove_command", "Serve", "Delete an endpoint with its workers and jobs."),
     "keys": Entry(f"{_CLI}.keys", "app", "Serve", "Create, list and revoke API keys."),
+    "webhooks": Entry(
+        f"{_CLI}.webhooks", "app", "Serve", "Show what signs webhooks, and deal with undelivered ones."
+    ),
     "chat": Entry(f"{_CLI}.chat", "chat_command", "Use", "Talk to an endpoint's model."),
     "run": Entry(f"{_CLI}.jobs", "run_command", "Use", "Submit a job to an endpoint."),
     "status": Entry(f"{_CLI}.jobs", "status_command", "Use", "Show a job."),
     "cancel": Entry(f"{_CLI}.jobs", "cancel_command", "Use", "Cancel a job."),
+    "retry": Entry(f"{_CLI}.jobs", "retry_command", "Use", "Queue a failed job again."),
+    "purge": Entry(f"{_CLI}.queue", "purge_command", "Use", "Remove all queued jobs of an endpoint."),
     "ls": Entry(f"{_CLI}.listing", "list_command", "Look", "List endpoints."),
+    "jobs": Entry(f"{_CLI}.queue", "jobs_command", "Look", "List an endpoint's jobs."),
     "ps": Entry(f"{_CLI}.listing", "workers_command", "Look", "List workers."),
     "logs": Entry(f"{_CLI}.logs", "logs_command", "Look", "Show what workers wrote."),
     "starts": Entry(

@@ -8,58 +8,33 @@ the gateway holds a request while a worker starts.
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping
-from types import TracebackType
-from typing import Any, Literal, Self, cast
-from urllib.parse import quote, urlsplit
+from typing import Any, Literal, cast
 
 import httpx
 
-from pilotlight.client.discovery import Access, check_url
 from pilotlight.client.errors import (
-    AccessError,
-    GatewayError,
     GatewayUnreachableError,
     StreamError,
     describe_problem,
     error_for,
-    error_of,
 )
+from pilotlight.client.jobs import JobCalls
 from pilotlight.client.lines import ServerEvent, parse_events, split_lines
-from pilotlight.client.models import (
-    FINAL_STATES,
-    Chunks,
-    Endpoint,
-    Job,
-    Key,
-    LogLine,
-    Progress,
-    Start,
-    Usage,
-    Worker,
-)
+from pilotlight.client.models import Endpoint, Key, LogLine, Progress, Start, Usage, Worker
+from pilotlight.client.transport import Query, path_part
 
-CONNECT_S = 5.0
-ANSWER_S = 30.0
-"""Longest silence after an ordinary question."""
 DEPLOY_S = 900.0
 """Longest silence while the gateway checks a model and fetches its weights."""
 HELD_S = 3600.0
 """Longest silence of a request that may be held for a worker, or of a model that thinks."""
 BACKLOG_S = 2.0
 """Silence after which the stored part of a log counts as read, where the gateway keeps the stream open."""
-JOB_WAIT_MS_MAX = 300_000
-JOB_WAIT_MS_MIN = 1_000
-"""Range of `wait` on the job API (serverless-api.md §2.5)."""
-
-Query = Mapping[str, str | int]
 
 
-class PilotlightClient:
-    """A connection to one gateway.
+class PilotlightClient(JobCalls):
+    """Every call of one gateway.
 
     Args:
         url: Base URL, such as `http://127.0.0.1:8400`.
@@ -69,38 +44,6 @@ class PilotlightClient:
     Raises:
         InvalidInputError: The URL cannot be used.
     """
-
-    def __init__(self, url: str, key: str | None = None, *, key_source: str = "") -> None:
-        check_url(url, "url")
-        self.url = url.rstrip("/")
-        self._key_source = key_source
-        self._http = httpx.Client(
-            base_url=self.url,
-            headers={"authorization": f"Bearer {key}"} if key else {},
-            timeout=_timeout(ANSWER_S),
-            trust_env=not is_loopback(self.url),
-            follow_redirects=False,
-        )
-
-    @classmethod
-    def of(cls, access: Access) -> Self:
-        """A client for what `find_access` found."""
-        return cls(access.url, access.key, key_source=access.key_source)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close every connection; calls in other threads end with an error."""
-        self._http.close()
 
     # --- endpoints ---
 
@@ -114,7 +57,7 @@ class PilotlightClient:
         Raises:
             NotFoundError: There is none with this id.
         """
-        return cast("Endpoint", self._json("GET", f"/pilotlight/v1/endpoints/{_part(endpoint_id)}"))
+        return cast("Endpoint", self._json("GET", f"/pilotlight/v1/endpoints/{path_part(endpoint_id)}"))
 
     def create_endpoint(
         self, spec: Mapping[str, Any], *, on_progress: Callable[[Progress], None] | None = None
@@ -144,19 +87,21 @@ class PilotlightClient:
             InvalidInputError: As for `create_endpoint`.
             NotFoundError: There is no such endpoint.
         """
-        return self._deploy("PATCH", f"/pilotlight/v1/endpoints/{_part(endpoint_id)}", changes, on_progress)
+        return self._deploy(
+            "PATCH", f"/pilotlight/v1/endpoints/{path_part(endpoint_id)}", changes, on_progress
+        )
 
     def delete_endpoint(self, endpoint_id: str) -> None:
         """Remove an endpoint with its workers and jobs (serverless-api.md §7.2)."""
-        self._request("DELETE", f"/v2/serverless/{_part(endpoint_id)}")
+        self._request("DELETE", f"/v2/serverless/{path_part(endpoint_id)}")
 
     def workers(self, endpoint_id: str) -> list[Worker]:
         """The endpoint's workers (serverless-api.md §7.4)."""
-        return cast("list[Worker]", self._list(f"/v2/serverless/{_part(endpoint_id)}/workers", "workers"))
+        return cast("list[Worker]", self._list(f"/v2/serverless/{path_part(endpoint_id)}/workers", "workers"))
 
     def starts(self, endpoint_id: str, *, limit: int = 20) -> list[Start]:
         """The endpoint's latest starts, stage by stage."""
-        path = f"/pilotlight/v1/endpoints/{_part(endpoint_id)}/starts"
+        path = f"/pilotlight/v1/endpoints/{path_part(endpoint_id)}/starts"
         return cast("list[Start]", self._list(path, "starts", {"limit": limit}))
 
     def worker_logs(
@@ -175,7 +120,7 @@ class PilotlightClient:
         Raises:
             NotFoundError: There is no such worker.
         """
-        path = f"/v2/serverless/{_part(endpoint_id)}/workers/{_part(worker_id)}/logs"
+        path = f"/v2/serverless/{path_part(endpoint_id)}/workers/{path_part(worker_id)}/logs"
         query: Query = {"tail": tail} if follow else {"tail": tail, "follow": "false"}
         headers = {"accept": "text/event-stream"} | ({"last-event-id": after} if after else {})
         with self._stream(
@@ -216,7 +161,26 @@ class PilotlightClient:
 
     def delete_key(self, key_id: str) -> None:
         """Revoke a key."""
-        self._request("DELETE", f"/pilotlight/v1/keys/{_part(key_id)}")
+        self._request("DELETE", f"/pilotlight/v1/keys/{path_part(key_id)}")
+
+    def webhook_secret(self, endpoint_id: str) -> dict[str, Any]:
+        """What signs an endpoint's webhooks, as `secret`."""
+        return self._json("GET", f"/pilotlight/v1/endpoints/{path_part(endpoint_id)}/webhook-secret")
+
+    def dead_webhooks(self, *, endpoint_id: str | None = None, limit: int = 100) -> list[dict[str, Any]]:
+        """Webhooks that could not be delivered, newest first."""
+        query: dict[str, str | int] = {"limit": limit}
+        if endpoint_id is not None:
+            query["endpoint"] = endpoint_id
+        return self._list("/pilotlight/v1/webhooks/dead", "webhooks", query)
+
+    def resend_webhook(self, webhook_id: str) -> dict[str, Any]:
+        """A dead letter that is being sent again."""
+        return self._json("POST", f"/pilotlight/v1/webhooks/{path_part(webhook_id)}/resend")
+
+    def delete_webhook(self, webhook_id: str) -> None:
+        """Forget a dead letter."""
+        self._request("DELETE", f"/pilotlight/v1/webhooks/{path_part(webhook_id)}")
 
     def usage(self, *, endpoint_id: str | None = None, since_ms: int | None = None) -> Usage:
         """Usage intervals and their sums.
@@ -236,76 +200,6 @@ class PilotlightClient:
         """What the gateway says about itself, its engine and its machine."""
         return self._json("GET", "/pilotlight/v1/status")
 
-    # --- jobs (serverless-api.md §2) ---
-
-    def run(self, endpoint_id: str, body: Mapping[str, Any]) -> Job:
-        """A queued job.
-
-        Args:
-            endpoint_id: Where it goes.
-            body: `input` and what §2.3 allows beside it.
-        """
-        return self._job("POST", f"/v2/{_part(endpoint_id)}/run", body)
-
-    def run_sync(self, endpoint_id: str, body: Mapping[str, Any], *, wait_ms: int) -> Job:
-        """A job, finished or after `wait_ms` (1 000 to 300 000) still under way."""
-        path = f"/v2/{_part(endpoint_id)}/runsync"
-        return self._job("POST", path, body, query={"wait": wait_ms}, read_s=wait_ms / 1000 + ANSWER_S)
-
-    def job(self, endpoint_id: str, job_id: str) -> Job:
-        """A job as it stands."""
-        return self._job("GET", f"/v2/{_part(endpoint_id)}/status/{_part(job_id)}")
-
-    def wait_job(
-        self,
-        endpoint_id: str,
-        job_id: str,
-        *,
-        on_change: Callable[[Job], None] | None = None,
-        hold_ms: int = 20_000,
-    ) -> Job:
-        """A job once it is finished; a job's own time limits bound the wait.
-
-        Args:
-            endpoint_id: Where it was submitted.
-            job_id: The job.
-            on_change: Told of it each time the gateway answers that it is still under way.
-            hold_ms: How long the gateway may hold each question.
-        """
-        path = f"/v2/{_part(endpoint_id)}/status-sync/{_part(job_id)}"
-        while True:
-            asked = time.monotonic()
-            job = self._job("GET", path, query={"wait": hold_ms}, read_s=hold_ms / 1000 + ANSWER_S)
-            if job["status"] in FINAL_STATES:
-                return job
-            if on_change is not None:
-                on_change(job)
-            # A gateway that answers at once must not be asked in a tight loop.
-            time.sleep(max(0.0, min(hold_ms / 1000, 0.5) - (time.monotonic() - asked)))
-
-    def stream_job(self, endpoint_id: str, job_id: str) -> Iterator[Chunks]:
-        """What a job yields, as it yields it; the last item holds the final state and no chunk (§2.8)."""
-        path = f"/v2/{_part(endpoint_id)}/stream/{_part(job_id)}"
-        while True:
-            asked = time.monotonic()
-            answer = self._json("GET", path)
-            chunks = answer.get("stream")
-            if not isinstance(chunks, list) or not isinstance(answer.get("status"), str):
-                raise GatewayError(f"{self.url}{path} answered without a list `stream` and a text `status`")
-            yield cast("Chunks", answer)
-            if answer["status"] in FINAL_STATES and not chunks:
-                return
-            if not chunks:
-                time.sleep(max(0.0, 0.2 - (time.monotonic() - asked)))
-
-    def cancel(self, endpoint_id: str, job_id: str) -> Job:
-        """The job after cancelling it; a finished job is not changed."""
-        return self._job("POST", f"/v2/{_part(endpoint_id)}/cancel/{_part(job_id)}")
-
-    def health(self, endpoint_id: str) -> dict[str, Any]:
-        """Counters of jobs and workers (§2.15); wakes nothing."""
-        return self._json("GET", f"/v2/{_part(endpoint_id)}/health")
-
     # --- OpenAI route ---
 
     def wake(self, endpoint_id: str) -> None:
@@ -314,12 +208,12 @@ class PilotlightClient:
         Raises:
             BusyError: The gateway gave up holding the request, or the start failed.
         """
-        with self._stream("GET", f"/v2/{_part(endpoint_id)}/openai/health", read_s=HELD_S):
+        with self._stream("GET", f"/v2/{path_part(endpoint_id)}/openai/health", read_s=HELD_S):
             return
 
     def model_names(self, endpoint_id: str) -> list[str]:
         """Names under which the endpoint's model may be called; wakes nothing."""
-        data = self._list(f"/v2/{_part(endpoint_id)}/openai/v1/models", "data")
+        data = self._list(f"/v2/{path_part(endpoint_id)}/openai/v1/models", "data")
         return [str(entry["id"]) for entry in data if isinstance(entry, dict) and entry.get("id")]
 
     @contextlib.contextmanager
@@ -335,97 +229,9 @@ class PilotlightClient:
         Raises:
             StreamError: From the iterator: the answer ended with an error event, or without its end.
         """
-        path = f"/v2/{_part(endpoint_id)}/openai/v1/chat/completions"
+        path = f"/v2/{path_part(endpoint_id)}/openai/v1/chat/completions"
         with self._stream("POST", path, body={**body, "stream": True}, read_s=HELD_S) as response:
             yield _chat_events(response)
-
-    # --- transport ---
-
-    def _list(self, path: str, name: str, query: Query | None = None) -> list[Any]:
-        items = self._json("GET", path, query=query).get(name)
-        if not isinstance(items, list):
-            raise GatewayError(
-                f"{self.url}{path} answered without a list `{name}`; is this a Pilotlight gateway?"
-            )
-        return items
-
-    def _json(
-        self,
-        method: str,
-        path: str,
-        body: Mapping[str, Any] | None = None,
-        *,
-        query: Query | None = None,
-        read_s: float = ANSWER_S,
-    ) -> dict[str, Any]:
-        response = self._request(method, path, body, query=query, read_s=read_s)
-        return self._object(response.content, path)
-
-    def _job(
-        self,
-        method: str,
-        path: str,
-        body: Mapping[str, Any] | None = None,
-        *,
-        query: Query | None = None,
-        read_s: float = ANSWER_S,
-    ) -> Job:
-        job = self._json(method, path, body, query=query, read_s=read_s)
-        if not isinstance(job.get("id"), str) or not isinstance(job.get("status"), str):
-            raise GatewayError(f"{self.url}{path} answered without the `id` and `status` of a job")
-        return cast("Job", job)
-
-    def _object(self, content: bytes, path: str) -> dict[str, Any]:
-        try:
-            value = json.loads(content)
-        except ValueError as error:
-            raise GatewayError(
-                f"{self.url}{path} did not answer with JSON; is this a Pilotlight gateway?"
-            ) from error
-        if not isinstance(value, dict):
-            raise GatewayError(
-                f"{self.url}{path} did not answer with a JSON object; is this a Pilotlight gateway?"
-            )
-        return value
-
-    def _request(
-        self,
-        method: str,
-        path: str,
-        body: Mapping[str, Any] | None = None,
-        *,
-        query: Query | None = None,
-        read_s: float = ANSWER_S,
-    ) -> httpx.Response:
-        with self._translated(path):
-            response = self._http.request(method, path, json=body, params=query, timeout=_timeout(read_s))
-        self._check(response)
-        return response
-
-    @contextlib.contextmanager
-    def _stream(
-        self,
-        method: str,
-        path: str,
-        *,
-        body: Mapping[str, Any] | None = None,
-        query: Query | None = None,
-        headers: Mapping[str, str] | None = None,
-        read_s: float,
-    ) -> Iterator[httpx.Response]:
-        request = self._http.build_request(
-            method, path, json=body, params=query, headers=headers, timeout=_timeout(read_s)
-        )
-        with self._translated(path):
-            response = self._http.send(request, stream=True)
-        try:
-            if response.status_code >= 300:
-                with self._translated(path):
-                    response.read()
-                self._check(response)
-            yield response
-        finally:
-            response.close()
 
     def _deploy(
         self,
@@ -453,53 +259,6 @@ class PilotlightClient:
                 if event.get("event") == "progress" and on_progress is not None:
                     on_progress(cast("Progress", event))
         raise StreamError(f"the gateway at {self.url} ended its answer before the work was done; see its log")
-
-    def _check(self, response: httpx.Response) -> None:
-        if response.status_code < 300:
-            return
-        if response.status_code < 400:
-            where = response.headers.get("location", "elsewhere")
-            raise GatewayError(f"{self.url} redirects to {where}; set the URL to where the gateway really is")
-        if response.status_code == 401 and "authorization" not in self._http.headers:
-            raise AccessError(
-                f"the gateway at {self.url} wants a key, and there is {self._key_source or 'none'}"
-            )
-        raise error_of(response, key_source=self._key_source)
-
-    @contextlib.contextmanager
-    def _translated(self, path: str) -> Iterator[None]:
-        """Turn transport errors into ours, with the advice that fits."""
-        try:
-            yield
-        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            message = f"no gateway at {self.url}; start one with `pilotlight up`"
-            raise GatewayUnreachableError(message) from error
-        except httpx.TimeoutException as error:
-            raise GatewayUnreachableError(
-                f"the gateway at {self.url} did not answer {path} in time"
-            ) from error
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            message = f"the connection to {self.url} broke during {path}: {error or type(error).__name__}"
-            raise GatewayUnreachableError(message) from error
-
-
-def is_loopback(url: str) -> bool:
-    """Whether a URL points to this machine, so that no proxy may come between."""
-    host = urlsplit(url).hostname or ""
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _timeout(read_s: float) -> httpx.Timeout:
-    return httpx.Timeout(connect=CONNECT_S, read=read_s, write=ANSWER_S, pool=ANSWER_S)
-
-
-def _part(value: str) -> str:
-    return quote(value, safe="")
 
 
 def _log_line(event_id: str, data: str) -> LogLine:

@@ -26,6 +26,8 @@ class Endpoint(TypedDict):
     model: str
     version: int
     kind: str
+    command: list[str]
+    memory_bytes: int
     url: str
     openai_url: str
     served_names: list[str]
@@ -131,6 +133,58 @@ class Job(TypedDict):
     error: NotRequired[str]
     workerId: NotRequired[str]
     retries: NotRequired[int]
+
+
+class JobEvent(TypedDict):
+    """One thing that happened to a job; `at` is RFC 3339."""
+
+    event: str
+    at: str
+    attempt: NotRequired[int]
+    workerId: NotRequired[str]
+    reason: NotRequired[str]
+
+
+class Waiting(TypedDict):
+    """Why a job is in the queue."""
+
+    reason: str
+    detail: str
+    ahead: int
+
+
+class JobStory(Job):
+    """A job with what has happened to it and, while it is queued, why it waits."""
+
+    timeline: list[JobEvent]
+    waiting: NotRequired[Waiting]
+
+
+class JobRow(TypedDict):
+    """A job in a list of jobs (serverless-api.md §2.15)."""
+
+    id: str
+    status: str
+    createdAt: str
+    completedAt: NotRequired[str]
+    delayTime: NotRequired[int]
+    executionTime: NotRequired[int]
+    workerId: NotRequired[str]
+    retries: int
+
+
+class JobPage(TypedDict):
+    """Jobs, newest first, and where to go on; None at the end."""
+
+    requests: list[JobRow]
+    cursor: str | None
+
+
+class Purged(TypedDict):
+    """What a purge removed."""
+
+    removed: int
+    status: str
 
 
 class Chunks(TypedDict):

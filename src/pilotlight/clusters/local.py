@@ -34,6 +34,7 @@ import structlog
 
 from pilotlight.clusters import processes
 from pilotlight.clusters.logs import WorkerLogs
+from pilotlight.clusters.work_folders import WorkFolders
 from pilotlight.domain.worker import WORKER_COOKIE, ProcessIdentity
 from pilotlight.errors import ClusterError
 from pilotlight.ports.cluster import WorkerExit, WorkerSpec
@@ -112,6 +113,7 @@ class LocalCluster:
         base_env: The gateway's environment; of it, workers get `INHERITED_VARIABLES` and `LC_*`.
         host_has_gpus: Whether a worker without devices must be kept from the GPUs that exist.
         close_grace_s: From SIGTERM to SIGKILL in `close`.
+        work_folder: Where workers with private folders have them; None means beside the logs.
 
     Attributes:
         logs: The workers' logs, also of those that have ended.
@@ -125,7 +127,9 @@ class LocalCluster:
         base_env: Mapping[str, str],
         host_has_gpus: bool = False,
         close_grace_s: float = 5.0,
+        work_folder: Path | None = None,
     ) -> None:
+        self._folders = WorkFolders(work_folder or log_folder.with_name("work"))
         self.logs = WorkerLogs(log_folder, log_bytes=log_bytes)
         self._base_env = _CLUSTER_VARIABLES | {
             name: value
@@ -149,18 +153,20 @@ class LocalCluster:
             raise ClusterError(f"worker {spec.worker_id} was not started: it has no command")
         output = self.logs.open(spec.worker_id)
         try:
+            folder = self._folders.make(spec.worker_id) if spec.private_folders else "/"
             # No argument that would make it use fork instead of vfork (preexec_fn, user, group).
             popen = subprocess.Popen(  # noqa: ASYNC220 - a millisecond, and a thread would cost more
                 list(spec.command),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                cwd="/",
+                cwd=folder,
                 env=self._environment(spec),
                 start_new_session=True,
             )
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
+            self._folders.remove(spec.worker_id)
             await self.logs.finish(spec.worker_id, f"not started: {reason}")
             raise ClusterError(
                 f"worker {spec.worker_id} was not started: {spec.command[0]!r}: {reason}"
@@ -218,9 +224,9 @@ class LocalCluster:
             ClusterError: A process survived SIGKILL.
         """
         strangers = {each: identity for each, identity in workers.items() if each not in self._children}
-        if not strangers:
-            return []
-        ended = await self._kill_all(strangers)
+        ended = await self._kill_all(strangers) if strangers else {}
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._executor, self._folders.prune, frozenset(self._children))
         for worker_id, identities in ended.items():
             text = f"ended {len(identities)} processes left over by an earlier gateway"
             await asyncio.wrap_future(self.logs.note(worker_id, text))
@@ -252,7 +258,8 @@ class LocalCluster:
         self._executor.shutdown(wait=False)
 
     def _environment(self, spec: WorkerSpec) -> dict[str, str]:
-        env = self._base_env | dict(spec.env)
+        own = self._folders.environment(spec.worker_id, self._base_env) if spec.private_folders else {}
+        env = self._base_env | own | dict(spec.env)
         env[WORKER_COOKIE] = spec.worker_id
         if spec.devices or self._host_has_gpus:
             # Our indices are the driver's; CUDA counts by speed unless told otherwise. An empty list
@@ -279,6 +286,8 @@ class LocalCluster:
                 self.logs.note(child.worker_id, str(error))
                 await asyncio.sleep(_RETRY_S)
         code = child.popen.wait()
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._executor, self._folders.remove, child.worker_id)
         try:
             await self.logs.finish(child.worker_id, _describe_exit(code))
         except OSError:

@@ -23,7 +23,7 @@ from pilotlight.core.autoscaling import (
     decide_scale,
 )
 from pilotlight.domain.endpoint import Endpoint
-from pilotlight.domain.worker import Worker, WorkerState
+from pilotlight.domain.worker import Stage, Worker, WorkerState
 from pilotlight.errors import ClusterError, StoreError
 from pilotlight.ports.clock import Clock
 from pilotlight.ports.fleet import Fleet
@@ -31,6 +31,9 @@ from pilotlight.ports.store import JobStore
 from pilotlight.ports.traffic import Traffic, TrafficReader
 
 _log = structlog.get_logger()
+
+_REST_S = 0.02
+"""Pause between two looks at one endpoint; a cold start begins with the first one, so nobody waits for it."""
 
 _RETRY_S = 5.0
 """Pause after a placement that found no room, or a store that could not answer."""
@@ -82,9 +85,17 @@ class Autoscaler:
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._task: asyncio.Task[None] | None = None
         self._looking: str | None = None
+        self._resting: dict[str, bool] = {}
 
     def wake(self, endpoint_id: str) -> None:
-        """Look at this endpoint soon; cheap, callable from anywhere in the event loop."""
+        """Look at this endpoint soon; cheap, callable from anywhere in the event loop.
+
+        At once, unless it was looked at a moment ago: thousands of jobs a second need a few looks, not
+        thousands.
+        """
+        if endpoint_id in self._resting:
+            self._resting[endpoint_id] = True
+            return
         self._dirty[endpoint_id] = None
         self._wake.set()
 
@@ -136,6 +147,17 @@ class Autoscaler:
                     self._look_again(endpoint_id, self._clock.now_ms() + int(_RETRY_S * 1000))
                 finally:
                     self._looking = None
+                    self._rest(endpoint_id)
+
+    def _rest(self, endpoint_id: str) -> None:
+        """Put off what would look at this endpoint again until a little later."""
+        self._resting[endpoint_id] = endpoint_id in self._dirty
+        self._dirty.pop(endpoint_id, None)
+        asyncio.get_running_loop().call_later(_REST_S, self._rested, endpoint_id)
+
+    def _rested(self, endpoint_id: str) -> None:
+        if self._resting.pop(endpoint_id):
+            self.wake(endpoint_id)
 
     async def look(self, endpoint_id: str) -> ScaleDecision | None:
         """Read, decide, apply, record; the decision taken, None for an endpoint that is gone."""
@@ -185,6 +207,7 @@ class Autoscaler:
             occupied=traffic.occupied.get(worker.id, 0),
             capacity=self._fleet.capacity(worker.id),
             idle_since_ms=traffic.idle_since_ms.get(worker.id) if worker.state is WorkerState.READY else None,
+            healthy=worker.state is not WorkerState.READY or worker.stage is not Stage.UNHEALTHY,
         )
 
     async def _start(self, endpoint: Endpoint, decision: ScaleDecision) -> int | None:

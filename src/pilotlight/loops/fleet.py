@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -23,12 +23,12 @@ import structlog
 from pilotlight.core.lifecycle import check_worker_transition
 from pilotlight.core.placement import HostResources, NotPlaced, Reservation, Resources, decide_placement
 from pilotlight.core.supervision import CRASH_WINDOW_MS, BackoffSettings, decide_retry_at
-from pilotlight.domain.endpoint import Endpoint
+from pilotlight.domain.endpoint import Endpoint, EndpointKind
 from pilotlight.domain.ids import short_id
 from pilotlight.domain.key import hash_secret
 from pilotlight.domain.usage import StartRecord
 from pilotlight.domain.worker import Failure, Registration, Stage, Worker, WorkerState
-from pilotlight.errors import ClusterError, StoreError
+from pilotlight.errors import ClusterError, NotFoundError, StoreError
 from pilotlight.loops.account import UsageAccount
 from pilotlight.ports.clock import Clock
 from pilotlight.ports.cluster import Cluster, WorkerExit, WorkerSpec
@@ -52,6 +52,7 @@ class _Live:
     worker: Worker
     endpoint: Endpoint
     registration: Registration | None = None
+    asked: int = 0
     capacity: int = 0
     stages: list[tuple[str, int]] = field(default_factory=list)
     metered_ms: int = 0
@@ -83,8 +84,10 @@ class WorkerFleet:
         settings: Deadlines and pauses.
         entropy: Random bytes for ids and credentials.
         environment: Environment for a worker: (endpoint, worker id, credential) → variables.
-        command: The worker program.
+        command: Our own worker program, for endpoints without a command of theirs.
         host: Reads what the machine has.
+        last_line: Gives the last line that an ended worker wrote, "" for none: a program that is not ours
+            tells the reason of its end nowhere else.
         on_change: Called with an endpoint id when a decision about it may come out differently now.
     """
 
@@ -100,6 +103,7 @@ class WorkerFleet:
         environment: Callable[[Endpoint, str, str], Mapping[str, str]],
         command: Sequence[str],
         host: Callable[[], HostResources],
+        last_line: Callable[[str], Awaitable[str]] | None = None,
         on_change: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._store = store
@@ -111,6 +115,7 @@ class WorkerFleet:
         self._environment = environment
         self._command = command
         self._host = host
+        self._last_line = last_line
         self.on_change = on_change
         self._live: dict[str, _Live] = {}
         self._records: dict[str, _Record] = {}
@@ -141,6 +146,11 @@ class WorkerFleet:
             return None
         return live.worker if hmac.compare_digest(live.worker.key_hash, hash_secret(secret)) else None
 
+    def stages(self, worker_id: str) -> Sequence[tuple[str, int]]:
+        """Steps of a living worker's start so far, each with its moment in ms; empty when unknown."""
+        live = self._live.get(worker_id)
+        return tuple(live.stages) if live is not None else ()
+
     def health(self, endpoint_id: str) -> Health:
         """The endpoint's recent starts, and until when no worker is started."""
         record = self._records.get(endpoint_id)
@@ -169,8 +179,15 @@ class WorkerFleet:
 
     # Starting.
 
-    async def start(self, endpoint: Endpoint) -> Worker:
+    async def start(
+        self, endpoint: Endpoint, *, worker_id: str | None = None, usage_sequence: int = 0
+    ) -> Worker:
         """Start one worker of the endpoint's current revision.
+
+        Args:
+            endpoint: Whose.
+            worker_id: The id of a worker that has ended, to be used again; None makes a new one.
+            usage_sequence: The number of the last usage interval of that worker.
 
         Raises:
             ClusterError: No room for it, or its process could not be spawned.
@@ -179,7 +196,8 @@ class WorkerFleet:
             raise ClusterError("the gateway is stopping")
         now = self._clock.now_ms()
         devices = self._place(endpoint)
-        worker_id, secret = short_id(self._entropy(14)), short_id(self._entropy(40), 40)
+        worker_id = worker_id or short_id(self._entropy(14))
+        secret = short_id(self._entropy(40), 40)
         worker = Worker(
             id=worker_id,
             endpoint_id=endpoint.id,
@@ -190,7 +208,13 @@ class WorkerFleet:
             created_ms=now,
             state_ms=now,
         )
-        live = _Live(worker=worker, endpoint=endpoint, stages=[("decision", now)], metered_ms=now)
+        live = _Live(
+            worker=worker,
+            endpoint=endpoint,
+            stages=[("decision", now)],
+            metered_ms=now,
+            usage_sequence=usage_sequence,
+        )
         self._live[worker_id] = live
         # On disk before there is a process, so that a later life of ours looks for it.
         try:
@@ -200,8 +224,9 @@ class WorkerFleet:
                     worker_id=worker_id,
                     endpoint_id=endpoint.id,
                     env=self._environment(endpoint, worker_id, secret),
-                    command=self._command,
+                    command=endpoint.revision.command or self._command,
                     devices=devices,
+                    private_folders=endpoint.kind is not EndpointKind.VLLM,
                 ),
                 self._exited,
             )
@@ -217,12 +242,28 @@ class WorkerFleet:
         self._note(live, "spawned")
         live.worker = replace(live.worker, process=process)
         self._watch_start(live)
+        self._listener.spawned(live.worker, endpoint)
         if live.worker.state is not WorkerState.STARTING:
             # Told to end while it was being spawned; the grace that began then goes on.
             await self._cluster.terminate(worker_id)
         await self._put(live.worker)
         _log.info("worker_started", endpoint=endpoint.id, worker=worker_id, pid=process.pid, devices=devices)
         return live.worker
+
+    async def resume(self, endpoint: Endpoint, worker_id: str) -> Worker:
+        """Start a worker that was scaled down once more, under its own id; see the port."""
+        living = self._live.get(worker_id)
+        if living is not None:
+            return living.worker
+        known = await self._store.workers(endpoint_id=endpoint.id, living=False)
+        past = next((worker for worker in known if worker.id == worker_id), None)
+        if past is None or past.state is not WorkerState.STOPPED:
+            raise NotFoundError(f"endpoint {endpoint.id} has no worker {worker_id} that could be resumed")
+        if worker_id in self._live:
+            return self._live[worker_id].worker
+        usage = await self._store.usage(worker_id=worker_id)
+        sequence = max((interval.sequence for interval in usage), default=0)
+        return await self.start(endpoint, worker_id=worker_id, usage_sequence=sequence)
 
     def _need(self, endpoint: Endpoint) -> Resources:
         return Resources(
@@ -256,9 +297,10 @@ class WorkerFleet:
         """Restart the deadline of a start; every stage report is a sign of life.
 
         Deadlines of other states are somebody else's: a report must not lengthen the grace of a worker
-        that was told to end.
+        that was told to end. How long a load-balancing worker may take is seen by its health checks.
         """
-        if live.worker.state is WorkerState.STARTING:
+        by_checks = live.endpoint.kind is EndpointKind.LOAD_BALANCER
+        if live.worker.state is WorkerState.STARTING and not by_checks:
             self._set_deadline(live, self._settings.start_timeout_s, self._start_timed_out)
 
     def _set_deadline(self, live: _Live, delay_s: float, action: Callable[[_Live], None] | None) -> None:
@@ -292,20 +334,29 @@ class WorkerFleet:
         self._watch_start(live)
         if report.stage is Stage.READY:
             self._open(live, report.registration.max_concurrency if report.registration else 1)
+        elif report.stage in {Stage.UNHEALTHY, Stage.INITIALIZING}:
+            self._listener.withdrawn(live.worker)
         elif report.stage is Stage.FAILED:
             # Its engine is gone and it is about to end: nobody may be sent there any more.
             self._listener.closed(live.worker)
             self._set_deadline(live, self._settings.stop_grace_s, self._grace_over)
         elif report.stage is Stage.DRAINING:
             await self.drain(worker_id, reason="the worker was told to stop")
+            self._listener.closed(live.worker)
         await self._put(live.worker)
         self.on_change(live.worker.endpoint_id)
 
     async def took(self, worker_id: str, *, slots: int) -> None:
         """Note a take; the first makes the worker ready for jobs (worker-protocol.md §6.1)."""
         live = self._live.get(worker_id)
-        if live is None or live.worker.state is not WorkerState.STARTING:
+        if live is None or live.worker.state not in {WorkerState.STARTING, WorkerState.READY}:
             return
+        if live.worker.state is WorkerState.READY:
+            # A worker that registered nothing shows with its takes how many slots it has, and may change it.
+            if live.registration is None and slots != live.asked:
+                self._open(live, slots)
+            return
+        live.worker = replace(live.worker, stage=Stage.READY)
         self._open(live, slots)
         await self._put(live.worker)
         self.on_change(live.worker.endpoint_id)
@@ -320,6 +371,7 @@ class WorkerFleet:
             record.start_failures, record.failure = 0, None
             self._spawn(self._store.put_start(self._start_record(live, "ready")), "put-start")
         if live.worker.state is WorkerState.READY:
+            live.asked = slots
             live.capacity = max(1, min(slots, live.endpoint.concurrency))
             self._listener.opened(live.worker, live.registration, live.capacity)
 
@@ -329,8 +381,9 @@ class WorkerFleet:
             if live.worker.endpoint_id != endpoint.id:
                 continue
             live.endpoint = replace(endpoint, revision=live.endpoint.revision)
-            if live.worker.state is WorkerState.READY and live.registration is not None:
-                self._open(live, live.registration.max_concurrency)
+            # One that is out of rotation comes back when it is healthy, and then with the new bound.
+            if live.worker.state is WorkerState.READY and live.worker.stage is Stage.READY and live.asked:
+                self._open(live, live.asked)
 
     # Ending.
 
@@ -343,7 +396,7 @@ class WorkerFleet:
         self._change(live, WorkerState.DRAINING)
         bound_s = min(live.endpoint.execution_timeout_ms / 1000, self._settings.drain_max_s)
         self._set_deadline(live, bound_s, self._grace_over)
-        self._listener.closed(live.worker)
+        self._listener.withdrawn(live.worker)
         _log.info("worker_draining", endpoint=live.worker.endpoint_id, worker=worker_id, reason=reason)
         await self._put(live.worker)
         await self._stop_if_free(live)
@@ -359,7 +412,10 @@ class WorkerFleet:
             return
         self._change(live, WorkerState.STOPPING)
         self._set_deadline(live, self._settings.stop_grace_s, self._grace_over)
+        # The signal before the answers to its open polls: one that has not been told would open new ones,
+        # and its end would have to wait for those (worker-protocol.md §6.3).
         await self._cluster.terminate(live.worker.id)
+        self._listener.closed(live.worker)
         await self._put(live.worker)
 
     def _grace_over(self, live: _Live) -> None:
@@ -375,6 +431,10 @@ class WorkerFleet:
         self._listener.closed(live.worker)
         await self._cluster.kill(worker_id)
 
+    async def dismiss(self, *, reason: str) -> None:
+        """End all workers at once, but not the fleet; returns when they are gone."""
+        await asyncio.gather(*(self.kill(worker_id, reason=reason) for worker_id in list(self._live)))
+
     def _exited(self, gone: WorkerExit) -> None:
         live = self._live.pop(gone.worker_id, None)
         if live is not None:
@@ -385,8 +445,7 @@ class WorkerFleet:
         self._set_deadline(live, 0, None)
         was_ready = worker.ready_ms is not None
         if live.wanted_end is None and live.failure is None:
-            how = f"signal {-code}" if code is not None and code < 0 else f"exit status {code}"
-            live.failure = Failure(kind="exited", cause=f"worker ended with {how} in stage {worker.stage}")
+            live.failure = await self._exit_failure(live, code)
         failed = live.failure if live.wanted_end is None else None
         if worker.state in {WorkerState.READY, WorkerState.STARTING} and failed is None:
             # Killed on purpose: there was no time for the states between.
@@ -407,6 +466,18 @@ class WorkerFleet:
                 await self._store.put_start(self._start_record(live, "failed" if failed else "stopped"))
         finally:
             self.on_change(worker.endpoint_id)
+
+    async def _exit_failure(self, live: _Live, code: int | None) -> Failure:
+        how = f"signal {-code}" if code is not None and code < 0 else f"exit status {code}"
+        cause = f"worker ended with {how} in stage {live.worker.stage}"
+        if live.endpoint.kind is EndpointKind.VLLM or self._last_line is None:
+            return Failure(kind="exited", cause=cause)
+        line = await self._last_line(live.worker.id)
+        return Failure(
+            kind="exited",
+            cause=f"{cause}: {line}" if line else f"{cause}, without a word",
+            advice=f"see `pilotlight logs {live.endpoint.name}`",
+        )
 
     def _note_failure(self, endpoint_id: str, failure: Failure, *, started: bool) -> None:
         record = self._records.setdefault(endpoint_id, _Record())
@@ -471,7 +542,9 @@ class WorkerFleet:
         now = self._clock.now_ms()
         for worker in left.values():
             known = await self._store.usage(worker_id=worker.id)
-            since = max((interval.end_ms for interval in known), default=worker.created_ms)
+            # A resumed worker has intervals of its earlier life, before it was made anew.
+            since = max((interval.end_ms for interval in known), default=0)
+            since = max(since, worker.created_ms)
             # One that had ended by itself meanwhile is charged only for what is known of its life.
             until = now if worker.id in swept else max(since, min(now, worker.state_ms))
             ended = replace(
@@ -495,6 +568,9 @@ class WorkerFleet:
             for worker_id, live in list(self._live.items()):
                 live.wanted_end = live.wanted_end or "gateway stopped"
                 await self.drain(worker_id, reason="gateway stopped")
+                # There is no time to wait for jobs in hand: whoever can, finishes within the cluster's grace.
+                await self._cluster.terminate(worker_id)
+                self._listener.closed(live.worker)
         finally:
             await self._cluster.close()
             while self._tasks:

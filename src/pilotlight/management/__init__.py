@@ -9,5 +9,6 @@ from __future__ import annotations
 from pilotlight.management.app import management_app
 from pilotlight.management.keys import KeyService
 from pilotlight.management.service import EndpointService
+from pilotlight.management.webhooks import WebhookDesk
 
-__all__ = ["EndpointService", "KeyService", "management_app"]
+__all__ = ["EndpointService", "KeyService", "WebhookDesk", "management_app"]

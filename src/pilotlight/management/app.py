@@ -5,6 +5,9 @@ Its routes have full paths, so it needs no mounting; what it does not know it an
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
@@ -13,6 +16,7 @@ from pilotlight.management import problems, rest_v2, routes
 from pilotlight.management.guard import Guard, KeyReader
 from pilotlight.management.keys import KeyService
 from pilotlight.management.service import EndpointService
+from pilotlight.management.webhooks import WebhookDesk, webhook_routes
 from pilotlight.ports.clock import Clock
 from pilotlight.ports.logs import WorkerLogs
 
@@ -27,6 +31,8 @@ def management_app(
     logs: WorkerLogs,
     clock: Clock,
     home: str,
+    webhooks: WebhookDesk,
+    describe: Callable[[dict[str, Any]], dict[str, Any]] = lambda description: description,
 ) -> ASGIApp:
     """The management API, guarded by admin keys.
 
@@ -39,9 +45,11 @@ def management_app(
         logs: Logs of workers.
         clock: Time.
         home: The data folder, shown in the status.
+        webhooks: Webhook secrets and dead letters.
+        describe: Adds to the OpenAPI description what others serve.
     """
     app = FastAPI(
-        title="Pilotlight management API",
+        title="Pilotlight",
         version=pilotlight.__version__,
         docs_url=f"{routes.PREFIX}/docs",
         openapi_url=f"{routes.PREFIX}/openapi.json",
@@ -53,4 +61,15 @@ def management_app(
     app.include_router(routes.key_routes(keys))
     app.include_router(routes.record_routes(service, records, home=home))
     app.include_router(rest_v2.serverless_routes(service, slots=slots, logs=logs, clock=clock))
+    app.include_router(webhook_routes(service, webhooks))
+    own = app.openapi
+    whole: dict[str, Any] = {}
+
+    def openapi() -> dict[str, Any]:
+        if not whole:
+            whole.update(describe(problems.described(own())))
+        return whole
+
+    # FastAPI's own way to extend its description.
+    app.openapi = openapi  # type: ignore[method-assign]
     return Guard(app, key_reader)

@@ -59,12 +59,19 @@ class CheckedModel:
         env: The complete environment, with defaults and MODEL_NAME.
         gpu_count: GPUs per worker.
         memory_bytes: Host memory per worker.
+        command: Empty; the worker program is ours.
     """
 
     model: str
     env: Mapping[str, str]
     gpu_count: int
     memory_bytes: int
+    command: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """What an endpoint without a name is called after."""
+        return self.model
 
 
 class ModelChecker:

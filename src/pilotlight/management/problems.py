@@ -51,6 +51,16 @@ class ProblemResponse(JSONResponse):
     media_type = "application/problem+json"
 
 
+def described(description: dict[str, Any]) -> dict[str, Any]:
+    """An OpenAPI description in which problems have their media type; FastAPI knows one type per route."""
+    for item in description.get("paths", {}).values():
+        for operation in item.values():
+            for status, answer in operation.get("responses", {}).items():
+                if status >= "400" and "application/json" in answer.get("content", {}):
+                    answer["content"] = {ProblemResponse.media_type: answer["content"]["application/json"]}
+    return description
+
+
 def problem(status: int, detail: str, errors: Sequence[str] = ()) -> dict[str, Any]:
     """The body of an error answer."""
     body: dict[str, Any] = {"title": HTTPStatus(status).phrase, "status": status, "detail": detail}

@@ -65,7 +65,7 @@ def endpoint_routes(service: EndpointService) -> APIRouter:
 
     @router.patch("/endpoints/{endpoint_id}", response_model=EndpointView)
     async def revise_endpoint(request: Request, endpoint_id: str, body: ReviseEndpoint) -> Response:
-        """Change what is sent; model, env, engine_url and gpu_count make a new revision."""
+        """Change what is sent; what its workers run makes a new revision."""
 
         async def work(progress: Progress) -> EndpointView:
             return service.view(await service.revise(endpoint_id, body, progress))

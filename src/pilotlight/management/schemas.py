@@ -7,10 +7,13 @@ other endpoints is checked in `checks` and `service`.
 from __future__ import annotations
 
 import re
+from collections.abc import Set as AbstractSet
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from pilotlight.core.worker_environment import CHOOSABLE_VARIABLES
 
 NAME_LENGTH_MAX = 191
 MODEL_LENGTH_MAX = 1024
@@ -21,6 +24,12 @@ ENV_BYTES_MAX = 256 * 1024
 
 MASK = "********"
 """Shown instead of a secret. Sent back in a revision, it means: keep what is stored."""
+
+COMMAND_ARGUMENTS_MAX = 1000
+COMMAND_BYTES_MAX = 64 * 1024
+"""A program and its arguments together; half of what the kernel takes for one argument."""
+
+MEMORY_BYTES_MAX = 1 << 50
 
 EXECUTION_TIMEOUT_MS_MIN = 5_000
 EXECUTION_TIMEOUT_MS_MAX = 7 * 86_400_000
@@ -62,7 +71,8 @@ def _check_env(env: dict[str, str]) -> dict[str, str]:
             raise ValueError(
                 f"{name[:80]!r} is no variable's name: capital letters, digits and _, no digit first"
             )
-        if name in _OWNED_NAMES or name.startswith(_OWNED_PREFIXES):
+        owned = name in _OWNED_NAMES or name.startswith(_OWNED_PREFIXES)
+        if owned and name not in CHOOSABLE_VARIABLES:
             raise ValueError(f"{name} is set by the platform and cannot be chosen")
         if size > ENV_VALUE_BYTES_MAX:
             raise ValueError(f"{name} has {size} bytes; at most {ENV_VALUE_BYTES_MAX} are allowed")
@@ -71,6 +81,17 @@ def _check_env(env: dict[str, str]) -> dict[str, str]:
     if total > ENV_BYTES_MAX:
         raise ValueError(f"all variables together have {total} bytes; at most {ENV_BYTES_MAX} are allowed")
     return env
+
+
+def _check_command(command: list[str]) -> list[str]:
+    if any("\0" in argument for argument in command):
+        raise ValueError("an argument holds a zero byte, which no program can be given")
+    if not command[0].strip():
+        raise ValueError("the first item names the program and must not be empty")
+    total = sum(len(argument.encode()) for argument in command)
+    if total > COMMAND_BYTES_MAX:
+        raise ValueError(f"the command has {total} bytes; at most {COMMAND_BYTES_MAX} are allowed")
+    return command
 
 
 def _check_engine_url(url: str) -> str:
@@ -107,6 +128,11 @@ Scaler = Literal["QUEUE_DELAY", "REQUEST_COUNT"]
 ScalerValue = Annotated[float, Field(gt=0, le=100_000, allow_inf_nan=False)]
 ExecutionTimeout = Annotated[int, Field(ge=EXECUTION_TIMEOUT_MS_MIN, le=EXECUTION_TIMEOUT_MS_MAX)]
 GpuCount = Annotated[int, Field(ge=0, le=64)]
+Kind = Literal["vllm", "queue", "load-balancer"]
+Command = Annotated[
+    list[str], Field(min_length=1, max_length=COMMAND_ARGUMENTS_MAX), AfterValidator(_check_command)
+]
+MemoryBytes = Annotated[int, Field(ge=1, le=MEMORY_BYTES_MAX)]
 
 
 def check_scaler(scaler: str, value: float) -> None:
@@ -123,13 +149,52 @@ def check_workers(workers_min: int, workers_max: int) -> None:
         raise ValueError(f"min is {workers_min}, but must not be above max, which is {workers_max}")
 
 
+def check_kind(kind: str, sent: AbstractSet[str]) -> None:
+    """Return when the fields sent belong to the kind of endpoint and say what its workers run.
+
+    Args:
+        kind: The kind.
+        sent: Names of the fields that have a value.
+
+    Raises:
+        ValueError: One is missing, or belongs to another kind.
+    """
+    if kind == "vllm":
+        if foreign := sorted(sent & {"command", "memory_bytes"}):
+            raise ValueError(f"{foreign[0]} belongs to the kinds queue and load-balancer, but kind is vllm")
+        if not sent & {"model", "engine_url"}:
+            raise ValueError("one of model and engine_url is needed")
+        return
+    if foreign := sorted(sent & {"model", "engine_url"}):
+        raise ValueError(f"{foreign[0]} belongs to the kind vllm, but kind is {kind}")
+    if "command" not in sent:
+        raise ValueError(f"command is needed with kind {kind}: the program that a worker is")
+
+
+def check_kind_scaler(kind: str, scaler: str) -> None:
+    """Return when the kind can be scaled by this rule (serverless-api.md §3), else raise ValueError."""
+    if kind == "load-balancer" and scaler != "REQUEST_COUNT":
+        raise ValueError(f"scaler is {scaler}; an endpoint of kind load-balancer takes REQUEST_COUNT only")
+
+
+def _unset(body: BaseModel) -> AbstractSet[str]:
+    return {name for name in body.model_fields_set if getattr(body, name) is None}
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
 
 class CreateEndpoint(_Body):
-    """A new endpoint, made from a model or from an engine that runs already."""
+    """A new endpoint, made from a model, from an engine that runs already, or from any command."""
 
+    kind: Kind = "vllm"
+    """What its workers are; never changes: our vLLM worker, any program that speaks the worker protocol, or
+    any HTTP server."""
+    command: Command | None = None
+    """Program and arguments of a worker, for the kinds queue and load-balancer; no shell reads them."""
+    memory_bytes: MemoryBytes | None = None
+    """Memory reserved for a worker, for the same kinds; left out, the installation's default."""
     model: Model | None = None
     """`pilotlight/ember`, a folder, or a Hugging Face id; with `engine_url` the name that engine serves."""
     name: Name | None = None
@@ -159,16 +224,28 @@ class CreateEndpoint(_Body):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.model is None and self.engine_url is None:
-            raise ValueError("one of model and engine_url is needed")
+        check_kind(self.kind, self.model_fields_set - _unset(self))
         check_workers(self.min, self.max)
-        check_scaler(self.scaler, self.scaler_value)
+        check_scaler(self.scaler_of_kind, self.scaler_value)
+        check_kind_scaler(self.kind, self.scaler_of_kind)
         return self
+
+    @property
+    def scaler_of_kind(self) -> Scaler:
+        """The scaler asked for; left out, the one of the kind."""
+        named = "scaler" in self.model_fields_set
+        return "REQUEST_COUNT" if self.kind == "load-balancer" and not named else self.scaler
 
 
 class ReviseEndpoint(_Body):
     """A change of an endpoint: only the fields that are sent change."""
 
+    kind: Kind = "vllm"
+    """Never changes; sent, it must be what the endpoint is."""
+    command: Command = []
+    """Makes a new revision, also with the same command, whose files may have changed."""
+    memory_bytes: MemoryBytes | None = None
+    """Memory reserved for a worker; null goes back to the installation's default."""
     model: Model = ""
     """Makes a new revision, also with the same model, whose files may have changed."""
     name: Name = ""
@@ -232,7 +309,9 @@ class EndpointView(BaseModel):
     status: Literal["paused", "unhealthy", "idle", "starting", "ready"]
     model: str
     version: int
-    kind: Literal["vllm", "engine_url"]
+    kind: Literal["vllm", "engine_url", "queue", "load-balancer"]
+    command: list[str]
+    memory_bytes: int
     url: str
     openai_url: str
     served_names: list[str]

@@ -18,6 +18,7 @@ from pilotlight.domain.endpoint import (
     MODEL_VARIABLE,
     RESERVED_ENDPOINT_IDS,
     Endpoint,
+    EndpointKind,
     Revision,
     ScalerType,
 )
@@ -26,6 +27,7 @@ from pilotlight.domain.worker import Worker
 from pilotlight.engines.manifest import EngineManifest
 from pilotlight.errors import ConflictError, InvalidInputError, NotFoundError
 from pilotlight.management.checks import CheckedModel, ModelChecker, Progress, ProgressStage
+from pilotlight.management.commands import CheckedCommand, CommandChecker
 from pilotlight.management.directory import EndpointDirectory
 from pilotlight.management.engine_url import served_model
 from pilotlight.management.schemas import (
@@ -34,6 +36,7 @@ from pilotlight.management.schemas import (
     CreateEndpoint,
     EndpointView,
     ReviseEndpoint,
+    check_kind_scaler,
     check_scaler,
     check_workers,
 )
@@ -48,7 +51,7 @@ ENDPOINTS_MAX = 1000
 
 _T = TypeVar("_T")
 
-_REVISION_FIELDS = frozenset({"model", "env", "engine_url", "gpu_count"})
+_REVISION_FIELDS = frozenset({"model", "command", "env", "engine_url", "gpu_count", "memory_bytes"})
 
 
 class ManagementStore(EndpointStore, WorkerStore, Protocol):
@@ -108,6 +111,9 @@ class EndpointService:
             read_host=host_reader,
             reserve_bytes=settings.workers.memory_reserve_bytes,
         )
+        self.commands = CommandChecker(
+            read_host=host_reader, reserve_bytes=settings.workers.memory_reserve_bytes
+        )
         self._changing = asyncio.Lock()
 
     def endpoints(self) -> Sequence[Endpoint]:
@@ -154,7 +160,7 @@ class EndpointService:
             progress: Told about each step.
 
         Raises:
-            InvalidInputError: Something about the model does not fit; nothing was stored.
+            InvalidInputError: Something about the model or the command does not fit; nothing was stored.
             ConflictError: The name is taken.
             EngineEnvironmentError: No engine is installed.
             UnavailableError: The hub or the fixed engine does not answer.
@@ -166,18 +172,26 @@ class EndpointService:
         for name, value in body.env.items():
             if value == MASK:
                 raise InvalidInputError(f"env.{name} holds the mask that answers show", field=f"env.{name}")
-        model = await self._checked(body.model, body.env, body.engine_url, body.gpu_count, progress)
+        kind = EndpointKind(body.kind)
+        made: CheckedModel | CheckedCommand
+        if kind is EndpointKind.VLLM:
+            made = await self._checked(body.model, body.env, body.engine_url, body.gpu_count, progress)
+        else:
+            progress("checking", f"command {body.command[0] if body.command else ''}")
+            made = await self.commands.check(
+                kind, body.command or (), body.env, gpu_count=body.gpu_count, memory_bytes=body.memory_bytes
+            )
         progress("storing", "endpoint")
-        return await _finish(self._store_new(body, model))
+        return await _finish(self._store_new(body, made))
 
     async def revise(
         self, endpoint_id: str, body: ReviseEndpoint, progress: Progress = no_progress
     ) -> Endpoint:
         """An endpoint with the fields changed that were sent.
 
-        Model, environment, engine URL and GPUs make a new revision, whose workers replace the old ones;
-        sending the same model again makes one too, since its files may have changed. All else changes in
-        place.
+        Model or command, environment, engine URL, GPUs and memory make a new revision, whose workers replace
+        the old ones; sending the same model or command again makes one too, since its files may have
+        changed. All else changes in place, except the kind, which never does.
 
         Args:
             endpoint_id: Which endpoint.
@@ -194,7 +208,11 @@ class EndpointService:
         if "name" in sent:
             self._check_name(body.name, but=endpoint_id)
         _apply_settings(current, body)
-        revision = await self._revised(current.revision, body, progress)
+        _check_revised_kind(current, body)
+        if current.kind is EndpointKind.VLLM:
+            revision = await self._revised(current.revision, body, progress)
+        else:
+            revision = await self._revised_command(current, body, progress)
         progress("storing", "endpoint")
         return await _finish(self._store_changed(endpoint_id, body, revision))
 
@@ -206,17 +224,19 @@ class EndpointService:
         """
         await _finish(self._store_deleted(endpoint_id))
 
-    async def _store_new(self, body: CreateEndpoint, model: CheckedModel) -> Endpoint:
+    async def _store_new(self, body: CreateEndpoint, model: CheckedModel | CheckedCommand) -> Endpoint:
         async with self._changing:
             now = self._clock.now_ms()
             endpoint_id = self._new_id()
             endpoint = Endpoint(
                 id=endpoint_id,
-                name=body.name or self._free_name(model.model),
+                name=body.name or self._free_name(model.title),
+                kind=EndpointKind(body.kind),
                 revision=Revision(
                     endpoint_id=endpoint_id,
                     version=1,
                     model=model.model,
+                    command=model.command,
                     env=model.env,
                     engine_url=body.engine_url,
                     gpu_count=model.gpu_count,
@@ -226,7 +246,7 @@ class EndpointService:
                 workers_min=body.min,
                 workers_max=body.max,
                 idle_timeout_ms=body.idle_timeout_s * 1000,
-                scaler=ScalerType(body.scaler),
+                scaler=ScalerType(body.scaler_of_kind),
                 scaler_value=body.scaler_value,
                 execution_timeout_ms=body.execution_timeout_ms,
                 concurrency=body.concurrency,
@@ -304,6 +324,33 @@ class EndpointService:
             return None
         return revision
 
+    async def _revised_command(
+        self, endpoint: Endpoint, body: ReviseEndpoint, progress: Progress
+    ) -> Revision | None:
+        sent, current = body.model_fields_set, endpoint.revision
+        if not _REVISION_FIELDS & sent:
+            return None
+        command = tuple(body.command) if "command" in sent else current.command
+        progress("checking", f"command {command[0]}")
+        checked = await self.commands.check(
+            endpoint.kind,
+            command,
+            _kept_secrets(body.env, current) if "env" in sent else dict(current.env),
+            gpu_count=body.gpu_count if "gpu_count" in sent else current.gpu_count,
+            memory_bytes=body.memory_bytes if "memory_bytes" in sent else current.memory_bytes or None,
+        )
+        revision = replace(
+            current,
+            version=current.version + 1,
+            command=checked.command,
+            env=checked.env,
+            gpu_count=checked.gpu_count,
+            memory_bytes=checked.memory_bytes,
+        )
+        if replace(revision, version=current.version) == current and "command" not in sent:
+            return None
+        return revision
+
     async def _checked(
         self,
         model: str | None,
@@ -376,9 +423,28 @@ def _apply_settings(endpoint: Endpoint, body: ReviseEndpoint) -> Endpoint:
     try:
         check_workers(changed.workers_min, changed.workers_max)
         check_scaler(changed.scaler.value, changed.scaler_value)
+        check_kind_scaler(changed.kind.value, changed.scaler.value)
     except ValueError as error:
         raise InvalidInputError(str(error)) from error
     return changed
+
+
+def _check_revised_kind(endpoint: Endpoint, body: ReviseEndpoint) -> None:
+    """Return when the fields sent belong to the endpoint's kind, else raise InvalidInputError."""
+    sent, kind = body.model_fields_set, endpoint.kind
+    if "kind" in sent and body.kind != kind:
+        raise InvalidInputError(
+            f"kind is {body.kind}, but endpoint {endpoint.name} is of kind {kind}, which cannot change;"
+            " make another endpoint",
+            field="kind",
+        )
+    vllm = kind is EndpointKind.VLLM
+    foreign = {"command", "memory_bytes"} if vllm else {"model", "engine_url"}
+    if wrong := sorted(foreign & sent):
+        belongs = "the kinds queue and load-balancer" if vllm else "the kind vllm"
+        raise InvalidInputError(
+            f"{wrong[0]} belongs to {belongs}, but endpoint {endpoint.name} is of kind {kind}", field=wrong[0]
+        )
 
 
 def _kept_secrets(env: dict[str, str], current: Revision) -> dict[str, str]:

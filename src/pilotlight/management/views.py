@@ -6,17 +6,19 @@ only.
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any, Literal, Protocol
 
+from pilotlight.core.health_check import health_path
 from pilotlight.core.placement import HostResources
-from pilotlight.domain.endpoint import Endpoint, ScalerType
+from pilotlight.domain.endpoint import Endpoint, EndpointKind, ScalerType
 from pilotlight.domain.key import ApiKey
 from pilotlight.domain.usage import RequestRecord, StartRecord, UsageInterval
-from pilotlight.domain.worker import Failure, Worker, WorkerState
+from pilotlight.domain.worker import Failure, Stage, Worker, WorkerState
 from pilotlight.management.schemas import (
     MASK,
     EndpointView,
@@ -35,6 +37,9 @@ from pilotlight.ports.fleet import Health
 IMAGE = "pilotlight/vllm"
 """What a model endpoint shows where REST v2 wants a container image."""
 
+COMMAND_IMAGE = "pilotlight/command"
+"""The same for an endpoint whose workers are any command, which REST v2 shows as `args`."""
+
 ENGINE_URL_IMAGE = "pilotlight/engine-url"
 """The same for an endpoint of a fixed engine."""
 
@@ -51,6 +56,13 @@ _LISTED: Mapping[WorkerState, str] = {
     WorkerState.FAILED: "UNHEALTHY",
 }
 """Our states in the service's words; the others are not listed (serverless-api.md §5.4)."""
+
+
+_OUT_OF_ROTATION: Mapping[Stage, str] = {
+    Stage.UNHEALTHY: "UNHEALTHY",
+    Stage.INITIALIZING: "INITIALIZING",
+}
+"""What a health check says of a worker that was ready."""
 
 
 class SlotCount(Protocol):
@@ -99,11 +111,18 @@ def endpoint_status(
     return "starting" if WorkerState.STARTING in states else "idle"
 
 
+def endpoint_url(endpoint: Endpoint, base_url: str) -> str:
+    """The base URL under which callers reach an endpoint."""
+    road = "lb" if endpoint.kind is EndpointKind.LOAD_BALANCER else "v2"
+    return f"{base_url}/{road}/{endpoint.id}"
+
+
 def endpoint_view(
     endpoint: Endpoint, workers: Sequence[Worker], health: Health, *, base_url: str, failures_max: int
 ) -> EndpointView:
     """An endpoint as `/pilotlight/v1` shows it."""
     revision = endpoint.revision
+    balanced = endpoint.kind is EndpointKind.LOAD_BALANCER
     counts = Counter(str(worker.state) for worker in workers)
     return EndpointView(
         id=endpoint.id,
@@ -111,9 +130,11 @@ def endpoint_view(
         status=endpoint_status(endpoint, workers, health, failures_max=failures_max),
         model=revision.model,
         version=revision.version,
-        kind="vllm" if revision.engine_url is None else "engine_url",
-        url=f"{base_url}/v2/{endpoint.id}",
-        openai_url=f"{base_url}/v2/{endpoint.id}/openai/v1",
+        kind=endpoint.kind.value if revision.engine_url is None else "engine_url",
+        command=list(revision.command),
+        memory_bytes=revision.memory_bytes,
+        url=endpoint_url(endpoint, base_url),
+        openai_url="" if balanced else f"{base_url}/v2/{endpoint.id}/openai/v1",
         served_names=list(endpoint.served_names),
         min=endpoint.workers_min,
         max=endpoint.workers_max,
@@ -205,7 +226,6 @@ def v2_endpoint(endpoint: Endpoint, *, base_url: str, cpus: int, host: HostResou
         cpus: Processors of this host, which a CPU worker may all use.
         host: What this host has.
     """
-    url = f"{base_url}/v2/{endpoint.id}"
     revision = endpoint.revision
     workers: dict[str, int] = {"min": endpoint.workers_min, "max": endpoint.workers_max}
     scaling: dict[str, Any] = {"type": endpoint.scaler.value}
@@ -218,19 +238,10 @@ def v2_endpoint(endpoint: Endpoint, *, base_url: str, cpus: int, host: HostResou
     body: dict[str, Any] = {
         "id": endpoint.id,
         "name": endpoint.name,
-        "type": "QUEUE",
-        "requestUrls": {
-            "run": f"{url}/run",
-            "runSync": f"{url}/runsync",
-            "status": f"{url}/status/{{job_id}}",
-            "stream": f"{url}/stream/{{job_id}}",
-            "cancel": f"{url}/cancel/{{job_id}}",
-            "retry": f"{url}/retry/{{job_id}}",
-            "purgeQueue": f"{url}/purge-queue",
-            "health": f"{url}/health",
-        },
+        "type": "LOAD_BALANCER" if endpoint.kind is EndpointKind.LOAD_BALANCER else "QUEUE",
+        "requestUrls": _request_urls(endpoint, base_url),
         "image": _image(endpoint),
-        "args": "",
+        "args": shlex.join(revision.command),
         "disk": DISK_GB,
         "ports": [],
         "env": masked(revision.env),
@@ -255,6 +266,22 @@ def v2_endpoint(endpoint: Endpoint, *, base_url: str, cpus: int, host: HostResou
         "timeout": endpoint.execution_timeout_ms,
         "flashboot": "FLASHBOOT" if endpoint.flashboot else "OFF",
         "createdAt": timestamp(endpoint.created_ms),
+    }
+
+
+def _request_urls(endpoint: Endpoint, base_url: str) -> dict[str, str]:
+    url = endpoint_url(endpoint, base_url)
+    if endpoint.kind is EndpointKind.LOAD_BALANCER:
+        return {"base": url, "health": url + health_path(endpoint.revision.env)}
+    return {
+        "run": f"{url}/run",
+        "runSync": f"{url}/runsync",
+        "status": f"{url}/status/{{job_id}}",
+        "stream": f"{url}/stream/{{job_id}}",
+        "cancel": f"{url}/cancel/{{job_id}}",
+        "retry": f"{url}/retry/{{job_id}}",
+        "purgeQueue": f"{url}/purge-queue",
+        "health": f"{url}/health",
     }
 
 
@@ -295,8 +322,8 @@ def _v2_worker(
 ) -> dict[str, Any]:
     occupied = slots.occupied if slots else 0
     status = _LISTED[worker.state]
-    if worker.state is WorkerState.READY and occupied:
-        status = "RUNNING"
+    if worker.state is WorkerState.READY:
+        status = _OUT_OF_ROTATION.get(worker.stage, "RUNNING" if occupied else "IDLE")
     failure = failure_view(worker.failure)
     names = {gpu.index: gpu.name for gpu in host.gpus}
     return {
@@ -321,6 +348,8 @@ def _v2_worker(
 
 
 def _image(endpoint: Endpoint) -> str:
+    if endpoint.kind is not EndpointKind.VLLM:
+        return COMMAND_IMAGE
     return IMAGE if endpoint.revision.engine_url is None else ENGINE_URL_IMAGE
 
 
