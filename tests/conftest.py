@@ -15,6 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from .postgresql import PostgresqlServer, postgresql_server
+
 START_TIMEOUT_S = 420
 """A cold engine on a busy two-core machine; the tests wait for the start and not for this."""
 
@@ -114,3 +116,19 @@ def ember_url(real: LiveInstallation) -> str:
 def ember_headers(real: LiveInstallation) -> dict[str, str]:
     """Headers with a key for it."""
     return dict(real.headers)
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[PostgresqlServer]:
+    """A PostgreSQL server of our own, one per session, with a migrated database to copy."""
+    with postgresql_server() as server:
+        server.make_template()
+        yield server
+
+
+@pytest.fixture
+def postgresql_url(postgresql: PostgresqlServer) -> Iterator[str]:
+    """The url of a fresh, migrated database."""
+    url = postgresql.new_database()
+    yield url
+    postgresql.drop_database(url)

@@ -51,11 +51,13 @@ class StubGateway:
     url: str = ""
     endpoints: dict[str, dict[str, Any]] = field(default_factory=dict)
     keys: list[dict[str, Any]] = field(default_factory=list)
+    dead_webhooks: list[dict[str, Any]] = field(default_factory=list)
     workers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     starts: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     logs: dict[str, list[str]] = field(default_factory=dict)
     log_stays_open: bool = False
     jobs: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    job_rows: list[dict[str, Any]] = field(default_factory=list)
     chunks: list[dict[str, Any]] = field(default_factory=list)
     requests: list[Recorded] = field(default_factory=list)
     progress: list[dict[str, Any]] = field(default_factory=list)
@@ -278,6 +280,28 @@ def delete_key(handler: Handler, _request: Recorded, key_id: str) -> None:
     handler.end_headers()
 
 
+def webhook_secret(handler: Handler, _request: Recorded, endpoint_id: str) -> None:
+    handler.answer({"endpoint_id": known(handler, endpoint_id)["id"], "secret": "whsec_0f"})
+
+
+def dead_webhooks(handler: Handler, request: Recorded) -> None:
+    named = request.query.get("endpoint")
+    found = [one for one in handler.gateway.dead_webhooks if named in {None, one["endpoint_id"]}]
+    handler.answer({"webhooks": found[: int(request.query["limit"])]})
+
+
+def one_webhook(handler: Handler, request: Recorded, webhook_id: str) -> None:
+    found = [one for one in handler.gateway.dead_webhooks if one["id"] == webhook_id]
+    if not found:
+        raise ProblemError(404, f"webhook {webhook_id} does not exist")
+    handler.gateway.dead_webhooks.remove(found[0])
+    if request.method == "POST":
+        handler.answer({**found[0], "tries": 0})
+        return
+    handler.send_response(204)
+    handler.end_headers()
+
+
 def usage(handler: Handler, _request: Recorded) -> None:
     endpoint_id = next(iter(handler.gateway.endpoints), "gone")
     handler.answer(
@@ -314,6 +338,23 @@ def cancel(handler: Handler, _request: Recorded, _endpoint_id: str, job_id: str)
     if job_id not in handler.gateway.jobs:
         raise ProblemError(404, "job not found")
     handler.answer({"id": job_id, "status": "CANCELLED"})
+
+
+def retry(handler: Handler, _request: Recorded, _endpoint_id: str, job_id: str) -> None:
+    if job_id not in handler.gateway.jobs:
+        raise ProblemError(400, "job cannot be retried in status COMPLETED")
+    handler.answer({"id": job_id, "status": "IN_QUEUE"})
+
+
+def purge(handler: Handler, _request: Recorded, _endpoint_id: str) -> None:
+    handler.answer({"removed": 3, "status": "completed"})
+
+
+def list_jobs(handler: Handler, request: Recorded, _endpoint_id: str) -> None:
+    """Pages of the stub's rows; the cursor is a position."""
+    rows, start = handler.gateway.job_rows, int(request.query.get("cursor", "0"))
+    end = start + int(request.query["limit"])
+    handler.answer({"requests": rows[start:end], "cursor": str(end) if end < len(rows) else None})
 
 
 def wake(handler: Handler, _request: Recorded, _endpoint_id: str) -> None:
@@ -365,6 +406,10 @@ ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("GET", "/pilotlight/v1/keys", keys_route),
     ("POST", "/pilotlight/v1/keys", keys_route),
     ("DELETE", "/pilotlight/v1/keys/([^/]+)", delete_key),
+    ("GET", f"{ENDPOINT}/webhook-secret", webhook_secret),
+    ("GET", "/pilotlight/v1/webhooks/dead", dead_webhooks),
+    ("POST", "/pilotlight/v1/webhooks/([^/]+)/resend", one_webhook),
+    ("DELETE", "/pilotlight/v1/webhooks/([^/]+)", one_webhook),
     ("GET", "/pilotlight/v1/usage", usage),
     ("GET", "/pilotlight/v1/status", status),
     ("DELETE", SERVERLESS, delete_endpoint),
@@ -379,6 +424,9 @@ ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("GET", "/v2/([^/]+)/status-sync/([^/]+)", job_state),
     ("GET", "/v2/([^/]+)/stream/([^/]+)", stream_job),
     ("POST", "/v2/([^/]+)/cancel/([^/]+)", cancel),
+    ("POST", "/v2/([^/]+)/retry/([^/]+)", retry),
+    ("POST", "/v2/([^/]+)/purge-queue", purge),
+    ("GET", "/v2/([^/]+)/requests", list_jobs),
 ]
 
 

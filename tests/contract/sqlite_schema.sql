@@ -1,12 +1,23 @@
+CREATE INDEX batch_drafts_batch ON batch_drafts (batch_seq, seq);
+
+CREATE INDEX batches_created ON batches (created_ms);
+
+CREATE INDEX batches_endpoint ON batches (endpoint_id, created_ms, seq);
+
 CREATE UNIQUE INDEX endpoints_living_name ON endpoints (name) WHERE deleted_ms IS NULL;
 
-CREATE INDEX jobs_created ON jobs (endpoint_id, created_ms, id);
+CREATE INDEX idempotency_job ON idempotency (job_seq);
+
+CREATE INDEX jobs_batch ON jobs (batch_id, seq) WHERE batch_id IS NOT NULL;
 
 CREATE INDEX jobs_due ON jobs (deadline_ms) WHERE finished_ms IS NULL;
 
 CREATE INDEX jobs_ended ON jobs (deadline_ms) WHERE finished_ms IS NOT NULL;
 
-CREATE INDEX jobs_queue ON jobs (endpoint_id, rank, queued_ms, seq, expires_ms) WHERE status = 'IN_QUEUE';
+CREATE INDEX jobs_listed ON jobs (endpoint_id, status, created_ms);
+
+CREATE INDEX jobs_queue ON jobs (endpoint_id, purges, rank, queued_ms, seq, expires_ms)
+WHERE status = 'IN_QUEUE';
 
 CREATE INDEX jobs_running ON jobs (worker_id) WHERE status = 'IN_PROGRESS';
 
@@ -22,6 +33,10 @@ CREATE INDEX usage_intervals_end ON usage_intervals (end_ms);
 
 CREATE INDEX usage_intervals_endpoint ON usage_intervals (endpoint_id, end_ms);
 
+CREATE INDEX webhooks_dead ON webhooks (created_ms, seq) WHERE next_ms IS NULL;
+
+CREATE INDEX webhooks_due ON webhooks (next_ms, seq) WHERE next_ms IS NOT NULL;
+
 CREATE INDEX workers_endpoint ON workers (endpoint_id);
 
 CREATE TABLE api_keys (
@@ -31,6 +46,31 @@ CREATE TABLE api_keys (
     scope TEXT NOT NULL,
     endpoint_ids TEXT NOT NULL,
     hash TEXT NOT NULL UNIQUE,
+    created_ms INTEGER NOT NULL
+) STRICT;
+
+CREATE TABLE batch_drafts (
+    seq INTEGER PRIMARY KEY,
+    id TEXT NOT NULL UNIQUE,
+    batch_seq INTEGER NOT NULL REFERENCES batches (seq) ON DELETE CASCADE,
+    body BLOB NOT NULL
+) STRICT;
+
+CREATE TABLE batches (
+    seq INTEGER PRIMARY KEY,
+    id TEXT NOT NULL UNIQUE,
+    endpoint_id TEXT NOT NULL,
+    key_id TEXT NOT NULL,
+    name TEXT NOT NULL,
+    finalized_ms INTEGER,
+    cancel_ms INTEGER,
+    total INTEGER NOT NULL,
+    input_bytes INTEGER NOT NULL,
+    queued INTEGER NOT NULL,
+    in_progress INTEGER NOT NULL,
+    completed INTEGER NOT NULL,
+    failed INTEGER NOT NULL,
+    cancelled INTEGER NOT NULL,
     created_ms INTEGER NOT NULL
 ) STRICT;
 
@@ -49,15 +89,25 @@ CREATE TABLE endpoints (
     flashboot INTEGER NOT NULL,
     created_ms INTEGER NOT NULL,
     updated_ms INTEGER NOT NULL,
-    deleted_ms INTEGER,
+    deleted_ms INTEGER, kind TEXT NOT NULL DEFAULT 'vllm',
     FOREIGN KEY (id, version) REFERENCES revisions (endpoint_id, version) DEFERRABLE INITIALLY DEFERRED
 ) STRICT;
 
-CREATE TABLE job_chunks (
+CREATE TABLE idempotency (
+    endpoint_id TEXT NOT NULL,
+    key_id TEXT NOT NULL,
+    key TEXT NOT NULL,
+    fingerprint BLOB NOT NULL,
     job_seq INTEGER NOT NULL REFERENCES jobs (seq) ON DELETE CASCADE,
+    PRIMARY KEY (endpoint_id, key_id, key)
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE "job_chunks" (
+    job_seq INTEGER NOT NULL REFERENCES jobs (seq) ON DELETE CASCADE,
+    attempt INTEGER NOT NULL,
     sequence INTEGER NOT NULL,
     body BLOB NOT NULL,
-    PRIMARY KEY (job_seq, sequence)
+    PRIMARY KEY (job_seq, attempt, sequence)
 ) STRICT, WITHOUT ROWID;
 
 CREATE TABLE job_counters (
@@ -68,18 +118,19 @@ CREATE TABLE job_counters (
     completed INTEGER NOT NULL,
     failed INTEGER NOT NULL,
     retried INTEGER NOT NULL
-) STRICT, WITHOUT ROWID;
+, queued_bytes INTEGER NOT NULL DEFAULT 0, purges INTEGER NOT NULL DEFAULT 0) STRICT, WITHOUT ROWID;
 
 CREATE TABLE job_inputs (
     job_seq INTEGER PRIMARY KEY REFERENCES jobs (seq) ON DELETE CASCADE,
     body BLOB NOT NULL
 ) STRICT;
 
-CREATE TABLE jobs (
+CREATE TABLE "jobs" (
     seq INTEGER PRIMARY KEY,
     id TEXT NOT NULL UNIQUE,
     endpoint_id TEXT NOT NULL,
     key_id TEXT NOT NULL,
+    input_bytes INTEGER NOT NULL,
     status TEXT NOT NULL
         CHECK (status IN ('IN_QUEUE', 'IN_PROGRESS', 'COMPLETED', 'FAILED', 'CANCELLED', 'TIMED_OUT')),
     sync INTEGER NOT NULL,
@@ -91,15 +142,26 @@ CREATE TABLE jobs (
     retention_ms INTEGER NOT NULL,
     attempt INTEGER NOT NULL,
     retries INTEGER NOT NULL,
+    retries_max INTEGER NOT NULL,
     worker_id TEXT,
     started_ms INTEGER,
-    confirmed INTEGER NOT NULL,
+    confirmed_ms INTEGER,
+    first_output_ms INTEGER,
     chunk_read INTEGER NOT NULL,
     finished_ms INTEGER,
-    output BLOB,
     error TEXT,
+    webhook TEXT,
+    s3_config BLOB,
+    batch_id TEXT,
+    attempts TEXT,
+    purges INTEGER NOT NULL,
     chunks INTEGER NOT NULL DEFAULT 0,
-    rank INTEGER NOT NULL GENERATED ALWAYS AS (2 * low_priority + (attempt = 0 AND retries = 0)) VIRTUAL,
+    chunks_read INTEGER NOT NULL DEFAULT 0,
+    chunk_bytes INTEGER NOT NULL DEFAULT 0,
+    output BLOB,
+    rank INTEGER NOT NULL GENERATED ALWAYS AS (
+        CASE WHEN low_priority THEN 4 WHEN batch_id IS NOT NULL THEN 2 ELSE 0 END + (attempt = 0)
+    ) VIRTUAL,
     deadline_ms INTEGER NOT NULL GENERATED ALWAYS AS (
         CASE
             WHEN finished_ms IS NOT NULL THEN finished_ms + retention_ms
@@ -138,7 +200,7 @@ CREATE TABLE revisions (
     engine_url TEXT,
     gpu_count INTEGER NOT NULL,
     memory_bytes INTEGER NOT NULL,
-    created_ms INTEGER NOT NULL,
+    created_ms INTEGER NOT NULL, command TEXT NOT NULL DEFAULT '[]',
     PRIMARY KEY (endpoint_id, version)
 ) STRICT, WITHOUT ROWID;
 
@@ -165,6 +227,21 @@ CREATE TABLE usage_intervals (
     PRIMARY KEY (worker_id, sequence)
 ) STRICT, WITHOUT ROWID;
 
+CREATE TABLE webhooks (
+    seq INTEGER PRIMARY KEY,
+    id TEXT NOT NULL UNIQUE,
+    job_id TEXT NOT NULL,
+    endpoint_id TEXT NOT NULL,
+    url TEXT NOT NULL,
+    host TEXT NOT NULL,
+    created_ms INTEGER NOT NULL,
+    tries INTEGER NOT NULL,
+    next_ms INTEGER,
+    last_status INTEGER,
+    last_error TEXT NOT NULL,
+    body BLOB NOT NULL
+) STRICT;
+
 CREATE TABLE workers (
     seq INTEGER PRIMARY KEY,
     id TEXT NOT NULL UNIQUE,
@@ -185,9 +262,21 @@ CREATE TABLE workers (
 
 CREATE VIEW job_records AS
 SELECT
-    jobs.id, jobs.endpoint_id, jobs.key_id, job_inputs.body AS input, jobs.status, jobs.sync, jobs.low_priority,
-    jobs.created_ms, jobs.queued_ms, jobs.expires_ms, jobs.execution_timeout_ms, jobs.retention_ms,
-    jobs.attempt, jobs.retries, jobs.worker_id, jobs.started_ms, jobs.confirmed, jobs.chunk_read,
-    jobs.finished_ms, jobs.output, jobs.error, jobs.seq, jobs.rank, jobs.deadline_ms
+    id, endpoint_id, key_id, input_bytes, status, sync, low_priority, created_ms, queued_ms, expires_ms,
+    execution_timeout_ms, retention_ms, attempt, retries, retries_max, worker_id, started_ms, confirmed_ms,
+    first_output_ms, chunk_read, finished_ms, output, error, webhook, s3_config, batch_id, attempts,
+    seq, rank, deadline_ms, purges, chunks, chunks_read, chunk_bytes
 FROM jobs
-JOIN job_inputs ON job_inputs.job_seq = jobs.seq;
+WHERE
+    status <> 'IN_QUEUE'
+    OR purges = coalesce(
+        (SELECT job_counters.purges FROM job_counters WHERE job_counters.endpoint_id = jobs.endpoint_id), 0
+    );
+
+CREATE VIEW job_summaries AS
+SELECT
+    id, endpoint_id, key_id, input_bytes, status, sync, low_priority, created_ms, queued_ms, expires_ms,
+    execution_timeout_ms, retention_ms, attempt, retries, retries_max, worker_id, started_ms, confirmed_ms,
+    first_output_ms, chunk_read, finished_ms, NULL AS output, error, webhook, s3_config, batch_id, attempts,
+    seq
+FROM job_records;

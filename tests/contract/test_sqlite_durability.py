@@ -11,13 +11,15 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import uvloop
 
 from pilotlight.core.lifecycle import Cancelled, ResultPosted
-from pilotlight.domain.job import Job, JobCounts, JobStatus
+from pilotlight.domain.batch import Batch, BatchDraft
+from pilotlight.domain.job import Idempotency, Job, JobCounts, JobStatus
 from pilotlight.errors import DataFolderError, NotFoundError, StoreError
 from pilotlight.stores import SqliteStore, open_sqlite_store
 from pilotlight.stores.sqlite import threads
@@ -25,6 +27,7 @@ from pilotlight.stores.sqlite.threads import Transaction
 
 NewJob = Callable[..., Job]
 E1 = "endpoint1"
+INPUTS = "SELECT body FROM job_inputs"
 
 
 @asynccontextmanager
@@ -68,7 +71,15 @@ class TestDurability:
         for number in range(3):
             await store.submit(new_job(f"j{number}", number))
         await store.take(E1, "w1", count=2, now_ms=2_000)
-        await store.append_chunk("j0", "w1", b"chunk")
+        await store.submit(
+            new_job("again", webhook="http://example.com/"),
+            idempotency=Idempotency(key="k", fingerprint=b"f"),
+        )
+        await store.apply("again", Cancelled(now_ms=2_100))
+        await store.submit(new_job("purged", endpoint_id="endpoint2"))
+        await store.purge("endpoint2", now_ms=2_200)
+        await store.add_batch(Batch(id="batch_1", endpoint_id=E1), [BatchDraft(id="req_1", input=b"1")])
+        await store.append_chunk("j0", "w1", b"chunk", attempt=1, now_ms=2_500, limit_bytes=100)
         await store.apply("j1", ResultPosted(worker_id="w1", now_ms=3_000, output=b"1"))
         before, counts = await store.jobs(E1), await store.counts(E1)
         await store.close()
@@ -78,6 +89,12 @@ class TestDurability:
         assert await store.counts(E1) == counts == JobCounts(queued=1, in_progress=1, completed=1)
         _, chunks = await store.drain_chunks("j0", limit_bytes=100)
         assert [chunk.body for chunk in chunks] == [b"chunk"]
+        repeated = await store.submit(new_job("b"), idempotency=Idempotency(key="k", fingerprint=b"f"))
+        assert repeated.id == "again"
+        assert [delivery.id for delivery in await store.due_webhooks(now_ms=2_100)] == ["again.0"]
+        assert await store.take("endpoint2", "w1", count=1, now_ms=3_000) == []
+        assert await store.delete_purged(now_ms=3_000) == 1
+        assert (await store.batch("batch_1")).total == 1
         await store.close()
 
     async def test_close_finishes_what_was_accepted(self, tmp_path: Path, new_job: NewJob) -> None:
@@ -124,7 +141,11 @@ asyncio.run(main())
 
         store = await open_sqlite_store(tmp_path)
         for name in names:
-            assert (await store.job(name)).input == name.encode() * 50
+            assert (await store.job(name)).input_bytes == len(name) * 50
+        bodies = {
+            row[0] for row in await store._writer.call(lambda t: t._connection.execute(INPUTS).fetchall())
+        }
+        assert {name.encode() * 50 for name in names} <= bodies
         await assert_counters_are_true(store)
         check = await store._writer.call(lambda t: t._connection.execute("PRAGMA integrity_check").fetchone())
         assert check == ("ok",)
@@ -195,9 +216,51 @@ class TestFullDisk:
         result = ResultPosted(worker_id="w1", now_ms=3_000, output=b"x" * 100_000)
         with pytest.raises(StoreError, match="nothing was changed"):
             await sqlite_store.apply("a", result)
-        assert await sqlite_store.job("a") == taken
+        assert await sqlite_store.job("a") == replace(taken, input=b"")
         await sqlite_store._writer.call(pragma("max_page_count", 1_000_000))
         assert (await sqlite_store.apply("a", result)).finished
+
+    async def test_no_operation_of_the_queue_is_half_done_on_a_full_disk(
+        self, sqlite_store: SqliteStore, new_job: NewJob
+    ) -> None:
+        """1. A draft, and a running job with a webhook. 2. No room. 3. Finalizing, ending, requests for the
+        draft and chunks fail, and everything is as before. 4. With room again each of them works."""
+        drafts = [BatchDraft(id=f"req_{number}", input=b"x" * 3_000) for number in range(20)]
+        await sqlite_store.add_batch(Batch(id="batch_1", endpoint_id=E1), drafts)
+        await sqlite_store.submit(new_job("a", webhook="http://example.com/", input=b"y" * 10_000))
+        [taken] = await sqlite_store.take(E1, "w1", count=1, now_ms=2_000)
+        operations = [
+            lambda: sqlite_store.finalize_batch("batch_1", new_job("", batch_id="batch_1")),
+            lambda: sqlite_store.add_batch_requests(
+                "batch_1", [BatchDraft(id="req_more", input=b"z" * 100_000)]
+            ),
+            lambda: sqlite_store.append_chunk(
+                "a", "w1", b"c" * 100_000, attempt=1, now_ms=2_100, limit_bytes=10**6
+            ),
+            lambda: sqlite_store.apply_many(
+                [("a", ResultPosted(worker_id="w1", now_ms=3_000, output=b"o" * 100_000))]
+            ),
+        ]
+        before = await sqlite_store.batch("batch_1")
+        pages = await sqlite_store._writer.call(
+            lambda t: t._connection.execute("PRAGMA page_count").fetchone()[0]
+        )
+        await sqlite_store._writer.call(pragma("max_page_count", pages))
+        for operation in operations:
+            with pytest.raises(StoreError, match="nothing was changed"):
+                await operation()
+        assert await sqlite_store.batch("batch_1") == before
+        assert await sqlite_store.batch_requests("batch_1", offset=0, limit=99) == drafts
+        assert await sqlite_store.job("a") == replace(taken, input=b"")
+        assert not await sqlite_store.has_chunks("a")
+        assert await sqlite_store.next_webhook_ms() is None
+        await assert_counters_are_true(sqlite_store)
+        await sqlite_store._writer.call(pragma("max_page_count", 1_000_000))
+        for operation in reversed(operations):
+            await operation()
+        assert (await sqlite_store.batch("batch_1")).queued == 21
+        assert await sqlite_store.next_webhook_ms() == 3_000
+        await assert_counters_are_true(sqlite_store)
 
 
 class TestGroups:
@@ -209,8 +272,8 @@ class TestGroups:
             raise ZeroDivisionError
 
         def twice(transaction: Transaction) -> None:
-            transaction.execute("insert_revision", ("e", 1, "m", "{}", None, 0, 0, 0))
-            transaction.execute("insert_revision", ("e", 1, "m", "{}", None, 0, 0, 0))
+            transaction.execute("insert_revision", ("e", 1, "m", "{}", None, 0, 0, 0, "[]"))
+            transaction.execute("insert_revision", ("e", 1, "m", "{}", None, 0, 0, 0, "[]"))
 
         async with busy_writer(sqlite_store):
             first = asyncio.create_task(sqlite_store.submit(new_job("a")))
@@ -238,7 +301,7 @@ class TestGroups:
             ]
             await asyncio.sleep(0)
         results = await asyncio.gather(*tasks, return_exceptions=True)
-        assert results[0] is results[2] is None
+        assert [job.id for job in (results[0], results[2])] == ["a", "b"]
         assert isinstance(results[1], NotFoundError)
 
     async def test_too_many_waiting_operations_are_refused(
@@ -323,7 +386,7 @@ class TestCancellation:
                 await asyncio.sleep(0)
         results = await asyncio.gather(*tasks, return_exceptions=True)
         stored = {job.id for job in await sqlite_store.jobs(E1, limit=1_000)}
-        assert {f"j{number}" for number, result in enumerate(results) if result is None} <= stored
+        assert {f"j{number}" for number, result in enumerate(results) if isinstance(result, Job)} <= stored
         await assert_counters_are_true(sqlite_store)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -128,6 +130,19 @@ def test_workers_of_an_older_revision_are_drained_and_do_not_count():
     workers = (worker("old", occupied=2, current=False),)
     decision = decide_scale(ScaleSnapshot(workers=workers, waiting=1, oldest_ms=NOW), NOW, settings())
     assert (decision.drain, decision.start) == (("old",), 1)
+
+
+def test_a_worker_out_of_rotation_is_replaced_when_somebody_waits_and_there_is_room():
+    """serverless-api.md §3: an unhealthy worker is removed from rotation, and may stay so for 8 minutes."""
+    sick = replace(worker("sick"), healthy=False)
+    rules = settings(scaler=ScalerType.REQUEST_COUNT, scaler_value=4, workers_max=2)
+    waiting = ScaleSnapshot(workers=(sick,), waiting=1, oldest_ms=NOW)
+    assert decide_scale(waiting, NOW, rules).start == 1
+    assert decide_scale(waiting, NOW, replace(rules, workers_max=1)).start == 0
+    assert decide_scale(waiting, NOW, replace(rules, workers_max=1)).drain == ()
+    both = ScaleSnapshot(workers=(sick, worker("well")), waiting=1, oldest_ms=NOW)
+    assert (decide_scale(both, NOW, rules).start, decide_scale(both, NOW, rules).drain) == (0, ())
+    assert decide_scale(ScaleSnapshot(workers=(sick,)), NOW, rules).start == 0
 
 
 def test_back_off_starts_nothing_and_names_the_moment_to_look_again():

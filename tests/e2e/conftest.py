@@ -28,6 +28,8 @@ from typing import Any
 import httpx
 import pytest
 
+from .job_campaign import JobCampaign
+
 EXIT_S = 10
 """Ctrl-C ends everything within this time."""
 
@@ -638,5 +640,32 @@ def crash_campaign(make_installation: Callable[..., Installation]) -> Callable[.
 
     def run(*, kills: int, seed: int) -> None:
         CrashCampaign(make_installation(), kills=kills, seed=seed).run()
+
+    return run
+
+
+@pytest.fixture
+def job_campaign(
+    request: pytest.FixtureRequest, make_installation: Callable[..., Installation]
+) -> Callable[..., None]:
+    """Runs a campaign of kills of gateway and database server, see `job_campaign.py`."""
+
+    def run(*, on_postgresql: bool = False, **campaign: Any) -> None:
+        settings = {
+            "PILOTLIGHT_WEBHOOKS__ALLOW_PRIVATE": "true",
+            "PILOTLIGHT_WEBHOOKS__RETRY_DELAYS_S": "[1, 1, 1, 1, 1, 1]",
+            "PILOTLIGHT_JOBS__RETENTION_MS": "86400000",
+        }
+        if not on_postgresql:
+            JobCampaign(make_installation(**settings), **campaign).run()
+            return
+        server = request.getfixturevalue("postgresql")
+        settings["PILOTLIGHT_STORE__URL"] = server.new_database(migrated=False)
+        try:
+            JobCampaign(make_installation(**settings), server=server, **campaign).run()
+        finally:
+            # Others of this session use it, too.
+            if server.process.poll() is not None:
+                server.start()
 
     return run

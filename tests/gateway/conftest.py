@@ -17,13 +17,14 @@ from pilotlight.domain.endpoint import Endpoint, Revision
 from pilotlight.domain.key import ApiKey, Scope, hash_secret
 from pilotlight.domain.worker import Address, Registration
 from pilotlight.gateway.app import Gateway
-from pilotlight.gateway.data_path import DataPath
+from pilotlight.gateway.data_path import DataPath, StartFailedError
 from pilotlight.gateway.directory import Directory
+from pilotlight.gateway.load_balancer import LoadBalancer
 from pilotlight.gateway.protocol import GatewayProtocol
 from pilotlight.gateway.slots import SlotTable
 from pilotlight.gateway.upstream import UpstreamPool
 from pilotlight.ports.fleet import Health
-from pilotlight.settings import LimitSettings
+from pilotlight.settings import LimitSettings, LoadBalancerSettings
 from pilotlight.stores.memory import MemoryStore
 from pilotlight.system import SystemClock
 
@@ -107,19 +108,30 @@ class Rig:
         self.address = Address(url=f"unix:{folder}/engine", key="engine-key")
         self.recorded = asyncio.Event()
         counter = itertools.count(1)
+        self.data_path = data_path = DataPath(
+            directory=self.directory,
+            slots=self.slots,
+            pool=self.pool,
+            fleet=self.fleet,
+            clock=self.clock,
+            limits=self.limits,
+            entropy=lambda count: next(counter).to_bytes(count, "big"),
+            record=self.record,
+        )
         self.app = Gateway(
-            data_path=DataPath(
-                directory=self.directory,
-                slots=self.slots,
-                pool=self.pool,
-                fleet=self.fleet,
-                clock=self.clock,
-                limits=self.limits,
-                entropy=lambda count: next(counter).to_bytes(count, "big"),
-                record=self.record,
-            ),
+            openai=lambda _: data_path,
             jobs=not_here,
             management=not_here,
+            balancer=LoadBalancer(
+                directory=self.directory,
+                slots=self.slots,
+                fleet=self.fleet,
+                clock=self.clock,
+                settings=LoadBalancerSettings(),
+                entropy=lambda count: next(counter).to_bytes(count, "big"),
+                record=self.record,
+                start_failed=StartFailedError,
+            ),
         )
 
     def record(self, row):

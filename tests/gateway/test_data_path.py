@@ -318,7 +318,7 @@ async def test_strangers_write_no_rows(rig):
 
 
 async def test_a_body_that_does_not_come_ends(rig):
-    rig.app._data_path._limits = rig.limits.model_copy(update={"body_s": 0.05})
+    rig.data_path._limits = rig.limits.model_copy(update={"body_s": 0.05})
     reader, writer = await asyncio.open_unix_connection(rig.socket)
     writer.write(
         f"POST {CHAT} HTTP/1.1\r\nhost: h\r\nauthorization: {RUN}\r\ncontent-length: 9\r\n\r\nhalf".encode()

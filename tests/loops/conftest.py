@@ -80,8 +80,14 @@ class SlotListener:
         self.slots = slots
         self.lost = []
 
+    def spawned(self, worker, endpoint):
+        pass
+
     def opened(self, worker, registration, capacity):
         self.slots.open_worker(worker.endpoint_id, worker.id, capacity=capacity, registration=registration)
+
+    def withdrawn(self, worker):
+        self.slots.close_worker(worker.id)
 
     def closed(self, worker):
         self.slots.close_worker(worker.id)

@@ -68,6 +68,28 @@ async def test_min_workers_start_without_a_request(world):
     assert len(world.cluster.running) == 2
 
 
+async def test_many_wakes_become_few_looks_and_the_last_one_is_not_forgotten(world):
+    """Thousands of jobs a second wake it thousands of times."""
+    world.deploy()
+    looks, demand, woken = [], world.store.demand, 0
+
+    async def counted(*arguments, **options):
+        looks.append(woken)
+        return await demand(*arguments, **options)
+
+    world.store.demand = counted
+    world.autoscaler.start()
+    while woken < 1000:
+        woken += 1
+        world.autoscaler.wake("e")
+        await asyncio.sleep(0)
+    async with asyncio.timeout(10):
+        while world.autoscaler._resting or looks[-1] != woken:
+            await asyncio.sleep(0.001)
+    assert looks[0] <= 2, "the first one is at once"
+    assert len(looks) < 500
+
+
 async def test_a_worker_that_becomes_idle_during_a_look_is_looked_at_again(world):
     """1. A look has read that the worker is busy, and waits for the store. 2. The worker becomes idle while the
     timer of an earlier look is still set. 3. The look ends and takes that timer away: without another look,

@@ -27,6 +27,7 @@ class Recorder:
 
     calls: list[str] = field(default_factory=list)
     full_slices: int = 0
+    purged_slices: int = 0
     broken: dict[str, Exception] = field(default_factory=dict)
     swept: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -45,10 +46,18 @@ class Recorder:
         self.swept.set()
         self.note("kill_stuck")
 
+    async def delete_purged(self, *, now_ms, limit):
+        self.note("delete_purged")
+        self.purged_slices -= 1
+        return limit if self.purged_slices >= 0 else 0
+
     async def prune_jobs(self, *, now_ms, limit):
         self.note("prune_jobs")
         self.full_slices -= 1
         return limit if self.full_slices >= 0 else 0
+
+    async def prune_batches(self, *, ended_before_ms, limit):
+        self.note(f"prune_batches {ended_before_ms}")
 
     async def prune_requests(self, *, keep):
         self.note(f"prune_requests {keep}")
@@ -61,7 +70,7 @@ class Recorder:
         return 0
 
 
-SWEEP = ["end_overdue", "lose_unconfirmed", "kill_stuck"]
+SWEEP = ["end_overdue", "lose_unconfirmed", "kill_stuck", "delete_purged"]
 
 
 def make(tmp_path, recorder, clock):
@@ -77,6 +86,7 @@ async def test_first_sweep_does_everything_and_later_ones_what_is_due(tmp_path):
     assert recorder.calls == [
         *SWEEP,
         "prune_jobs",
+        f"prune_batches {week_ago}",
         "prune_requests 7",
         f"prune_workers {week_ago}",
         f"prune_logs {week_ago}",
@@ -107,10 +117,20 @@ async def test_pruning_goes_on_until_nothing_is_left(tmp_path):
     assert recorder.calls.count("prune_jobs") == 4
 
 
+async def test_purged_jobs_go_in_slices_and_not_all_in_one_round(tmp_path):
+    """A million of them must not hold up the deadlines of other jobs (serverless-api.md §2.15)."""
+    recorder = Recorder(purged_slices=25)
+    reaper = make(tmp_path, recorder, Clock())
+    await reaper.sweep()
+    assert recorder.calls.count("delete_purged") == 20
+    await reaper.sweep()
+    assert recorder.calls.count("delete_purged") == 26
+
+
 async def test_failing_step_does_not_hinder_the_others(tmp_path):
     recorder = Recorder(broken={"end_overdue": StoreError("disk full"), "kill_stuck": ValueError("bug")})
     await make(tmp_path, recorder, Clock()).sweep()
-    assert recorder.calls[:4] == [*SWEEP, "prune_jobs"]
+    assert recorder.calls[:5] == [*SWEEP, "prune_jobs"]
 
 
 async def test_start_and_stop_are_idempotent(tmp_path):

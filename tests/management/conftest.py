@@ -24,10 +24,11 @@ from pilotlight.engines.manifest import EngineFlag, EngineManifest
 from pilotlight.errors import EngineEnvironmentError
 from pilotlight.gateway.directory import Directory
 from pilotlight.gateway.slots import SlotTable
-from pilotlight.management import EndpointService, KeyService, management_app
+from pilotlight.management import EndpointService, KeyService, WebhookDesk, management_app
 from pilotlight.models.catalog import ModelFacts
 from pilotlight.models.hub import FetchCancelledError
 from pilotlight.ports.fleet import Health, StageReport
+from pilotlight.sealing import InstallationSecret
 from pilotlight.settings import Settings
 from pilotlight.stores.memory import MemoryStore
 
@@ -322,6 +323,12 @@ async def management(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIt
         logs=logs,
         clock=clock,
         home=str(home),
+        webhooks=WebhookDesk(
+            store=store,
+            clock=clock,
+            secret=InstallationSecret(bytes(32)).webhook_secret,
+            wake=lambda: wakes.append("webhooks"),
+        ),
     )
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(app=app, raise_app_exceptions=False),

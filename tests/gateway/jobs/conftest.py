@@ -15,7 +15,6 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
-from starlette.applications import Starlette
 
 from pilotlight.core.admission import AdmissionLimits
 from pilotlight.domain.endpoint import Endpoint, Revision
@@ -24,10 +23,17 @@ from pilotlight.domain.usage import RequestRecord
 from pilotlight.domain.worker import Worker, WorkerState
 from pilotlight.gateway.directory import Directory
 from pilotlight.gateway.jobs import JobService, job_routes
+from pilotlight.gateway.jobs.batch_routes import batch_routes
+from pilotlight.gateway.jobs.buckets import Buckets
+from pilotlight.gateway.jobs.http import JobRoad
+from pilotlight.gateway.protocol import GatewayProtocol
 from pilotlight.gateway.slots import SlotTable
 from pilotlight.gateway.worker_protocol import worker_routes
+from pilotlight.net import GuardedHttp
+from pilotlight.net.s3 import S3Uploader
 from pilotlight.ports.fleet import Health, StageReport
 from pilotlight.ports.store import Store
+from pilotlight.sealing import InstallationSecret
 from pilotlight.settings import JobSettings, LimitSettings, Settings
 from pilotlight.stores import MemoryStore, open_sqlite_store
 
@@ -41,12 +47,17 @@ class ShiftedClock:
 
     def __init__(self) -> None:
         self.shift_ms = 0
+        self.frozen: tuple[int, int] | None = None
 
     def now_ms(self) -> int:
-        return time.time_ns() // 1_000_000 + self.shift_ms
+        return (self.frozen[0] if self.frozen else time.time_ns()) // 1_000_000 + self.shift_ms
 
     def monotonic_ns(self) -> int:
-        return time.monotonic_ns() + self.shift_ms * 1_000_000
+        return (self.frozen[1] if self.frozen else time.monotonic_ns()) + self.shift_ms * 1_000_000
+
+    def freeze(self) -> None:
+        """From now on time passes by `advance` only: a slow machine changes nothing."""
+        self.frozen = time.time_ns(), time.monotonic_ns()
 
     def advance(self, seconds: float) -> None:
         self.shift_ms += int(seconds * 1000)
@@ -62,14 +73,17 @@ class RecordingFleet:
     reports: list[tuple[str, StageReport]] = field(default_factory=list)
     drained: list[tuple[str, str]] = field(default_factory=list)
     killed: list[tuple[str, str]] = field(default_factory=list)
+    fixed: set[str] = field(default_factory=set)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     state: Health = field(default_factory=Health)
+    steps: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
     service: JobService | None = None
 
     def add(self, worker_id: str = "w1", *, endpoint_id: str = ENDPOINT, capacity: int | None = None) -> str:
         self.living[worker_id] = Worker(id=worker_id, endpoint_id=endpoint_id, version=1)
         self.secrets[worker_id] = f"secret-{worker_id}"
         if capacity is not None:
+            self.fixed.add(worker_id)
             self.become(worker_id, WorkerState.READY)
             self.slots.open_worker(endpoint_id, worker_id, capacity=capacity, registration=None)
         return self.secrets[worker_id]
@@ -88,6 +102,9 @@ class RecordingFleet:
         ok = worker and worker.endpoint_id == endpoint_id and self.secrets[worker_id] == secret
         return worker if ok else None
 
+    def stages(self, worker_id: str) -> list[tuple[str, int]]:
+        return self.steps.get(worker_id, [])
+
     def health(self, endpoint_id: str) -> Health:
         return self.state
 
@@ -100,6 +117,8 @@ class RecordingFleet:
             self.become(worker_id, WorkerState.READY)
             self.slots.open_worker(worker.endpoint_id, worker_id, capacity=slots, registration=None)
             self.changed.set()
+        elif worker.state is WorkerState.READY and worker_id not in self.fixed:
+            self.slots.open_worker(worker.endpoint_id, worker_id, capacity=slots, registration=None)
 
     async def drain(self, worker_id: str, *, reason: str) -> None:
         self.drained.append((worker_id, reason))
@@ -130,7 +149,7 @@ class Platform:
     directory: Directory
     settings: Settings
     service: JobService
-    app: Starlette
+    app: JobRoad
     records: list[RequestRecord]
     woken: list[str]
     base: str = ""
@@ -211,9 +230,10 @@ class Platform:
         assert answer.status_code == 200, answer.text
         return dict(answer.json())
 
-    async def watched(self) -> None:
-        """Return when some request waits for a job to change."""
-        while not self.service._ledger.signals._watches:
+    async def watched(self, number: int = 1) -> None:
+        """Return when that many requests wait for a job to change."""
+        watches = self.service._ledger.signals._watches
+        while sum(len(events) for events in watches.values()) < number:
             await asyncio.sleep(0.001)
 
     async def parked(self, number: int = 1) -> None:
@@ -223,11 +243,17 @@ class Platform:
 
 
 @contextlib.asynccontextmanager
-async def serving(app: Starlette) -> AsyncIterator[str]:
+async def serving(app: JobRoad) -> AsyncIterator[str]:
     """Serve an app with the production HTTP stack on a free loopback port; yields the base URL."""
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
-        app, log_level="error", lifespan="off", ws="none", loop="asyncio", timeout_keep_alive=75
+        app,
+        http=GatewayProtocol,
+        log_level="error",
+        lifespan="off",
+        ws="none",
+        loop="asyncio",
+        timeout_keep_alive=75,
     )
     server = uvicorn.Server(config)
     server.config.load()
@@ -240,12 +266,13 @@ async def serving(app: Starlette) -> AsyncIterator[str]:
 
 
 def settings_with(
-    home: Any, *, jobs: Mapping[str, int] | None = None, limits: Mapping[str, int] | None = None
+    home: Any, *, jobs: Mapping[str, Any] | None = None, limits: Mapping[str, Any] | None = None
 ) -> Settings:
     return Settings(home=home, jobs=JobSettings(**(jobs or {})), limits=LimitSettings(**(limits or {})))
 
 
-async def build(settings: Settings, store: Store) -> Platform:
+async def _fill(store: Store) -> None:
+    """Two endpoints and two keys."""
     await store.add_endpoint(
         Endpoint(id=ENDPOINT, name="one", revision=Revision(endpoint_id=ENDPOINT, version=1, model="m"))
     )
@@ -264,6 +291,11 @@ async def build(settings: Settings, store: Store) -> Platform:
             hash=hash_secret(RUNNER),
         )
     )
+
+
+async def build(settings: Settings, store: Store) -> Platform:
+    if not await store.endpoints():
+        await _fill(store)
     directory = Directory(store)
     await directory.refresh()
     clock = ShiftedClock()
@@ -272,6 +304,8 @@ async def build(settings: Settings, store: Store) -> Platform:
     records: list[RequestRecord] = []
     woken: list[str] = []
     counter = itertools.count(1)
+    secret = InstallationSecret(bytes(32))
+    uploader = S3Uploader(http=GuardedHttp(allow_private=True), clock=clock, timeout_s=30)
     service = JobService(
         store=store,
         slots=slots,
@@ -282,14 +316,17 @@ async def build(settings: Settings, store: Store) -> Platform:
         entropy=lambda size: next(counter).to_bytes(size, "big") if size > 1 else b"\x80",
         record=records.append,
         wake=woken.append,
+        buckets=Buckets(secret, uploader, store),
+        webhook_due=lambda: woken.append("webhooks"),
     )
     fleet.service = service
     slots.on_free = service.slots_freed
     routes = [
         *worker_routes(service, fleet, limits=settings.limits),
-        *job_routes(service, directory, slots=slots, fleet=fleet, clock=clock, limits=settings.limits),
+        *job_routes(service, directory, slots=slots, fleet=fleet, limits=settings.limits),
+        *batch_routes(service.batches, directory, limits=settings.limits, rates=service.rates),
     ]
-    app = Starlette(routes=routes)
+    app = JobRoad(routes)
     return Platform(store, clock, slots, fleet, directory, settings, service, app, records, woken)
 
 
@@ -298,8 +335,8 @@ def make_platform(tmp_path: Any) -> Callable[..., contextlib.AbstractAsyncContex
     @contextlib.asynccontextmanager
     async def make(
         *,
-        jobs: Mapping[str, int] | None = None,
-        limits: Mapping[str, int] | None = None,
+        jobs: Mapping[str, Any] | None = None,
+        limits: Mapping[str, Any] | None = None,
         sqlite: bool = False,
     ) -> AsyncIterator[Platform]:
         store = await open_sqlite_store(tmp_path / "data") if sqlite else MemoryStore()

@@ -43,7 +43,7 @@ async def test_every_job_runs_once(make_platform, seed, sqlite):
         ids, cancelled = [], set()
         for number in range(150):
             body = json.dumps({"input": number}).encode()
-            job = await platform.service.submit(platform.endpoint, platform.key, body, sync=False)
+            job = (await platform.service.submit(platform.endpoint, platform.key, body, sync=False)).job
             ids.append(job.id)
             if chance.random() < 0.2:
                 job = await platform.service.cancel("ep1", chance.choice(ids))

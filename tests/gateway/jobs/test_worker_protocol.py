@@ -244,7 +244,7 @@ async def test_ping_confirms_and_its_silence_loses(platform):
     await platform.ping()
     assert (await platform.status(job_id))["status"] == "IN_PROGRESS"
     await platform.ping(job_id)
-    assert (await platform.store.job(job_id)).confirmed
+    assert (await platform.store.job(job_id)).confirmed_ms is not None
     await platform.ping()
     job = await platform.status(job_id)
     assert (job["status"], job["error"]) == ("FAILED", "worker produced no result")

@@ -1,0 +1,263 @@
+"""Stream chunks (serverless-api.md §2.8), on every implementation: once, in order, bounded, of one attempt."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from pilotlight.core.lifecycle import Cancelled, ExecutionTimedOut, PlatformInterrupted, Retried
+from pilotlight.domain.job import JobStatus
+from pilotlight.errors import NotFoundError
+from pilotlight.ports.store import ChunkFate
+
+E1 = "endpoint1"
+STORED, OTHER, FULL = ChunkFate.STORED, ChunkFate.OTHER_ATTEMPT, ChunkFate.FULL
+
+
+class TestPosting:
+    async def test_a_chunk_confirms_the_job_and_marks_its_first_output(self, store, queue) -> None:
+        await queue.running("a")
+        assert await queue.chunk("a", now_ms=2_100) is STORED
+        assert await queue.chunk("a", now_ms=2_200) is STORED
+        job = await store.job("a")
+        assert (job.confirmed_ms, job.first_output_ms) == (2_100, 2_100)
+
+    async def test_only_of_the_running_attempt(self, store, queue) -> None:
+        await queue.submit("a")
+        assert await queue.chunk("a", b"too early") is OTHER
+        await queue.take("w1")
+        assert await queue.chunk("a", b"not its job", "w2") is OTHER
+        assert await queue.chunk("a", b"of another attempt", attempt=2) is OTHER
+        assert await queue.chunk("a", b"of this one", attempt=1) is STORED
+        await queue.finish("a")
+        assert await queue.chunk("a", b"too late") is OTHER
+        assert await queue.read("a") == [b"of this one"]
+        assert (await store.job("a")).confirmed_ms == 2_400
+
+    @pytest.mark.parametrize("event", [Cancelled(now_ms=3_000), ExecutionTimedOut(now_ms=3_000)])
+    async def test_none_after_the_end_was_acknowledged(self, store, queue, event) -> None:
+        """serverless-api.md §2.8: those that arrived before stay readable, none that came later ever is."""
+        await queue.running("a")
+        await queue.chunk("a", b"before")
+        await store.apply("a", event)
+        assert await queue.chunk("a", b"after") is OTHER
+        assert await queue.read("a") == [b"before"]
+        assert await queue.read("a", cursor=0) == [b"before"]
+
+    async def test_of_an_unknown_job(self, queue, store) -> None:
+        with pytest.raises(NotFoundError, match="nobody"):
+            await queue.chunk("nobody")
+        with pytest.raises(NotFoundError, match="nobody"):
+            await store.drain_chunks("nobody", limit_bytes=1)
+        assert not await store.has_chunks("nobody")
+        assert not await store.has_chunks("nobody", cursor=0)
+
+    async def test_any_bytes(self, queue) -> None:
+        await queue.running("a")
+        bodies = [b"", bytes(range(256)), b'{"output": "\\u0000"}', b"\xff" * 1_000_000]
+        for body in bodies:
+            assert await queue.chunk("a", body, limit=10_000_000) is STORED
+        assert await queue.read("a", limit=10_000_000) == bodies
+
+
+class TestBound:
+    """Slow readers must not grow what is kept without bound."""
+
+    async def test_full_when_unread_chunks_would_exceed_the_limit(self, queue) -> None:
+        await queue.running("a")
+        assert await queue.chunk("a", b"x" * 60, limit=100) is STORED
+        assert await queue.chunk("a", b"y" * 41, limit=100) is FULL
+        assert await queue.chunk("a", b"z" * 40, limit=100) is STORED
+        assert await queue.chunk("a", b"1", limit=100) is FULL
+        assert await queue.read("a") == [b"x" * 60, b"z" * 40]
+
+    async def test_what_was_read_no_longer_counts(self, queue) -> None:
+        await queue.running("a")
+        assert await queue.chunk("a", b"x" * 100, limit=100) is STORED
+        assert await queue.read("a") == [b"x" * 100]
+        assert await queue.chunk("a", b"y" * 100, limit=100) is STORED
+        assert await queue.chunk("a", b"z", limit=100) is FULL
+        assert await queue.read("a") == [b"y" * 100]
+
+    async def test_a_chunk_that_alone_exceeds_it(self, queue, store) -> None:
+        await queue.running("a")
+        assert await queue.chunk("a", b"x" * 101, limit=100) is FULL
+        assert not await store.has_chunks("a")
+
+    async def test_a_full_stream_is_still_of_the_attempt(self, queue) -> None:
+        await queue.running("a")
+        assert await queue.chunk("a", b"x" * 101, "w2", limit=100) is OTHER
+
+    async def test_a_new_attempt_begins_empty(self, queue) -> None:
+        await queue.running("a")
+        assert await queue.chunk("a", b"x" * 100, limit=100) is STORED
+        await queue.lose("a")
+        await queue.take("w2")
+        assert await queue.chunk("a", b"y" * 100, "w2", limit=100) is STORED
+
+    async def test_posted_at_the_same_time_they_share_the_limit(self, queue) -> None:
+        await queue.running("a")
+        fates = await asyncio.gather(*(queue.chunk("a", b"x" * 10, limit=100) for _ in range(50)))
+        assert (fates.count(STORED), fates.count(FULL)) == (10, 40)
+        assert await queue.read("a") == [b"x" * 10] * 10
+
+
+class TestReading:
+    async def test_once_and_in_order(self, store, queue) -> None:
+        await queue.running("a")
+        for number in range(3):
+            await queue.chunk("a", b"%d" % number)
+        assert await store.has_chunks("a")
+        job, chunks = await store.drain_chunks("a", limit_bytes=1_000)
+        assert [chunk.body for chunk in chunks] == [b"0", b"1", b"2"]
+        sequences = [chunk.sequence for chunk in chunks]
+        assert sequences == sorted(set(sequences))
+        assert job == await store.job("a")
+        assert not await store.has_chunks("a")
+        assert await queue.read("a") == []
+        await queue.chunk("a", b"3")
+        _, later = await store.drain_chunks("a", limit_bytes=1_000)
+        assert later[0].sequence > chunks[-1].sequence
+
+    async def test_the_order_of_posts_that_wait_for_each_other(self, queue) -> None:
+        await queue.running("a")
+        for number in range(120):
+            await queue.chunk("a", b"%03d" % number)
+        assert await queue.read("a") == [b"%03d" % number for number in range(120)]
+
+    async def test_about_so_many_bytes_but_at_least_one(self, queue) -> None:
+        await queue.running("a")
+        for body in (b"x" * 100, b"y" * 30, b"z" * 30):
+            await queue.chunk("a", body)
+        sizes = []
+        while drained := await queue.read("a", limit=60):
+            sizes.append([len(body) for body in drained])
+        assert sizes == [[100], [30, 30]]
+
+    async def test_returning_a_chunk_marks_the_job_as_read(self, store, queue) -> None:
+        await queue.running("a")
+        job, _ = await store.drain_chunks("a", limit_bytes=10)
+        assert not job.chunk_read
+        await queue.chunk("a")
+        assert not (await store.job("a")).chunk_read
+        job, _ = await store.drain_chunks("a", limit_bytes=10)
+        assert job.chunk_read
+        assert (await store.job("a")).chunk_read
+
+    async def test_a_job_whose_stream_was_read_is_not_retried(self, queue) -> None:
+        await queue.running("a")
+        await queue.chunk("a")
+        await queue.read("a")
+        assert (await queue.lose("a")).after.status is JobStatus.FAILED
+
+    async def test_unread_chunks_are_dropped_by_a_requeue(self, store, queue) -> None:
+        for event in ("lost", "interrupted"):
+            await queue.running(event)
+            await queue.chunk(event, b"of the first attempt")
+        await queue.lose("lost")
+        await store.apply("interrupted", PlatformInterrupted(now_ms=2_500))
+        for job_id in ("lost", "interrupted"):
+            assert not await store.has_chunks(job_id)
+            assert not await store.has_chunks(job_id, cursor=0)
+            assert await queue.take("w2") == [job_id]
+            await queue.chunk(job_id, b"of the second", "w2")
+            assert await queue.read(job_id) == [b"of the second"]
+
+    async def test_chunks_outlive_every_end(self, store, queue) -> None:
+        await queue.running("cancelled", "done", "failed")
+        for job_id in ("cancelled", "done", "failed"):
+            await queue.chunk(job_id)
+        await store.apply("cancelled", Cancelled(now_ms=3_000))
+        await queue.finish("done")
+        await queue.fail("failed")
+        for job_id in ("cancelled", "done", "failed"):
+            job, chunks = await store.drain_chunks(job_id, limit_bytes=100)
+            assert job.status.terminal
+            assert [chunk.body for chunk in chunks] == [b"x"]
+            job, chunks = await store.drain_chunks(job_id, limit_bytes=100)
+            assert (job.status.terminal, list(chunks)) == (True, [])
+
+    async def test_a_retry_by_the_client_begins_a_new_stream(self, store, queue) -> None:
+        """`JobStore.apply`: when the job goes back to the queue its chunks are dropped."""
+        await queue.running("a")
+        await queue.chunk("a", b"old, read")
+        assert await queue.read("a") == [b"old, read"]
+        await queue.chunk("a", b"old, unread")
+        await queue.fail("a")
+        await store.apply("a", Retried(now_ms=4_000, expires_ms=10**9))
+        assert await queue.read("a") == []
+        await queue.take("w2", now_ms=5_000)
+        for body in (b"1", b"2"):
+            await queue.chunk("a", body, "w2")
+        assert await queue.read("a", cursor=0) == [b"1", b"2"]
+        assert await queue.read("a") == [b"1", b"2"]
+
+    async def test_two_readers_split_the_chunks(self, queue) -> None:
+        await queue.running("a")
+        for number in range(50):
+            await queue.chunk("a", b"%02d" % number)
+        drained = await asyncio.gather(*(queue.read("a", limit=10) for _ in range(10)))
+        bodies = [body for some in drained for body in some]
+        assert sorted(bodies) == [b"%02d" % number for number in range(50)]
+
+    async def test_posts_and_reads_at_the_same_time_lose_nothing(self, queue) -> None:
+        await queue.running("a")
+
+        async def post() -> None:
+            for number in range(100):
+                assert await queue.chunk("a", b"%03d" % number) is STORED
+                await asyncio.sleep(0)
+
+        posting = asyncio.create_task(post())
+        read: list[bytes] = []
+        while len(read) < 100:
+            read += await queue.read("a", limit=20)
+            await asyncio.sleep(0)
+        await posting
+        assert read == [b"%03d" % number for number in range(100)]
+
+
+class TestCursor:
+    async def test_reads_from_there_and_remembers_nothing(self, store, queue) -> None:
+        await queue.running("a")
+        for number in range(4):
+            await queue.chunk("a", b"%d" % number)
+        _, chunks = await store.drain_chunks("a", limit_bytes=1_000, cursor=0)
+        assert [chunk.body for chunk in chunks] == [b"0", b"1", b"2", b"3"]
+        third = chunks[2].sequence
+        assert await queue.read("a", cursor=third) == [b"2", b"3"]
+        assert await queue.read("a", cursor=third) == [b"2", b"3"]
+        assert await queue.read("a", limit=1, cursor=third) == [b"2"]
+        assert await queue.read("a", cursor=chunks[3].sequence + 1) == []
+        assert await queue.read("a") == [b"0", b"1", b"2", b"3"]
+
+    async def test_has_chunks_from_there(self, store, queue) -> None:
+        await queue.running("a")
+        assert not await store.has_chunks("a", cursor=0)
+        await queue.chunk("a")
+        _, [chunk] = await store.drain_chunks("a", limit_bytes=1_000, cursor=0)
+        assert await store.has_chunks("a", cursor=chunk.sequence)
+        assert not await store.has_chunks("a", cursor=chunk.sequence + 1)
+        assert await store.has_chunks("a")
+
+    async def test_it_marks_the_job_as_read(self, store, queue) -> None:
+        await queue.running("a")
+        job, _ = await store.drain_chunks("a", limit_bytes=10, cursor=0)
+        assert not job.chunk_read
+        await queue.chunk("a")
+        job, _ = await store.drain_chunks("a", limit_bytes=10, cursor=0)
+        assert job.chunk_read
+        assert (await queue.lose("a")).after.status is JobStatus.FAILED
+
+    async def test_several_readers_see_everything(self, queue) -> None:
+        await queue.running("a")
+        for number in range(20):
+            await queue.chunk("a", b"%02d" % number)
+        readers = await asyncio.gather(*(queue.read("a", cursor=0) for _ in range(5)))
+        assert readers == [[b"%02d" % number for number in range(20)]] * 5
+
+    async def test_a_large_one_is_no_error(self, queue) -> None:
+        await queue.running("a")
+        await queue.chunk("a")
+        assert await queue.read("a", cursor=2**31 - 1) == []

@@ -1,0 +1,216 @@
+"""The database server dies and comes back: nothing acknowledged is lost, nothing is half done, all goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Iterator
+
+import asyncpg
+import pytest
+
+from pilotlight.core.lifecycle import Cancelled, ResultPosted
+from pilotlight.domain.job import Job, JobStatus
+from pilotlight.errors import NotFoundError, StoreError
+from pilotlight.ports.store import Store
+from pilotlight.stores import open_postgresql_store
+
+from ..postgresql import PASSWORD, PostgresqlServer, postgresql_server  # noqa: TID252
+from .test_postgresql_sharing import Recorder
+
+NewJob = Callable[..., Job]
+E1 = "endpoint1"
+TIMEOUT_S = 60
+
+
+@pytest.fixture
+def mortal() -> Iterator[PostgresqlServer]:
+    """A server that a test may kill."""
+    with postgresql_server() as server:
+        yield server
+
+
+async def working(store: Store) -> None:
+    """Returns when the store works again."""
+    async with asyncio.timeout(TIMEOUT_S):
+        while True:
+            try:
+                await store.counts(E1)
+            except StoreError:
+                await asyncio.sleep(0.05)
+            else:
+                return
+
+
+async def test_calls_fail_while_the_server_is_away_and_work_afterwards(
+    mortal: PostgresqlServer, new_job: NewJob
+) -> None:
+    store = await open_postgresql_store(mortal.url())
+    ours, lost = Recorder(), asyncio.Event()
+    store.listen(ours)
+    assert await store.lead(lost.set)
+    await store.submit(new_job("before"))
+    await ours.until(lambda: ours.resyncs > 0)
+    await asyncio.to_thread(mortal.kill)
+    for call in (
+        store.submit(new_job("meanwhile")),
+        store.take(E1, "w", count=1, now_ms=2_000),
+        store.apply("before", Cancelled(now_ms=2_000)),
+        store.job("before"),
+    ):
+        with pytest.raises(StoreError) as caught:
+            await call
+        assert PASSWORD not in str(caught.value)
+    await asyncio.wait_for(lost.wait(), TIMEOUT_S)
+    resyncs = ours.resyncs
+    await asyncio.to_thread(mortal.start)
+    await working(store)
+    assert (await store.job("before")).status is JobStatus.IN_QUEUE
+    with pytest.raises(NotFoundError):
+        await store.job("meanwhile")
+    await ours.until(lambda: ours.resyncs > resyncs)
+    assert await store.lead(lost.set)
+    [taken] = await store.take(E1, "w", count=1, now_ms=3_000)
+    assert taken.id == "before"
+    await store.close()
+
+
+async def test_a_server_killed_in_mid_work_loses_nothing_acknowledged(
+    mortal: PostgresqlServer, new_job: NewJob
+) -> None:
+    """serverless-api.md §1: what was answered is there, once, and its counters are the truth."""
+    store = await open_postgresql_store(mortal.url())
+    acknowledged: dict[str, JobStatus] = {}
+    refused, enough = asyncio.Event(), asyncio.Event()
+
+    async def client(name: int) -> None:
+        # One whose commit turns out to have happened is never refused, and goes on.
+        for number in itertools.takewhile(lambda _: not enough.is_set(), itertools.count()):
+            job_id = f"{name}-{number}"
+            try:
+                await store.submit(new_job(job_id))
+                acknowledged[job_id] = JobStatus.IN_QUEUE
+                for job in await store.take(E1, f"w{name}", count=2, now_ms=2_000):
+                    acknowledged[job.id] = JobStatus.IN_PROGRESS
+                    event = ResultPosted(worker_id=f"w{name}", now_ms=2_001, output=b"1", attempt=job.attempt)
+                    applied = await store.apply(job.id, event)
+                    assert applied.changed
+                    acknowledged[job.id] = JobStatus.COMPLETED
+            except StoreError:
+                refused.set()
+                return
+
+    clients = [asyncio.create_task(client(name)) for name in range(16)]
+    async with asyncio.timeout(TIMEOUT_S):
+        while len(acknowledged) < 300:
+            await asyncio.sleep(0.01)
+    await asyncio.to_thread(mortal.kill)
+    await refused.wait()
+    await asyncio.to_thread(mortal.start)
+    enough.set()
+    await asyncio.gather(*clients)
+    await working(store)
+    for job_id, status in acknowledged.items():
+        found = (await store.job(job_id)).status
+        assert found is status or (status is not JobStatus.COMPLETED and found is not JobStatus.FAILED)
+    jobs = await store.jobs(E1, limit=1_000_000)
+    counts = await store.counts(E1)
+    statuses = [job.status for job in jobs]
+    assert (counts.queued, counts.in_progress, counts.completed) == (
+        statuses.count(JobStatus.IN_QUEUE),
+        statuses.count(JobStatus.IN_PROGRESS),
+        statuses.count(JobStatus.COMPLETED),
+    )
+    await store.close()
+
+
+class _LostCommit:
+    """Stands for a connection that dies just after, or just before, its commit reached the server."""
+
+    def __init__(self, *, committed: bool) -> None:
+        self.committed = committed
+        self.hits = 0
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        execute = asyncpg.Connection.execute
+        cut = self
+
+        async def cutting(connection, query: str, *values, **options):
+            if query == "COMMIT" and not cut.hits:
+                cut.hits += 1
+                if cut.committed:
+                    await execute(connection, query)
+                connection.terminate()
+                raise asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation")
+            return await execute(connection, query, *values, **options)
+
+        monkeypatch.setattr(asyncpg.Connection, "execute", cutting)
+
+
+@pytest.mark.parametrize("committed", [True, False])
+class TestACommitWhoseAnswerIsLost:
+    async def test_submit(
+        self, postgresql_url: str, new_job: NewJob, monkeypatch: pytest.MonkeyPatch, committed: bool
+    ) -> None:
+        store = await open_postgresql_store(postgresql_url)
+        _LostCommit(committed=committed).install(monkeypatch)
+        if committed:
+            assert (await store.submit(new_job("a"))).id == "a"
+        else:
+            with pytest.raises(StoreError, match="nothing was changed"):
+                await store.submit(new_job("a"))
+        assert (await store.counts(E1)).queued == int(committed)
+        await store.close()
+
+    async def test_apply(
+        self, postgresql_url: str, new_job: NewJob, monkeypatch: pytest.MonkeyPatch, committed: bool
+    ) -> None:
+        store = await open_postgresql_store(postgresql_url)
+        await store.submit(new_job("a"))
+        [job] = await store.take(E1, "w", count=1, now_ms=2_000)
+        _LostCommit(committed=committed).install(monkeypatch)
+        event = ResultPosted(worker_id="w", now_ms=2_001, output=b"1", attempt=1)
+        if committed:
+            assert (await store.apply(job.id, event)).finished
+        else:
+            with pytest.raises(StoreError, match="nothing was changed"):
+                await store.apply(job.id, event)
+            assert (await store.apply(job.id, event)).finished
+        assert (await store.counts(E1)).completed == 1
+        await store.close()
+
+
+async def test_deadlocks_are_tried_again(postgresql_url: str, new_job: NewJob) -> None:
+    """Somebody else's transaction holds one job and wants the other; PostgreSQL ends one of the two."""
+    store = await open_postgresql_store(postgresql_url)
+    await asyncio.gather(store.submit(new_job("a")), store.submit(new_job("b")))
+    other = await asyncpg.connect(postgresql_url)
+    await other.execute("SET deadlock_timeout = '10s'")
+    await other.execute("BEGIN")
+    await other.execute("SELECT 1 FROM jobs WHERE id = 'b' FOR UPDATE")
+    both = asyncio.create_task(
+        store.apply_many([("b", Cancelled(now_ms=2_000)), ("a", Cancelled(now_ms=2_000))])
+    )
+    async with asyncio.timeout(TIMEOUT_S):
+        while not await other.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):
+            await asyncio.sleep(0.01)
+        # It holds a, for jobs are locked in the order of their ids, and gives it up for this one.
+        await other.execute("SELECT 1 FROM jobs WHERE id = 'a' FOR UPDATE")
+    await other.execute("COMMIT")
+    await other.close()
+    assert [applied is not None and applied.finished for applied in await both] == [True, True]
+    await store.close()
+
+
+async def test_closing_finishes_what_was_accepted(postgresql_url: str, new_job: NewJob) -> None:
+    store = await open_postgresql_store(postgresql_url)
+    submits = [asyncio.create_task(store.submit(new_job(f"j{number}"))) for number in range(50)]
+    await asyncio.sleep(0)
+    await store.close()
+    await store.close()
+    await asyncio.gather(*submits)
+    with pytest.raises(StoreError, match="closed"):
+        await store.counts(E1)
+    again = await open_postgresql_store(postgresql_url)
+    assert (await again.counts(E1)).queued == 50
+    await again.close()

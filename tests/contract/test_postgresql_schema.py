@@ -1,0 +1,168 @@
+"""PostgreSQL's schema comes from its migrations, whoever opens first; queries are used and served by indices."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import importlib.resources
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+
+from pilotlight.errors import DataFolderError, SettingsError, StoreError
+from pilotlight.stores import open_postgresql_store
+from pilotlight.stores.postgresql import migrations
+from pilotlight.stores.postgresql.connections import decode_text, encode_text, public_url
+from pilotlight.stores.postgresql.migrations.script import scripts
+from pilotlight.stores.postgresql.sql import QUERIES
+
+from ..postgresql import PASSWORD, PostgresqlServer  # noqa: TID252
+
+PACKAGE = Path(str(importlib.resources.files("pilotlight.stores.postgresql")))
+
+RELEASED = {
+    "0001_initial.sql": "ec1e3c04d856c519421b1c2ede77158dcbc9a37c3b7f98a300135a3427ffafd6",
+    "versions/0001_initial.py": "2cd71fb4cd4430e080b570e11f1ea3c4ad37473fb92563c4b69c51e539443958",
+}
+"""SHA-256 of every migration that users may have run. Add to it, never change it: a database that has
+run a migration will not run it again."""
+
+
+async def fetch(url: str, query: str, *values: Any) -> list[Any]:
+    connection = await asyncpg.connect(url)
+    try:
+        return await connection.fetch(query, *values)
+    finally:
+        await connection.close()
+
+
+@pytest.fixture
+def empty_url(postgresql: PostgresqlServer):
+    url = postgresql.new_database(migrated=False)
+    yield url
+    postgresql.drop_database(url)
+
+
+def test_released_migrations_do_not_change() -> None:
+    folder = PACKAGE / "migrations"
+    files = [*folder.glob("[0-9]*.sql"), *folder.glob("versions/[0-9]*.py")]
+    assert {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files
+    } == RELEASED
+
+
+def test_the_known_revisions_are_the_scripts() -> None:
+    directory = scripts()
+    assert [script.revision for script in directory.walk_revisions()][::-1] == list(migrations.REVISIONS)
+    assert directory.get_current_head() == migrations.REVISIONS[-1]
+
+
+async def test_gateways_that_start_at_once_migrate_once(empty_url: str) -> None:
+    opened = await asyncio.gather(*(open_postgresql_store(empty_url) for _ in range(4)))
+    assert [await store.endpoints() for store in opened] == [[]] * 4
+    for store in opened:
+        await store.close()
+    rows = await fetch(empty_url, "SELECT version_num FROM alembic_version")
+    assert [row[0] for row in rows] == [migrations.REVISIONS[-1]]
+
+
+async def test_a_migration_that_fails_changes_nothing(empty_url: str) -> None:
+    """1. A table of somebody's is in the way half-way through. 2. Nothing of the migration stays."""
+    await fetch(empty_url, "CREATE TABLE requests (id INTEGER)")
+    with pytest.raises(StoreError, match='relation "requests" already exists'):
+        await open_postgresql_store(empty_url)
+    rows = await fetch(empty_url, "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace")
+    assert [row[0] for row in rows] == ["requests"]
+
+
+async def test_a_database_of_a_newer_version_is_refused(postgresql_url: str) -> None:
+    await fetch(postgresql_url, "UPDATE alembic_version SET version_num = '9999'")
+    with pytest.raises(DataFolderError, match=r"newer version of pilotlight \(schema 9999") as caught:
+        await open_postgresql_store(postgresql_url)
+    assert PASSWORD not in str(caught.value)
+
+
+async def test_a_database_with_another_encoding_is_refused(postgresql: PostgresqlServer) -> None:
+    name = "latin"
+    postgresql.execute(f"CREATE DATABASE {name} ENCODING 'LATIN1' TEMPLATE template0")
+    try:
+        with pytest.raises(StoreError, match="encoding LATIN1"):
+            await open_postgresql_store(postgresql.url(name))
+    finally:
+        postgresql.drop_database(postgresql.url(name))
+
+
+async def test_alembic_is_imported_only_when_there_is_something_to_do(postgresql_url: str) -> None:
+    program = f"""
+import asyncio, sys
+from pilotlight.stores import open_postgresql_store
+
+async def main():
+    await (await open_postgresql_store({postgresql_url!r})).close()
+
+asyncio.run(main())
+assert not {{"alembic", "sqlalchemy"}} & set(sys.modules)
+"""
+    await asyncio.to_thread(subprocess.run, [sys.executable, "-W", "error", "-c", program], check=True)
+
+
+def test_the_driver_is_imported_only_when_it_is_needed() -> None:
+    program = "import sys, pilotlight.stores; assert 'asyncpg' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("mysql://user:open-sesame@host/db", "begins with mysql://"),
+        ("host/db", "begins with no scheme"),
+        ("postgresql://user:open-sesame@host:port/db", "is not a URL"),
+        ("postgresql://user:open-sesame@127.0.0.1:1/db?nonsense[]=1", "cannot be opened"),
+    ],
+)
+async def test_a_bad_url_is_refused_without_repeating_its_password(url: str, message: str) -> None:
+    with pytest.raises((SettingsError, StoreError), match=message) as caught:
+        await open_postgresql_store(url)
+    assert PASSWORD not in str(caught.value)
+
+
+def test_only_host_and_database_of_a_url_are_shown() -> None:
+    assert (
+        public_url("postgresql://me:open-sesame@host:5432/db?sslmode=require") == "postgresql://host:5432/db"
+    )
+
+
+@pytest.mark.parametrize("text", ["", "plain", "\x00", "a\x00b\ud800", "\ufdd0", "\ufdd00000", "ü€😀"])
+def test_every_text_survives(text: str) -> None:
+    """PostgreSQL keeps neither NUL nor lone surrogates."""
+    stored = encode_text(text)
+    assert "\x00" not in stored
+    stored.encode()
+    assert decode_text(stored) == text
+
+
+def test_every_query_is_used() -> None:
+    source = "".join(path.read_text() for path in PACKAGE.glob("*.py"))
+    assert [name for name in QUERIES if f'"{name}"' not in source] == []
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["next_jobs", "due_jobs", "prune_jobs", "count_ahead", "demand", "job", "jobs_newest", "living_jobs"],
+)
+async def test_the_queue_is_served_by_its_indices(postgresql_url: str, query: str) -> None:
+    """No scan of all jobs, however many there are."""
+    connection = await asyncpg.connect(postgresql_url)
+    try:
+        await connection.execute("SET enable_seqscan = off")
+        statement = await connection.prepare(QUERIES[query])
+        values = ["x" if parameter.name == "text" else 1 for parameter in statement.get_parameters()]
+        plan = "\n".join(row[0] for row in await connection.fetch(f"EXPLAIN {QUERIES[query]}", *values))
+    finally:
+        await connection.close()
+    assert "Seq Scan on jobs" not in plan
+    assert "Index" in plan

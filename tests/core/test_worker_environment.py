@@ -1,0 +1,56 @@
+"""The environment of workers (worker-protocol.md §2.1, §2.2)."""
+
+from __future__ import annotations
+
+from pilotlight.core.worker_environment import join_environment, without_jobs, worker_environment
+
+PLATFORM = worker_environment("http://h:8400", "ep", "w", "secret", ping_interval_ms=2000, host_name="box")
+
+
+def test_every_variable_of_the_table_is_there():
+    """§2.1."""
+    assert {name: PLATFORM[name] for name in PLATFORM if name.startswith("RUNPOD_")} == {
+        "RUNPOD_WEBHOOK_GET_JOB": "http://h:8400/v2/ep/job-take/$ID?gpu=cpu",
+        "RUNPOD_WEBHOOK_POST_OUTPUT": "http://h:8400/v2/ep/job-done/$RUNPOD_POD_ID/$ID?gpu=cpu",
+        "RUNPOD_WEBHOOK_POST_STREAM": "http://h:8400/v2/ep/job-stream/$RUNPOD_POD_ID/$ID?gpu=cpu",
+        "RUNPOD_WEBHOOK_PING": "http://h:8400/v2/ep/ping/$RUNPOD_POD_ID?gpu=cpu",
+        "RUNPOD_PING_INTERVAL": "2000",
+        "RUNPOD_AI_API_KEY": "secret",
+        "RUNPOD_POD_ID": "w",
+        "RUNPOD_POD_HOSTNAME": "box",
+        "RUNPOD_ENDPOINT_ID": "ep",
+        "RUNPOD_LOG_LEVEL": "INFO",
+        "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true",
+        "RUNPOD_ENDPOINT_BASE_URL": "http://h:8400/v2",
+        "RUNPOD_API_BASE_URL": "http://h:8400",
+    }
+
+
+def test_the_platform_wins_but_for_what_may_be_chosen():
+    chosen = {
+        "RUNPOD_POD_ID": "forged",
+        "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "false",
+        "RUNPOD_SKIP_GPU_CHECK": "true",
+        "MINE": "1",
+        "NO_PROXY": "corp",
+    }
+    joined = join_environment(chosen, PLATFORM)
+    assert joined["RUNPOD_POD_ID"] == "w"
+    assert joined["RUNPOD_SKIP_AUTO_SYSTEM_CHECKS"] == "false"
+    assert joined["RUNPOD_SKIP_GPU_CHECK"] == "true"
+    assert joined["MINE"] == "1"
+    assert joined["NO_PROXY"] == "corp,h"
+
+
+def test_a_chosen_debug_level_is_not_hidden_by_ours():
+    """§2.1: of the two names the first one wins."""
+    joined = join_environment({"RUNPOD_DEBUG_LEVEL": "ERROR"}, PLATFORM)
+    assert "RUNPOD_LOG_LEVEL" not in joined
+    assert joined["RUNPOD_DEBUG_LEVEL"] == "ERROR"
+
+
+def test_a_worker_that_takes_no_jobs_gets_neither_addresses_nor_a_credential():
+    left = without_jobs(PLATFORM)
+    assert "secret" not in left.values()
+    assert not [name for name in left if "WEBHOOK" in name]
+    assert left["RUNPOD_POD_ID"] == "w"

@@ -1,0 +1,114 @@
+"""Worker affinity (serverless-api.md §3): the header, its three strengths, and what happens when it fails."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from aiohttp import web
+
+ID = "lbendpoint1234"
+HEADER = "X-Runpod-Worker-Id"
+
+
+def named(name):
+    async def answer(_):
+        return web.Response(text=name)
+
+    return answer
+
+
+@pytest.mark.parametrize("form", ["{}", "strict {}", "strict-resume {}"])
+async def test_a_pinned_request_goes_to_its_worker(balanced, form):
+    for name in ("w1", "w2", "w3"):
+        await balanced.worker(name, named(name))
+    for name in ("w3", "w1", "w2"):
+        async with balanced.ask(headers={HEADER: form.format(name)}) as answer:
+            assert (await answer.text(), answer.headers[HEADER]) == (name, name)
+
+
+async def test_a_preference_falls_back_silently(balanced):
+    await balanced.worker("w1", named("w1"))
+    await balanced.worker("w2", named("w2"), capacity=1)
+    balanced.slots.take_of(ID, "w2")
+    for wanted in ("w2", "never", ""):
+        async with balanced.ask(headers={HEADER: wanted}) as answer:
+            assert (answer.status, answer.headers[HEADER]) == (200, "w1")
+
+
+async def test_a_strict_pin_waits_for_its_worker_while_others_are_free(balanced):
+    await balanced.worker("w1", named("w1"))
+    await balanced.worker("w2", named("w2"), capacity=1)
+    taken = balanced.slots.take_of(ID, "w2")
+    asking = asyncio.create_task(
+        balanced.client.get(f"{balanced.url}/lb/{ID}/", headers={HEADER: "strict w2"})
+    )
+    await balanced.waiting.wait()
+    async with balanced.ask() as answer:
+        assert await answer.text() == "w1", "others are not held up by it"
+    balanced.slots.release_request(taken)
+    async with await asking as answer:
+        assert await answer.text() == "w2"
+
+
+async def test_a_strict_pin_that_waits_in_vain_is_400_with_its_reason(make_balanced):
+    balanced = await make_balanced(pinned_wait_s=1)
+    await balanced.worker("w1", named("w1"), capacity=1)
+    balanced.slots.take_of(ID, "w1")
+    async with balanced.ask(headers={HEADER: "strict w1"}) as answer:
+        assert answer.status == 400
+        assert await answer.json() == {"error": "timed out waiting for worker", "reason": "worker_timeout"}
+
+
+@pytest.mark.parametrize("pin", ["strict", "strict-resume"])
+async def test_a_worker_that_is_gone_is_404(balanced, pin):
+    await balanced.worker("w1", named("w1"))
+    async with balanced.ask(headers={HEADER: f"{pin} gone"}) as answer:
+        assert (answer.status, await answer.json()) == (404, {"error": "affinity_worker_gone"})
+
+
+async def test_a_worker_that_goes_while_it_is_waited_for_is_404(balanced):
+    await balanced.worker("w1", named("w1"), capacity=1)
+    balanced.slots.take_of(ID, "w1")
+    asking = asyncio.create_task(
+        balanced.client.get(f"{balanced.url}/lb/{ID}/", headers={HEADER: "strict w1"})
+    )
+    await balanced.waiting.wait()
+    balanced.drain("w1")
+    async with await asking as answer:
+        assert (answer.status, await answer.json()) == (404, {"error": "affinity_worker_gone"})
+
+
+async def test_a_worker_that_is_only_unhealthy_is_waited_for(balanced):
+    port = await balanced.worker("w1", named("w1"))
+    balanced.slots.close_worker("w1", for_good=False)
+    asking = asyncio.create_task(
+        balanced.client.get(f"{balanced.url}/lb/{ID}/", headers={HEADER: "strict w1"})
+    )
+    await balanced.waiting.wait()
+    balanced.add("w1", port)
+    async with await asking as answer:
+        assert await answer.text() == "w1"
+
+
+async def test_strict_resume_starts_a_worker_that_was_scaled_down(balanced):
+    port = await balanced.worker("other", named("w1"))
+    balanced.fleet.stopped.add("w1")
+    asking = asyncio.create_task(
+        balanced.client.get(f"{balanced.url}/lb/{ID}/", headers={HEADER: "strict-resume w1"})
+    )
+    await balanced.waiting.wait()
+    assert balanced.fleet.resumed == ["w1"]
+    balanced.add("w1", port)
+    async with await asking as answer:
+        assert answer.headers[HEADER] == "w1"
+
+
+async def test_pins_never_cross_endpoints(balanced):
+    await balanced.deploy("otherbalancer1")
+    await balanced.worker("w1", named("mine"))
+    await balanced.worker("w2", named("theirs"), endpoint_id="otherbalancer1")
+    async with balanced.ask(headers={HEADER: "strict w2"}) as answer:
+        assert (answer.status, await answer.json()) == (404, {"error": "affinity_worker_gone"})
+    async with balanced.ask(headers={HEADER: "w2"}) as answer:
+        assert await answer.text() == "mine"
