@@ -233,7 +233,8 @@ class WorkerFleet:
         except BaseException as error:
             self._live.pop(worker_id, None)
             failure = Failure(kind="spawn_failed", cause=str(error) or repr(error))
-            ended = self._clock.now_ms()
+            # No process of it ever ran, so its life has no length and nothing to account for.
+            ended = worker.created_ms
             gone = replace(worker, state=WorkerState.FAILED, failure=failure, state_ms=ended, ended_ms=ended)
             if not isinstance(error, StoreError):
                 self._note_failure(endpoint.id, failure, started=False)
