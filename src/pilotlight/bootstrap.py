@@ -36,7 +36,6 @@ from pilotlight.domain.ids import api_key_secret, short_id
 from pilotlight.domain.key import ApiKey, Scope, hash_secret
 from pilotlight.domain.worker import Address, Registration
 from pilotlight.engines.manifest import EngineManifest, load_manifest
-from pilotlight.errors import SettingsError
 from pilotlight.gateway.app import Gateway, OpenAIRoad
 from pilotlight.gateway.asgi import App
 from pilotlight.gateway.data_path import DataPath, StartFailedError
@@ -158,12 +157,15 @@ class Installation:
         self.slots.on_free = self.jobs.slots_freed
         self.fleet.on_change = self.autoscaler.wake
         self.balancer = self._load_balancer()
-        self.leadership = Leadership(lead=store.lead, begin=self._begin_to_lead, end=self._end_to_lead)
+        self.leadership = Leadership(
+            lead=store.lead, begin=self._begin_to_lead, cut=self.jobs.ledger.suspend, end=self._end_to_lead
+        )
         self.elsewhere = Elsewhere(
             jobs=JobsElsewhere(self.jobs.ledger),
             directory=self.directory,
             changed=self.endpoint_changed,
             deleted=self._endpoint_deleted_elsewhere,
+            served=lambda: {worker.endpoint_id for worker in self.fleet.workers()},
             webhook_due=self.webhooks.wake,
         )
         self.app = Gateway(
@@ -189,6 +191,8 @@ class Installation:
 
     async def _begin_to_lead(self) -> None:
         """Recover what an earlier leader left, a life of ours or another gateway, and begin with workers."""
+        # First, and harmless without workers: should the lead be lost meanwhile, that is not undone.
+        self.jobs.ledger.resume()
         await self.directory.refresh()
         swept = await self.fleet.recover()
         self.run_folder.open()
@@ -203,14 +207,18 @@ class Installation:
             self.autoscaler.wake(endpoint.id)
 
     async def _end_to_lead(self) -> None:
-        """End everything that only a leader may do; its jobs are another gateway's by now."""
+        """End everything that only a leader may do; its jobs are another gateway's by now.
+
+        Nothing is handed out any more since the lead was lost. Workers go first: what they still do is done
+        a second time elsewhere, and the loops need the store, which may be away.
+        """
         await _attempt("autoscaler", self.autoscaler.stop())
+        await _attempt("workers", self.fleet.dismiss(reason="the gateway lost the lead"))
+        for endpoint in self.directory.endpoints():
+            self.slots.fail_held(endpoint.id, StartFailedError("the gateway lost the lead", retry_after_s=2))
         await _attempt("reaper", self.reaper.stop())
         await _attempt("meter", self.meter.stop())
         await _attempt("webhooks", self.webhooks.stop())
-        for endpoint in self.directory.endpoints():
-            self.slots.fail_held(endpoint.id, StartFailedError("the gateway lost the lead", retry_after_s=2))
-        await _attempt("workers", self.fleet.dismiss(reason="the gateway lost the lead"))
         self.run_folder.close()
 
     async def stop(self) -> None:
@@ -260,6 +268,7 @@ class Installation:
         self.slots.forgive(endpoint.id)
         self.fleet.resize(endpoint)
         self.autoscaler.wake(endpoint.id)
+        self.elsewhere.acted_on(endpoint)
 
     async def endpoint_deleted(self, endpoint_id: str) -> None:
         """Cancel the jobs of a deleted endpoint and forget its slots once its workers are gone."""
@@ -351,7 +360,7 @@ class Installation:
         )
 
     def _load_balancer(self) -> LoadBalancer:
-        return LoadBalancer(
+        balancer = LoadBalancer(
             directory=self.directory,
             slots=self.slots,
             fleet=self.fleet,
@@ -361,13 +370,15 @@ class Installation:
             record=self.recorder.record,
             start_failed=StartFailedError,
         )
+        self._listener.balanced = balancer.pool
+        return balancer
 
     def _job_road(self) -> App:
         limits = self.settings.limits
         for_clients = job_routes(self.jobs, self.directory, slots=self.slots, fleet=self.fleet, limits=limits)
         for_workers = worker_routes(self.jobs, self.fleet, limits=limits)
         for_batches = batch_routes(self.jobs.batches, self.directory, limits=limits, rates=self.jobs.rates)
-        return JobRoad([*for_clients, *for_workers, *for_batches])
+        return JobRoad([*for_clients, *for_workers, *for_batches], body_s=limits.body_s)
 
     def _management(self) -> App:
         service = EndpointService(
@@ -421,12 +432,12 @@ class Installation:
         )
         if endpoint.kind is EndpointKind.QUEUE:
             del platform[STATE_URL_VARIABLE]
-            return join_environment(endpoint.revision.env, platform)
+            return join_environment(endpoint.revision.env, platform, os.environ)
         if endpoint.kind is EndpointKind.LOAD_BALANCER:
             port = str(self.ports.take(worker_id))
             platform = without_jobs(platform) | {PORT_VARIABLE: port, HEALTH_PORT_VARIABLE: port}
-            return join_environment(endpoint.revision.env, platform)
-        variables = join_environment(endpoint.revision.env, platform)
+            return join_environment(endpoint.revision.env, platform, os.environ)
+        variables = join_environment(endpoint.revision.env, platform, os.environ)
         variables["PILOTLIGHT_WORKER_RUN_DIR"] = str(self.run_folder.path(worker_id))
         variables["PILOTLIGHT_ENGINE_HOME"] = str(self.settings.engine_home)
         variables["MAX_CONCURRENCY"] = str(endpoint.concurrency)
@@ -541,7 +552,7 @@ async def open_installation(
     try:
         secret = _installation_secret(settings)
         listener = bind(settings)
-    except SettingsError:
+    except BaseException:
         await store.close()
         raise
     host, port = listener.getsockname()[:2]
@@ -559,7 +570,6 @@ async def open_installation(
         proxy_headers=False,
         timeout_keep_alive=75,
         timeout_graceful_shutdown=1,
-        h11_max_incomplete_event_size=64 * 1024,
     )
     server = Server(config)
     serving: asyncio.Task[None] | None = None

@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from pilotlight.cli.deploy import _has_ready
+from pilotlight.client import PilotlightClient
+
+ADMIN_KEY = "rpa_admin0secret"
 POST = ("POST", "/pilotlight/v1/endpoints")
 
 
@@ -89,13 +93,34 @@ def test_what_contradicts_the_kind_is_refused_before_anything_is_sent(cli, gatew
 
 def test_wait_needs_a_minimum(cli, gateway):
     result = cli("deploy", "--kind", "queue", "--command", "/bin/sh x", "--name", "q", "--wait")
-    assert result.exit_code != 0
+    assert result.exit_code == 2
     assert "--min 1" in result.output
-    assert "q is deployed" in result.stdout
+    assert not gateway.sent(*POST), "nothing is stored that cannot be waited for"
+    gateway.add("q", kind="queue", model="", command=["old"], min=1)
+    arguments = ["deploy", "--kind", "queue", "--command", "/bin/sh x", "--name", "q", "--wait"]
+    assert cli(*arguments, "--min", "0").exit_code == 2
 
 
-def test_wait_returns_with_a_ready_worker(cli, gateway):
-    gateway.add("q", kind="queue", model="", command=["old"], min=1, status="ready")
+def test_wait_fails_with_cause_and_advice(cli, gateway):
+    failure = {"kind": "exited", "cause": "worker ended with exit status 1", "advice": "see the log"}
+    gateway.add("q", kind="queue", model="", command=["old"], min=1, failure=failure)
+    result = cli("deploy", "--kind", "queue", "--command", "/bin/sh x", "--name", "q", "--wait")
+    assert result.exit_code != 0
+    assert "exit status 1. see the log" in result.stderr
+
+
+def test_wait_is_not_satisfied_by_a_worker_of_an_earlier_revision(gateway, a_worker):
+    endpoint = gateway.add("q", kind="queue", model="", min=1, version=2)
+    gateway.workers[endpoint["id"]] = [a_worker(version=1)]
+    with PilotlightClient(gateway.url, ADMIN_KEY) as client:
+        assert not _has_ready(client, endpoint)
+        gateway.workers[endpoint["id"]].append(a_worker(version=2))
+        assert _has_ready(client, endpoint)
+
+
+def test_wait_returns_with_a_ready_worker(cli, gateway, a_worker):
+    endpoint = gateway.add("q", kind="queue", model="", command=["old"], min=1, status="ready")
+    gateway.workers[endpoint["id"]] = [a_worker(version=1), a_worker(version=2)]
     result = cli("deploy", "--kind", "queue", "--command", "/bin/sh x", "--name", "q", "--wait", "--json")
     assert result.exit_code == 0, result.output
     assert "ready after" in result.stderr

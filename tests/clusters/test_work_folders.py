@@ -13,6 +13,7 @@ import pytest
 
 from pilotlight.clusters.local import LocalCluster
 from pilotlight.clusters.ports import PortBook, _outside
+from pilotlight.clusters.work_folders import WorkFolders
 from pilotlight.ports.cluster import WorkerSpec
 
 PROGRAM = (
@@ -112,3 +113,28 @@ def test_each_worker_has_a_port_of_its_own_that_can_be_listened_on():
 def test_ports_lie_outside_of_what_the_kernel_gives_to_connections():
     assert _outside((32_768, 60_999)) == [(10_000, 32_767), (61_000, 65_535)]
     assert _outside((1024, 65_535)) == [(10_000, 65_535)]
+
+
+def test_read_only_folders_are_removed(tmp_path):
+    """The module cache of Go, for one, is read-only."""
+    folders = WorkFolders(tmp_path / "work")
+    deep = folders.make("w") / "a" / "b"
+    deep.mkdir(parents=True)
+    (deep / "file").touch()
+    for folder in (deep, deep.parent):
+        folder.chmod(0o500)
+    folders.remove("w")
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_what_cannot_be_removed_is_put_aside(tmp_path, monkeypatch):
+    """worker-protocol.md §11: no worker may find the folder of an earlier one."""
+    folders = WorkFolders(tmp_path / "work")
+    (folders.make("w") / ".runpod_jobs.pkl").touch()
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.rmtree", lambda *_, **__: None)
+        assert list(folders.make("w").iterdir()) == []
+        assert list(folders.make("w").iterdir()) == []
+    assert {each.name for each in (tmp_path / "work").iterdir()} == {"w", "w.left-0", "w.left-1"}
+    folders.prune({"w"})
+    assert {each.name for each in (tmp_path / "work").iterdir()} == {"w"}

@@ -144,6 +144,8 @@ class TestWorkers:
         await store.put_worker(self.FULL)
         await store.put_worker(bare)
         assert list(await store.workers(living=False)) == [bare, self.FULL]
+        assert await store.worker(self.FULL.id) == self.FULL
+        assert await store.worker("unknown") is None
 
     async def test_a_record_is_replaced(self, store: Store) -> None:
         worker = Worker(id="w", endpoint_id="e1", version=1)

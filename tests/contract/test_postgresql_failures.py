@@ -9,11 +9,14 @@ from collections.abc import Callable, Iterator
 import asyncpg
 import pytest
 
-from pilotlight.core.lifecycle import Cancelled, ResultPosted
+from pilotlight.core.lifecycle import Cancelled, PlatformInterrupted, ResultPosted
 from pilotlight.domain.job import Job, JobStatus
 from pilotlight.errors import NotFoundError, StoreError
-from pilotlight.ports.store import Store
+from pilotlight.ports.store import ChunkFate, Store
 from pilotlight.stores import open_postgresql_store
+from pilotlight.stores.postgresql import database
+from pilotlight.stores.postgresql.database import Database
+from pilotlight.stores.postgresql.sql import QUERIES
 
 from ..postgresql import PASSWORD, PostgresqlServer, postgresql_server  # noqa: TID252
 from .test_postgresql_sharing import Recorder
@@ -178,6 +181,120 @@ class TestACommitWhoseAnswerIsLost:
             assert (await store.apply(job.id, event)).finished
         assert (await store.counts(E1)).completed == 1
         await store.close()
+
+    async def test_apply_of_what_others_changed_since(
+        self, postgresql_url: str, new_job: NewJob, monkeypatch: pytest.MonkeyPatch, committed: bool
+    ) -> None:
+        """Two jobs in one group; before anybody asks, another gateway changes one of them."""
+        store, other = (
+            await open_postgresql_store(postgresql_url),
+            await open_postgresql_store(postgresql_url),
+        )
+        await store.submit(new_job("a"))
+        await store.submit(new_job("b"))
+        resolve = Database._resolve
+
+        async def later(*arguments):
+            await other.apply("a", PlatformInterrupted(now_ms=2_002))
+            await resolve(*arguments)
+
+        monkeypatch.setattr(Database, "_resolve", later)
+        _LostCommit(committed=committed).install(monkeypatch)
+        taking = store.take(E1, "w", count=2, now_ms=2_000)
+        if committed:
+            assert [job.id for job in await taking] == ["a", "b"]
+        else:
+            with pytest.raises(StoreError, match="nothing was changed"):
+                await taking
+        await store.close()
+        await other.close()
+
+    async def test_drain(
+        self, postgresql_url: str, new_job: NewJob, monkeypatch: pytest.MonkeyPatch, committed: bool
+    ) -> None:
+        """serverless-api.md §2.8: a chunk is delivered once, and is not lost with the connection."""
+        store = await open_postgresql_store(postgresql_url)
+        await store.submit(new_job("a"))
+        await store.take(E1, "w", count=1, now_ms=2_000)
+        await store.append_chunk("a", "w", b"1", attempt=1, now_ms=2_001, limit_bytes=100)
+        _LostCommit(committed=committed).install(monkeypatch)
+        if not committed:
+            with pytest.raises(StoreError, match="nothing was changed"):
+                await store.drain_chunks("a", limit_bytes=100)
+        _, chunks = await store.drain_chunks("a", limit_bytes=100)
+        assert [chunk.body for chunk in chunks] == [b"1"]
+        await store.close()
+
+    async def test_append_chunk(
+        self, postgresql_url: str, new_job: NewJob, monkeypatch: pytest.MonkeyPatch, committed: bool
+    ) -> None:
+        """What is reported as not stored may be sent again, and must not be there twice."""
+        store = await open_postgresql_store(postgresql_url)
+        await store.submit(new_job("a"))
+        await store.take(E1, "w", count=1, now_ms=2_000)
+        execute, hits = asyncpg.Connection.execute, []
+
+        async def cutting(connection, query: str, *values, **options):
+            if query == QUERIES["append_chunk"] and not hits:
+                hits.append(query)
+                if committed:
+                    await execute(connection, query, *values, **options)
+                connection.terminate()
+                raise asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation")
+            return await execute(connection, query, *values, **options)
+
+        monkeypatch.setattr(asyncpg.Connection, "execute", cutting)
+        appending = store.append_chunk("a", "w", b"1", attempt=1, now_ms=2_001, limit_bytes=100)
+        if committed:
+            assert await appending is ChunkFate.STORED
+        else:
+            with pytest.raises(StoreError, match="nothing was changed"):
+                await appending
+        _, chunks = await store.drain_chunks("a", limit_bytes=100)
+        assert len(chunks) == int(committed)
+        await store.close()
+
+
+async def test_one_bad_value_harms_nobody_else(postgresql_url: str, new_job: NewJob) -> None:
+    """A number that no column can hold comes in the same group as good jobs."""
+    store = await open_postgresql_store(postgresql_url)
+    # The first goes alone, the others wait for it together.
+    jobs = [new_job("first"), new_job("good"), new_job("bad", retries_max=2**40), new_job("fine")]
+    answers = await asyncio.gather(*(store.submit(job) for job in jobs), return_exceptions=True)
+    assert [isinstance(answer, StoreError) for answer in answers] == [False, False, True, False]
+    assert str(2**40) not in str(answers[2])
+    await store.close()
+
+
+async def test_what_is_refused_is_not_done_later(
+    postgresql_url: str, new_job: NewJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = await open_postgresql_store(postgresql_url)
+    with monkeypatch.context() as patch:
+        patch.setattr(database, "PENDING_MAX", 0)
+        with pytest.raises(StoreError, match="overloaded"):
+            await store.submit(new_job("refused"))
+    await store.submit(new_job("taken"))
+    assert [job.id for job in await store.jobs(E1)] == ["taken"]
+    await store.close()
+
+
+async def test_a_purge_lets_others_work_while_it_waits(postgresql_url: str, new_job: NewJob) -> None:
+    """A transaction of somebody's lasts long; the purge waits for it, submissions do not wait for the purge."""
+    store = await open_postgresql_store(postgresql_url)
+    await store.submit(new_job("a"))
+    other = await asyncpg.connect(postgresql_url)
+    await other.execute(database.Begin.JOBS.value)
+    purge = asyncio.create_task(store.purge(E1, now_ms=2_000))
+    async with asyncio.timeout(TIMEOUT_S):
+        while not await other.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):
+            await asyncio.sleep(0.01)
+        await store.submit(new_job("b"))
+    assert not purge.done()
+    await other.execute("COMMIT")
+    await other.close()
+    assert await purge == 2
+    await store.close()
 
 
 async def test_deadlocks_are_tried_again(postgresql_url: str, new_job: NewJob) -> None:

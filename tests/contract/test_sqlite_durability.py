@@ -318,8 +318,12 @@ class TestGroups:
             await asyncio.sleep(0)
             with pytest.raises(StoreError, match="overloaded"):
                 await sqlite_store.submit(new_job("too many"))
+            # What ends work that was accepted is still taken.
+            end = asyncio.create_task(sqlite_store.apply("j0", Cancelled(now_ms=1)))
+            await asyncio.sleep(0)
         await asyncio.gather(*waiting)
-        assert (await sqlite_store.counts(E1)).queued == 5
+        assert (await end).after.status == "CANCELLED"
+        assert (await sqlite_store.counts(E1)).queued == 4
 
     async def test_a_read_sees_every_write_whose_await_returned(
         self, sqlite_store: SqliteStore, new_job: NewJob

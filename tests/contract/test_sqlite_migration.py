@@ -14,8 +14,8 @@ from pilotlight.core.lifecycle import PlatformInterrupted, ResultPosted
 from pilotlight.domain.endpoint import EndpointKind
 from pilotlight.domain.job import JobCounts, JobStatus, QueueDemand
 from pilotlight.stores import SqliteStore, open_sqlite_store
+from pilotlight.stores.folder import DATABASE_FILE
 from pilotlight.stores.sqlite import migrations
-from pilotlight.stores.sqlite.folder import DATABASE_FILE
 from pilotlight.stores.sqlite.sql import statements
 
 E1 = "endpoint1"

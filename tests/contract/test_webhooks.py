@@ -23,6 +23,7 @@ from pilotlight.errors import NotFoundError
 E1, E2 = "endpoint1", "endpoint2"
 URL = "https://example.com/hook?a='b'"
 DEAD_KEPT = 1_000
+BOUNDS = {"host_bytes": 250, "all_bytes": 10_000, "before_ms": 0}
 
 
 def delivery(number: int, **changes: object) -> WebhookDelivery:
@@ -248,7 +249,7 @@ class TestDead:
         await store.put_webhook(dead)
         assert list(await store.due_webhooks(now_ms=10**15)) == []
         assert await store.next_webhook_ms() is None
-        assert list(await store.dead_webhooks()) == [dead]
+        assert list(await store.dead_webhooks()) == [replace(dead, body=b"", size=len(dead.body))]
         assert await store.webhook("j1.1") == dead
 
     async def test_newest_first_of_all_or_of_one_endpoint(self, store) -> None:
@@ -274,3 +275,29 @@ class TestDead:
         dead = await store.dead_webhooks(limit=5_000)
         assert [each.created_ms for each in dead] == list(range(DEAD_KEPT + 50, 50, -1))
         assert await store.next_webhook_ms() == 0
+
+
+class TestTrimmed:
+    async def test_the_oldest_of_a_host_are_given_up(self, store) -> None:
+        for number in range(1, 5):
+            await store.put_webhook(delivery(number, body=b"x" * 100))
+        await store.put_webhook(delivery(9, body=b"x" * 100, url="https://other.example/", created_ms=0))
+        assert await store.trim_webhooks(**BOUNDS) == 2
+        assert await store.trim_webhooks(**BOUNDS) == 0, "what waits and what is dead count apart"
+        due = await store.due_webhooks(now_ms=100)
+        assert [each.job_id for each in due] == ["j3", "j4", "j9"]
+        dead = await store.dead_webhooks()
+        assert [(each.job_id, each.size) for each in dead] == [("j2", 0), ("j1", 0)]
+        assert dead[0].last_error.startswith("given up")
+
+    async def test_in_all_and_by_age(self, store) -> None:
+        for number in range(1, 5):
+            url = f"https://h{number}.example/"
+            await store.put_webhook(
+                delivery(number, body=b"x" * 100, url=url, next_ms=None, last_error="answered 500")
+            )
+        assert await store.trim_webhooks(**{**BOUNDS, "all_bytes": 300}) == 1
+        assert await store.trim_webhooks(**{**BOUNDS, "before_ms": 3}) == 1
+        dead = await store.dead_webhooks()
+        assert [(each.job_id, each.size) for each in dead] == [("j4", 100), ("j3", 100), ("j2", 0), ("j1", 0)]
+        assert {each.last_error for each in dead} == {"answered 500"}

@@ -9,12 +9,12 @@ from pilotlight.core.health_check import HealthHistory, HealthVerdict, health_pa
 ROUTABLE, INITIALIZING, UNHEALTHY = HealthVerdict
 
 
-def fold(checks, *, busy=False):
+def fold(checks, *, busy=False, patience_ms=1000):
     """The verdicts after each of these checks: a status, None for a refusal, "silent" for no answer."""
     history, verdicts = HealthHistory(), []
     for number, check in enumerate(checks):
         status, silent = (None, True) if check == "silent" else (check, False)
-        history = note_check(history, status, number, silent=silent, busy=busy)
+        history = note_check(history, status, number, silent=silent, busy=busy, patience_ms=patience_ms)
         verdicts.append(history.verdict)
     return verdicts, history
 
@@ -39,8 +39,12 @@ def test_a_routable_worker_may_be_silent_for_two_checks():
     assert fold([200, "silent", "silent", 200, "silent", "silent"])[0][-1] is ROUTABLE
 
 
-def test_a_busy_worker_may_be_silent_as_long_as_it_works():
+def test_a_busy_worker_may_be_silent_as_long_as_a_request_may_take():
     assert fold([200, *["silent"] * 50], busy=True)[0][-1] is ROUTABLE
+    verdicts, history = fold([200, *["silent"] * 12], busy=True, patience_ms=10)
+    assert verdicts[10:] == [ROUTABLE, UNHEALTHY, UNHEALTHY]
+    assert history.unhealthy_ms == 11
+    assert fold([200, *["silent"] * 8, 200, *["silent"] * 8], busy=True, patience_ms=10)[0][-1] is ROUTABLE
 
 
 def test_a_worker_that_never_answered_is_not_routable():
@@ -51,7 +55,10 @@ def test_times_count_from_the_first_check_of_a_kind():
     assert fold([200, 500, 500, None])[1].unhealthy_ms == 1
     assert fold([500, 200, 500])[1].unhealthy_ms == 2
     history = fold([204, 204, 204])[1]
-    assert (history.initializing_ms, history.unhealthy_ms) == (0, None)
+    assert (history.not_routable_ms, history.unhealthy_ms) == (0, None)
+    history = fold([200, 204, 503, 204, 503, 204])[1]
+    assert history.not_routable_ms == 1, "only a 200 ends it"
+    assert fold([204, 200])[1].not_routable_ms is None
 
 
 def test_the_path_is_ping_unless_the_endpoint_names_another():

@@ -39,7 +39,14 @@ def test_the_platform_wins_but_for_what_may_be_chosen():
     assert joined["RUNPOD_SKIP_AUTO_SYSTEM_CHECKS"] == "false"
     assert joined["RUNPOD_SKIP_GPU_CHECK"] == "true"
     assert joined["MINE"] == "1"
-    assert joined["NO_PROXY"] == "corp,h"
+    assert joined["NO_PROXY"] == joined["no_proxy"] == "corp,h"
+
+
+def test_the_gateways_own_exceptions_from_its_proxy_hold_in_both_spellings():
+    """§2.1: libraries differ in which spelling they read first, and heartbeats must never go to a proxy."""
+    inherited = {"http_proxy": "http://proxy:1", "NO_PROXY": "a, b", "no_proxy": "b,c"}
+    joined = join_environment({"NO_PROXY": "d"}, PLATFORM, inherited)
+    assert joined["NO_PROXY"] == joined["no_proxy"] == "a,b,c,d,h"
 
 
 def test_a_chosen_debug_level_is_not_hidden_by_ours():

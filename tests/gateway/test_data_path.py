@@ -14,6 +14,7 @@ from pilotlight.domain.usage import Outcome
 from pilotlight.domain.worker import Address, Failure, Registration
 from pilotlight.gateway.data_path import StartFailedError
 from pilotlight.gateway.protocol import ClientStream
+from pilotlight.gateway.worker_protocol import WORKER_OPERATIONS
 from pilotlight.ports.fleet import Health
 
 from .conftest import ADMIN, OTHER, RUN
@@ -309,6 +310,13 @@ async def test_a_gateway_that_stops_says_so(rig):
     rig.app.closing = True
     answer = await rig.client.post(CHAT, json=BODY)
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+
+
+def test_workers_may_call_to_the_end():
+    """worker-protocol.md §7.2: a gateway that stops takes what its workers still have to say."""
+    assert {
+        b"job-take", b"job-take-batch", b"job-stop", b"job-done", b"job-done-batch", b"job-stream", b"ping",
+    } == WORKER_OPERATIONS  # fmt: skip
 
 
 async def test_strangers_write_no_rows(rig):

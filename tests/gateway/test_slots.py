@@ -8,7 +8,7 @@ import pytest
 
 from pilotlight.core.admission import AdmissionLimits, AdmissionReason, Verdict
 from pilotlight.domain.worker import Address, Registration
-from pilotlight.gateway.slots import HoldExpiredError, SlotTable
+from pilotlight.gateway.slots import HoldExpiredError, SlotTable, WorkerGoneError
 
 REGISTRATION = Registration(engine=Address(url="unix:/engine"))
 
@@ -160,3 +160,18 @@ async def test_a_slot_that_became_free_before_the_wait_began_is_taken(slots):
     assert slots.admit("e", 1)[0].verdict is Verdict.QUEUE
     slots.release_request(slots.worker("w"))
     slots.release_request(await slots.hold("e", 1, timeout_s=0))
+
+
+async def test_a_request_for_one_worker_is_told_when_that_ends_before_it_was_ready(slots):
+    """Such a worker has no slots yet."""
+    asking = asyncio.create_task(slots.hold("e", 1, timeout_s=30, worker_id="starting"))
+    others = asyncio.create_task(slots.hold("e", 1, timeout_s=30, worker_id="other"))
+    await asyncio.sleep(0)
+    slots.close_worker("starting")
+    slots.drop_worker("starting")
+    with pytest.raises(WorkerGoneError):
+        await asking
+    assert not others.done()
+    others.cancel()
+    await asyncio.gather(others, return_exceptions=True)
+    assert not slots._pinned

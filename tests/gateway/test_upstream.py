@@ -103,6 +103,35 @@ async def test_a_reused_connection_found_dead_is_replaced_once(server, pool):
     assert (server.connections, len(server.requests)) == (2, 3)
 
 
+async def test_a_request_is_sent_twice_at_most_however_many_idle_connections_there_are(server, pool):
+    first, second = asyncio.Event(), asyncio.Event()
+    server.scripts = [[first.wait(), ok()], [second.wait(), ok()], ["close"], ["close"], ["close"]]
+    asking = [asyncio.create_task(ask(pool, server)) for _ in range(2)]
+    async with asyncio.timeout(20):
+        while len(server.requests) < 2:
+            await asyncio.sleep(0.001)
+    first.set()
+    second.set()
+    for response in await asyncio.gather(*asking):
+        await whole(response)
+    with pytest.raises(UpstreamError):
+        await ask(pool, server)
+    assert len(server.requests) == 2 + 2
+
+
+@pytest.mark.parametrize(
+    "begin", [b"HTTP/1.1 200 OK\r\nx: ", b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n0\r\nx: "]
+)
+async def test_a_head_or_trailer_without_end_is_an_error(server, pool, begin):
+    """The parser would keep all of it, and copy it with every piece."""
+    server.scripts = [[begin, *[b"x" * 10_000] * 40]]
+    with pytest.raises(UpstreamError, match="too large"):
+        await whole(await ask(pool, server))
+    async with asyncio.timeout(20):
+        await server.closed.wait()
+    pool.close()
+
+
 async def test_a_new_connection_that_breaks_is_an_error(server, pool):
     server.scripts = [["close"]]
     with pytest.raises(UpstreamError) as error:

@@ -8,7 +8,8 @@ import pytest
 
 from pilotlight.domain.endpoint import EndpointKind, Revision
 from pilotlight.domain.worker import Address, Registration, Stage, WorkerState
-from pilotlight.errors import NotFoundError
+from pilotlight.errors import ClusterError, NotFoundError
+from pilotlight.management.views import failure_view
 from pilotlight.ports.fleet import StageReport
 
 ROUTABLE = StageReport(
@@ -75,9 +76,9 @@ async def test_an_end_in_silence_is_explained_by_the_last_line(world):
     world.cluster.end(worker.id, 1)
     await world.settle()
     failure = world.fleet.health("e").failure
-    assert failure.cause == (
-        "worker ended with exit status 1 in stage starting: ModuleNotFoundError: No module named 'torch'"
-    )
+    assert failure.cause == "worker ended with exit status 1 in stage starting", "callers may read this"
+    assert failure.line == "ModuleNotFoundError: No module named 'torch'"
+    assert failure_view(failure).cause == f"{failure.cause}: {failure.line}", "administrators read this"
     assert failure.advice == "see `pilotlight logs e`"
 
 
@@ -155,3 +156,126 @@ async def test_two_who_resume_at_once_start_one(world):
     )
     assert first.id == second.id == worker.id
     assert len([entry for entry in world.cluster.log if entry == ("start", worker.id)]) == 2
+
+
+async def stopped(world, endpoint):
+    worker = await world.fleet.start(endpoint)
+    await world.fleet.reported(worker.id, ROUTABLE)
+    await world.fleet.drain(worker.id, reason="idle_timeout")
+    world.cluster.end(worker.id)
+    await world.settle()
+    return worker.id
+
+
+async def test_all_who_resume_at_once_share_one_process_whoever_leaves(world):
+    """serverless-api.md §3: the loser of the race must not take the winner's worker off the books."""
+    endpoint = deploy(world, EndpointKind.LOAD_BALANCER)
+    worker_id = await stopped(world, endpoint)
+    put, reached, go_on = world.store.put_worker, asyncio.Event(), asyncio.Event()
+
+    async def slow(worker):
+        reached.set()
+        await go_on.wait()
+        await put(worker)
+
+    world.store.put_worker = slow
+    first = asyncio.create_task(world.fleet.resume(endpoint, worker_id))
+    second = asyncio.create_task(world.fleet.resume(endpoint, worker_id))
+    await reached.wait()
+    with pytest.raises(ClusterError, match="lives already"):
+        await world.fleet.start(endpoint, worker_id=worker_id)
+    first.cancel()
+    go_on.set()
+    assert (await second).id == worker_id
+    assert world.fleet.worker(worker_id) is not None
+    assert world.cluster.log.count(("start", worker_id)) == 2
+    assert world.fleet.health("e").failures == 0
+
+
+@pytest.mark.parametrize("most", [0, 1])
+async def test_a_resumed_worker_counts_against_the_endpoints_most(world, most):
+    endpoint = deploy(world, EndpointKind.LOAD_BALANCER, workers_max=most)
+    worker_id = await stopped(world, endpoint)
+    for _ in range(most):
+        await world.fleet.start(endpoint)
+    with pytest.raises(ClusterError, match=f"may have {most} workers"):
+        await world.fleet.resume(endpoint, worker_id)
+    assert world.fleet.worker(worker_id) is None
+
+
+async def test_nobody_is_resumed_while_starts_pause(world):
+    endpoint = deploy(world, EndpointKind.LOAD_BALANCER)
+    worker_id = await stopped(world, endpoint)
+    for _ in range(3):
+        failed = await world.fleet.start(endpoint)
+        world.cluster.end(failed.id, 1)
+        await world.settle()
+    with pytest.raises(ClusterError, match="pause"):
+        await world.fleet.resume(endpoint, worker_id)
+    world.clock.now = world.fleet.health("e").retry_ms
+    assert (await world.fleet.resume(endpoint, worker_id)).id == worker_id
+
+
+@pytest.mark.parametrize("end", ["kill", "dismiss", "cancel"])
+async def test_a_worker_that_is_ended_before_its_process_gets_none(world, end):
+    endpoint = deploy(world)
+    put, reached, go_on = world.store.put_worker, asyncio.Event(), asyncio.Event()
+
+    async def slow(worker):
+        reached.set()
+        await go_on.wait()
+        await put(worker)
+
+    world.store.put_worker = slow
+    starting = asyncio.create_task(world.fleet.start(endpoint))
+    await reached.wait()
+    (worker,) = world.fleet.workers("e")
+    match end:
+        case "kill":
+            await world.fleet.kill(worker.id, reason="test")
+        case "dismiss":
+            await world.fleet.dismiss(reason="the lead is lost")
+        case _:
+            starting.cancel()
+    go_on.set()
+    with pytest.raises((ClusterError, asyncio.CancelledError)):
+        await starting
+    await world.settle()
+    assert ("start", worker.id) not in world.cluster.log
+    assert (world.fleet.workers("e"), world.fleet.health("e").failures) == ([], 0)
+    assert (await world.store.worker(worker.id)).state is WorkerState.STOPPED
+
+
+async def test_nothing_starts_from_dismissal_to_recovery(world):
+    endpoint = deploy(world)
+    await world.fleet.dismiss(reason="the lead is lost")
+    with pytest.raises(ClusterError, match="the lead is lost"):
+        await world.fleet.start(endpoint)
+    await world.fleet.recover()
+    await world.fleet.start(endpoint)
+
+
+async def test_a_busy_worker_whose_time_is_over_is_signalled_before_it_is_killed(world):
+    """worker-protocol.md §6.3: SIGTERM and answered polls, then the grace, then SIGKILL."""
+    worker = await world.fleet.start(deploy(world))
+    await world.fleet.took(worker.id, slots=1)
+    assert world.slots.reserve_jobs(worker.id, 1) == 1
+    world.listener.closed = lambda worker: world.cluster.log.append(("polls answered", worker.id))
+    await world.fleet.drain(worker.id, reason="test")
+    live = world.fleet._live[worker.id]
+    live.deadline._callback(live)
+    await world.settle()
+    assert world.cluster.log[-2:] == [("terminate", worker.id), ("polls answered", worker.id)]
+    assert live.worker.state is WorkerState.STOPPING
+    live.deadline._callback(live)
+    await world.settle()
+    assert ("kill", worker.id) in world.cluster.log
+
+
+async def test_a_raised_bound_reaches_a_load_balancing_worker_that_lives(world):
+    worker = await world.fleet.start(deploy(world, EndpointKind.LOAD_BALANCER, concurrency=2))
+    many = Registration(engine=Address(url="http://127.0.0.1:1"), max_concurrency=1_000_000)
+    await world.fleet.reported(worker.id, StageReport(stage=Stage.READY, registration=many))
+    assert world.fleet.capacity(worker.id) == 2
+    world.fleet.resize(deploy(world, EndpointKind.LOAD_BALANCER, concurrency=5))
+    assert world.fleet.capacity(worker.id) == 5

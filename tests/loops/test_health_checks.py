@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from pilotlight.domain.endpoint import EndpointKind, Revision
 from pilotlight.domain.worker import Address, Stage, WorkerState
 from pilotlight.loops.health_checks import CheckOutcome, HealthChecker
@@ -88,6 +90,27 @@ async def test_a_worker_that_initializes_has_longer_but_not_for_ever(world):
     await gone(world, worker_id)
     assert world.clock.now - begin >= 1_000_000
     assert world.fleet.health("e").failure.kind == "timeout"
+    await checked.checker.stop()
+
+
+async def test_a_worker_that_says_now_this_now_that_is_ended_too(world):
+    checked = Checked(world, [204, 503] * 1000, initializing_s=1000)
+    worker_id = await checked.start()
+    begin = world.clock.now
+    await gone(world, worker_id)
+    assert world.clock.now - begin >= 1_000_000
+    assert world.fleet.health("e").failure.kind == "timeout"
+    await checked.checker.stop()
+
+
+@pytest.mark.parametrize("status", [204, 503])
+async def test_a_worker_out_of_rotation_does_not_count_as_healthy(world, status):
+    checked = Checked(world, [200, status])
+    worker_id = await checked.start()
+    async with asyncio.timeout(20):
+        await checked.enough.wait()
+    assert world.fleet.worker(worker_id).state is WorkerState.READY
+    assert world.fleet.worker(worker_id).out_of_rotation
     await checked.checker.stop()
 
 

@@ -96,6 +96,31 @@ async def test_a_lost_lead_is_ended_and_taken_again() -> None:
     await work.leadership.stop()
 
 
+async def test_the_loss_cuts_at_once_and_an_end_under_way_is_not_broken_off() -> None:
+    store, said, go = Store(free=True), [], asyncio.Event()
+
+    async def begin() -> None:
+        said.append("begin")
+
+    async def end() -> None:
+        said.append("ending")
+        await go.wait()
+        said.append("ended")
+
+    leadership = Leadership(lead=store.lead, begin=begin, cut=lambda: said.append("cut"), end=end)
+    await leadership.start()
+    store.lose()
+    assert said == ["begin", "cut"]
+    async with asyncio.timeout(30):
+        while "ending" not in said:
+            await asyncio.sleep(0)
+    stopping = asyncio.create_task(leadership.stop())
+    await asyncio.sleep(0.01)
+    go.set()
+    await stopping
+    assert said == ["begin", "cut", "ending", "ended"]
+
+
 async def test_a_beginning_that_fails_is_tried_again() -> None:
     store = Store(free=False)
     work = Work(store)

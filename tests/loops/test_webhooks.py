@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from dataclasses import replace
 
 import pytest
 
@@ -388,3 +389,15 @@ async def test_a_restart_in_between_loses_nothing(world, receiver, tmp_path):
         await failing.count(2)
         assert {request.headers["X-Webhook-Id"] for request in receiver.requests} == {"cut.1"}
         assert {request.headers["X-Webhook-Id"] for request in failing.requests} == {"waits.1"}
+
+
+async def test_what_is_too_old_is_given_up_without_its_body(world, receiver):
+    """Storage is bounded by bytes and age, not only by how many dead letters there are."""
+    week_ms = 7 * 86_400_000
+    old = replace(world.delivery(receiver.url, "old.1"), created_ms=world.clock.now_ms() - week_ms - 1)
+    await world.store.put_webhook(old)
+    await world.store.put_webhook(world.delivery(receiver.url, "new.1"))
+    await world.sender(start=False)._trim()
+    (dead,) = await world.store.dead_webhooks()
+    assert (dead.id, dead.size, dead.last_error[:8]) == ("old.1", 0, "given up")
+    assert (await world.store.webhook("new.1")).body

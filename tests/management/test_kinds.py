@@ -167,3 +167,27 @@ async def test_a_worker_out_of_rotation_is_unhealthy(management):
     shown = (await management.http.get(f"/v2/serverless/{created['id']}/workers")).json()
     assert [worker["status"] for worker in shown["workers"]] == ["IDLE", "UNHEALTHY", "INITIALIZING"]
     assert shown["summary"]["unhealthy"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "hidden"),
+    [
+        ("HF_TOKEN", "x", True),
+        ("SIGNING_KEY", "x", True),
+        ("BASIC_AUTH", "x", True),
+        ("DB_PASSPHRASE", "x", True),
+        ("SENTRY_DSN", "x", True),
+        ("DATABASE_URL", "postgresql://user:word@host/db", True),
+        ("BROKER", "redis://:word@host", True),
+        ("SITE", "https://host/a@b", False),
+        ("MAX_NUM_BATCHED_TOKENS", "1", False),
+        ("KEYBOARD", "x", False),
+        ("AUTHOR", "x", False),
+    ],
+)
+async def test_values_that_look_secret_are_not_shown(management, name, value, hidden):
+    body = {"kind": "queue", "command": [sys.executable], "env": {name: value}}
+    answer = await management.http.post(URL, json=body)
+    assert answer.status_code < 300, answer.text
+    shown = (await management.http.get(f"{URL}/{answer.json()['id']}")).json()["env"][name]
+    assert shown == ("********" if hidden else value)

@@ -75,6 +75,14 @@ async def test_a_dead_letter_is_sent_again(management):
     assert "not a dead letter" in again.json()["detail"]
 
 
+async def test_a_dead_letter_without_its_body_is_not_sent_again(management):
+    await management.store.put_webhook(delivery(body=b""))
+    answer = await management.http.post(f"{URL}/job1.1/resend")
+    assert answer.status_code == 409
+    assert "body is not kept any more" in answer.json()["detail"]
+    assert (await management.http.get(f"{URL}/dead")).json()["webhooks"][0]["bytes"] == 0
+
+
 async def test_a_dead_letter_is_forgotten(management):
     await management.store.put_webhook(delivery())
     assert (await management.http.delete(f"{URL}/job1.1")).status_code == 204

@@ -255,3 +255,22 @@ async def test_tls_is_checked_against_the_name_and_not_the_address(make, tmp_pat
         distrusting = make(allow_private=True, lookup=Names(["127.0.0.1"]))
         with pytest.raises(UnreachableError, match="TLS certificate"):
             await post(distrusting, f"https://hooks.example:{receiver.port}/")
+
+
+@pytest.mark.parametrize("how", ["drips", "breaks off"])
+async def test_a_status_counts_whatever_becomes_of_the_body(make, receiver, how):
+    """serverless-api.md §2.12: with a 200 a webhook has arrived."""
+
+    async def half(request):
+        response = web.StreamResponse(headers={"Content-Length": "100"})
+        await response.prepare(request)
+        await response.write(b"half")
+        if how == "drips":
+            await receiver.released.wait()
+        request.transport.abort()
+        return response
+
+    receiver.answer = half
+    answer = await post(make(allow_private=True), receiver.url, timeout_s=1)
+    assert answer.status == 200
+    assert b"half".startswith(answer.body)

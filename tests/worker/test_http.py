@@ -98,6 +98,21 @@ async def test_redirects_keep_method_and_body(client):
         assert target.requests[0][1] == b"body"
 
 
+async def test_redirect_to_another_server_does_not_carry_the_key():
+    """worker-protocol.md §1: the key is for the platform."""
+    client = HttpClient({"Authorization": "secret", "User-Agent": "x"})
+    async with Server(OK) as target:
+        location = f"HTTP/1.1 307 X\r\nLocation: {target.url}/there\r\nContent-Length: 0\r\n\r\n"
+        async with Server(
+            b"HTTP/1.1 307 X\r\nLocation: /b\r\nContent-Length: 0\r\n\r\n", location.encode()
+        ) as server:
+            assert await ask(client, f"{server.url}/a") == (200, b"ok")
+        assert all(b"Authorization: secret" in head for head, _ in server.requests)
+        assert b"secret" not in target.requests[0][0]
+        assert b"User-Agent: x" in target.requests[0][0]
+    await client.close()
+
+
 async def test_endless_redirects(client):
     async with Server(*[b"HTTP/1.1 307 X\r\nLocation: /\r\nContent-Length: 0\r\n\r\n"] * 9) as server:
         with pytest.raises(ConnectionError, match="redirects"):

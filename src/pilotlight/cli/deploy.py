@@ -17,7 +17,7 @@ from pilotlight.cli.output import JsonOption, connect, duration, note, print_jso
 from pilotlight.cli.progress import Waiting, describe_progress, watch_start
 from pilotlight.cli.targets import match_endpoint
 from pilotlight.client import BusyError, GatewayError, PilotlightClient
-from pilotlight.client.models import Endpoint
+from pilotlight.client.models import Endpoint, Failure
 from pilotlight.errors import PilotlightError
 
 WAIT_S_MAX = 3600
@@ -191,7 +191,7 @@ def deploy_command(
     }
     spec = {field: value for field, value in given.items() if value is not None}
     with connect() as client:
-        endpoint, revised = _apply(client, spec)
+        endpoint, revised = _apply(client, spec, wait=wait)
         try:
             if wait and endpoint["kind"] in {Kind.QUEUE, Kind.LOAD_BALANCER}:
                 endpoint = wait_command_ready(client, endpoint)
@@ -202,10 +202,12 @@ def deploy_command(
             _print(endpoint, revised=revised, as_json=as_json)
 
 
-def _apply(client: PilotlightClient, spec: dict[str, Any]) -> tuple[Endpoint, bool]:
+def _apply(client: PilotlightClient, spec: dict[str, Any], *, wait: bool) -> tuple[Endpoint, bool]:
     name = spec.get("name")
     namesakes = [one for one in client.endpoints() if one["name"] == name] if name is not None else []
     existing = match_endpoint(namesakes, str(name)) if namesakes else None
+    if wait and spec.get("kind") in {Kind.QUEUE, Kind.LOAD_BALANCER}:
+        _check_minimum(spec, existing)
     with Waiting() as waiting:
         waiting.say("checking")
 
@@ -224,6 +226,13 @@ def _apply(client: PilotlightClient, spec: dict[str, Any]) -> tuple[Endpoint, bo
     return endpoint, existing is not None
 
 
+def _check_minimum(spec: dict[str, Any], existing: Endpoint | None) -> None:
+    """Return when a worker is going to start without work, so that it can be waited for."""
+    if not spec.get("min", existing["min"] if existing else 0):
+        message = "workers of a command start when work comes; to wait for one, deploy with --min 1"
+        raise typer.BadParameter(message, param_hint="--wait")
+
+
 def wait_ready(client: PilotlightClient, endpoint: Endpoint) -> Endpoint:
     """The endpoint once a worker of it is ready.
 
@@ -238,10 +247,7 @@ def wait_ready(client: PilotlightClient, endpoint: Endpoint) -> Endpoint:
         except BusyError as error:
             now = client.endpoint(endpoint["id"])
             if failure := now.get("failure"):
-                advice = f" {failure['advice']}" if failure.get("advice") else ""
-                raise PilotlightError(
-                    f"{now['name']} cannot start: {failure.get('cause')}.{advice}"
-                ) from error
+                raise _cannot_start(now, failure) from error
             # The gateway holds a request for some minutes; a large model may need more than one such hold.
             if not now.get("workers", {}).get("starting") or time.monotonic() - began > WAIT_S_MAX:
                 raise
@@ -252,28 +258,38 @@ def wait_ready(client: PilotlightClient, endpoint: Endpoint) -> Endpoint:
 
 
 def wait_command_ready(client: PilotlightClient, endpoint: Endpoint) -> Endpoint:
-    """The endpoint of a command once a worker of it is ready; one starts only because of a minimum.
+    """The endpoint of a command once a worker of its latest revision is ready.
+
+    One starts only because of a minimum, and workers of an earlier revision may still be ready.
 
     Raises:
-        PilotlightError: No worker is going to start, or it cannot; the message has the cause.
+        PilotlightError: It cannot start; the message has the cause and the advice.
     """
-    if not endpoint["min"]:
-        raise PilotlightError(
-            f"{endpoint['name']} starts its workers when work comes; to wait for one, deploy with --min 1"
-        )
     began = time.monotonic()
     with watch_start(client, endpoint["id"]):
         while True:
             now = client.endpoint(endpoint["id"])
-            if now["status"] == "ready":
+            if now["status"] == "ready" and _has_ready(client, now):
                 break
             if failure := now.get("failure"):
-                raise PilotlightError(f"{now['name']} cannot start: {failure.get('cause')}")
+                raise _cannot_start(now, failure)
             if time.monotonic() - began > WAIT_S_MAX:
                 raise PilotlightError(f"{now['name']} has no ready worker after {duration(WAIT_S_MAX)}")
             time.sleep(0.2)
     note(f"ready after {duration(time.monotonic() - began)}")
     return now
+
+
+def _has_ready(client: PilotlightClient, endpoint: Endpoint) -> bool:
+    return any(
+        worker["state"] == "ready" and worker["stage"] == "ready" and worker["version"] == endpoint["version"]
+        for worker in client.workers(endpoint["id"])
+    )
+
+
+def _cannot_start(endpoint: Endpoint, failure: Failure) -> PilotlightError:
+    advice = f" {failure['advice']}" if failure.get("advice") else ""
+    return PilotlightError(f"{endpoint['name']} cannot start: {failure.get('cause')}.{advice}")
 
 
 def check_kind(

@@ -7,14 +7,19 @@ that it still holds that one's job and never ask for another (worker-protocol.md
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import stat
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import structlog
 
 _log = structlog.get_logger(__name__)
+
+_ASIDE_MAX = 100
+"""Folders of one worker that are put aside because they cannot be removed."""
 
 
 class WorkFolders:
@@ -36,6 +41,8 @@ class WorkFolders:
         folder = self._root / worker_id
         self.remove(worker_id)
         self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.exists():
+            self._put_aside(folder)
         folder.mkdir(mode=0o700)
         (folder / "home").mkdir(mode=0o700)
         work = folder / "work"
@@ -63,9 +70,18 @@ class WorkFolders:
         folder = self._root / worker_id
         if not folder.exists():
             return
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove_tree(folder)
         if folder.exists():
             _log.warning("work_folder_not_removed", worker_id=worker_id, folder=str(folder))
+
+    def _put_aside(self, folder: Path) -> None:
+        """Give the name free that a folder which cannot be removed has; `prune` tries again with it."""
+        for number in range(_ASIDE_MAX):
+            aside = folder.with_name(f"{folder.name}.left-{number}")
+            if not aside.exists():
+                folder.rename(aside)
+                return
+        raise FileExistsError(f"{_ASIDE_MAX} folders of earlier lives of {folder} cannot be removed")
 
     def prune(self, living: Collection[str]) -> None:
         """Remove the folders of all workers but these."""
@@ -73,3 +89,17 @@ class WorkFolders:
             for folder in self._root.iterdir():
                 if folder.name not in living:
                     self.remove(folder.name)
+
+
+def _remove_tree(folder: Path) -> None:
+    """Remove what can be removed, also out of folders that their owner made read-only."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if not folder.exists():
+        return
+    with contextlib.suppress(OSError):
+        folder.chmod(stat.S_IRWXU)
+        for at, names, _ in os.walk(folder):
+            for each in (Path(at, name) for name in names):
+                if not each.is_symlink():
+                    each.chmod(stat.S_IRWXU)
+    shutil.rmtree(folder, ignore_errors=True)

@@ -43,24 +43,26 @@ class HealthHistory:
 
     Attributes:
         verdict: As it counts now; None before the first check.
-        silences: Checks in a row that nobody answered although the port is open.
+        silences: Checks in a row that nobody answered although the port is open, without work in hand.
+        silent_ms: Since when nobody answers although the port is open; None while somebody does.
         unhealthy_ms: Since when it is unhealthy; None while it is not.
-        initializing_ms: Since when it says that it is initializing; None while it does not.
+        not_routable_ms: Since when it was not routable, whatever it said meanwhile; None while it is.
     """
 
     verdict: HealthVerdict | None = None
     silences: int = 0
+    silent_ms: int | None = None
     unhealthy_ms: int | None = None
-    initializing_ms: int | None = None
+    not_routable_ms: int | None = None
 
 
 def note_check(
-    history: HealthHistory, status: int | None, now_ms: int, *, silent: bool, busy: bool
+    history: HealthHistory, status: int | None, now_ms: int, *, silent: bool, busy: bool, patience_ms: int
 ) -> HealthHistory:
     """The history with one check more.
 
-    A routable worker stays so while a check goes unanswered, for as long as it has requests in hand, and for
-    `SILENCES_MAX` checks without any; every other answer counts at once.
+    A routable worker stays so while checks go unanswered: with requests in hand for as long as the longest of
+    them may take, and for less than `SILENCES_MAX` checks without any. Every other answer counts at once.
 
     Args:
         history: Until now.
@@ -68,20 +70,23 @@ def note_check(
         now_ms: When the check ended.
         silent: Whether the port was open but nothing came in time.
         busy: Whether the worker has requests in hand.
+        patience_ms: Longest silence of a worker with requests in hand.
     """
     verdict = decide_health(status)
     silences = history.silences + 1 if silent and not busy else 0
-    if silent and history.verdict is HealthVerdict.ROUTABLE and silences < SILENCES_MAX:
-        return replace(history, silences=silences)
-    unhealthy = verdict is HealthVerdict.UNHEALTHY
-    initializing = verdict is HealthVerdict.INITIALIZING
+    silent_ms = _since(history.silent_ms, now_ms) if silent else None
+    patient = silent_ms is not None and silences < SILENCES_MAX and now_ms - silent_ms < patience_ms
+    if patient and history.verdict is HealthVerdict.ROUTABLE:
+        return replace(history, silences=silences, silent_ms=silent_ms)
+    routable, unhealthy = verdict is HealthVerdict.ROUTABLE, verdict is HealthVerdict.UNHEALTHY
     return HealthHistory(
         verdict=verdict,
         silences=silences,
-        unhealthy_ms=(now_ms if history.unhealthy_ms is None else history.unhealthy_ms)
-        if unhealthy
-        else None,
-        initializing_ms=(
-            (now_ms if history.initializing_ms is None else history.initializing_ms) if initializing else None
-        ),
+        silent_ms=silent_ms,
+        unhealthy_ms=_since(history.unhealthy_ms, now_ms) if unhealthy else None,
+        not_routable_ms=None if routable else _since(history.not_routable_ms, now_ms),
     )
+
+
+def _since(before_ms: int | None, now_ms: int) -> int:
+    return now_ms if before_ms is None else before_ms

@@ -84,14 +84,18 @@ _JOB_VARIABLES = frozenset({"RUNPOD_AI_API_KEY", "RUNPOD_PING_INTERVAL", STATE_U
 _LOG_LEVELS = frozenset({"RUNPOD_LOG_LEVEL", "RUNPOD_DEBUG_LEVEL"})
 
 
-def join_environment(chosen: Mapping[str, str], platform: Mapping[str, str]) -> dict[str, str]:
+def join_environment(
+    chosen: Mapping[str, str], platform: Mapping[str, str], inherited: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """The environment of a worker: what the user chose, and what the platform sets.
 
-    The platform wins, except for `CHOOSABLE_VARIABLES`; of `NO_PROXY` both are kept.
+    The platform wins, except for `CHOOSABLE_VARIABLES`; of `NO_PROXY` all are kept, in both spellings,
+    because programs differ in which one they read first.
 
     Args:
         chosen: The endpoint's variables.
         platform: From `worker_environment`, and whatever else must be there.
+        inherited: The gateway's own environment, of which workers inherit the proxies.
     """
     kept = {name: value for name, value in chosen.items() if name in CHOOSABLE_VARIABLES}
     joined = {**chosen, **platform, **kept}
@@ -99,8 +103,10 @@ def join_environment(chosen: Mapping[str, str], platform: Mapping[str, str]) -> 
         # The library reads RUNPOD_LOG_LEVEL first, which would hide the user's RUNPOD_DEBUG_LEVEL.
         for name in _LOG_LEVELS - kept.keys():
             joined.pop(name, None)
-    hosts = [chosen.get("NO_PROXY", ""), platform.get("NO_PROXY", "")]
-    joined["NO_PROXY"] = ",".join(filter(None, hosts))
+    sources = (inherited or {}, chosen, platform)
+    lists = [source.get(name, "") for source in sources for name in ("NO_PROXY", "no_proxy")]
+    hosts = [host.strip() for each in lists for host in each.split(",")]
+    joined["NO_PROXY"] = joined["no_proxy"] = ",".join(dict.fromkeys(filter(None, hosts)))
     return joined
 
 

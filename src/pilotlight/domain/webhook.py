@@ -21,6 +21,7 @@ class WebhookDelivery:
         next_ms: When to try next; None for a dead letter.
         last_status: HTTP status of the last answer; None when there was none.
         last_error: What went wrong last.
+        size: Bytes of the body where a list leaves it out; None where `body` is given.
     """
 
     id: str
@@ -33,6 +34,7 @@ class WebhookDelivery:
     next_ms: int | None = None
     last_status: int | None = None
     last_error: str = ""
+    size: int | None = None
 
     @property
     def host(self) -> str:

@@ -63,11 +63,14 @@ class Failure:
         kind: Machine-readable class, such as `out_of_memory` or `unknown_architecture`.
         cause: The engine's own line.
         advice: What to do about it.
+        line: The last line that a program which is not ours wrote; "" for none. For administrators only: it
+            may hold anything.
     """
 
     kind: str
     cause: str
     advice: str = ""
+    line: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +108,11 @@ class Worker:
     ready_ms: int | None = None
     state_ms: int = 0
     ended_ms: int | None = None
+
+    @property
+    def out_of_rotation(self) -> bool:
+        """Whether it was ready and a health check took it out of use again."""
+        return self.state is WorkerState.READY and self.stage in {Stage.UNHEALTHY, Stage.INITIALIZING}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,12 +27,10 @@ from pilotlight.gateway.elsewhere import FOLLOWER_RETRY_S, FOLLOWS, follower_bod
 from pilotlight.gateway.load_balancer import LoadBalancer
 from pilotlight.gateway.load_balancer_tunnel import TUNNEL
 from pilotlight.gateway.refusal import openai_body
+from pilotlight.gateway.worker_protocol import WORKER_OPERATIONS
 
 _SLASHES = re.compile(rb"/{2,}")
 _WORKER_STATE = b"/pilotlight/v1/worker-state/"
-_WORKER_OPERATIONS = frozenset(
-    {b"job-take", b"job-take-batch", b"job-stop", b"job-done", b"job-stream", b"ping"}
-)
 
 
 class OpenAIRoad(Protocol):
@@ -90,7 +88,7 @@ class Gateway:
         parts = path.split(b"/", 4)
         root = parts[1] if len(parts) > 1 else b""
         operation = parts[3] if len(parts) > 3 else b""
-        if self.closing and operation not in _WORKER_OPERATIONS and not path.startswith(_WORKER_STATE):
+        if self.closing and operation not in WORKER_OPERATIONS and not path.startswith(_WORKER_STATE):
             await self._unavailable(send)
         elif root == b"v2" and operation == b"openai":
             await self._openai(scope, receive, send, parts)

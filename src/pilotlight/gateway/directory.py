@@ -6,6 +6,7 @@ process owns the store, and whoever changes an endpoint or key calls `refresh` b
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -25,12 +26,15 @@ class Directory:
         self._store = store
         self._endpoints: Mapping[str, Endpoint] = {}
         self._keys: Mapping[str, ApiKey] = {}
+        self._refreshing = asyncio.Lock()
 
     async def refresh(self) -> None:
         """Read everything anew; the change is visible to the next request."""
-        endpoints = {endpoint.id: endpoint for endpoint in await self._store.endpoints()}
-        keys = {key.hash: key for key in await self._store.keys()}
-        self._endpoints, self._keys = endpoints, keys
+        # One after the other: an older answer must not replace a newer one.
+        async with self._refreshing:
+            endpoints = {endpoint.id: endpoint for endpoint in await self._store.endpoints()}
+            keys = {key.hash: key for key in await self._store.keys()}
+            self._endpoints, self._keys = endpoints, keys
 
     def endpoint(self, endpoint_id: str) -> Endpoint | None:
         """A living endpoint; None when unknown or deleted."""

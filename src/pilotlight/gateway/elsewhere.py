@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 
 import structlog
 
+from pilotlight.domain.endpoint import Endpoint
 from pilotlight.errors import StoreError
 from pilotlight.gateway.asgi import Receive, Scope, Send, send_json
 from pilotlight.gateway.directory import Directory
@@ -23,6 +24,10 @@ _log = structlog.get_logger()
 
 _MANY = 1 << 20
 """Arrivals of which nobody knows the number: more than any queue of open takes asks for."""
+
+_WAKE_SLICE = 50
+_WAKE_PAUSE_S = 0.02
+"""Waiters that are woken at once when nobody knows whose job changed: each of them asks the store."""
 
 _SETTLE_S = 1.0
 """A job that ended here is settled within a moment; one that is not after this has ended elsewhere."""
@@ -60,6 +65,7 @@ class JobsElsewhere:
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
+        self._waking = False
 
     def changed(self, job_ids: Sequence[str]) -> None:
         """Wake those who wait for some jobs, and look after those that our workers run."""
@@ -74,10 +80,23 @@ class JobsElsewhere:
 
     def resync(self, endpoint_ids: Sequence[str]) -> None:
         """Look at everything again."""
-        self._ledger.signals.notify_all()
+        if not self._waking and not self._ledger.closing:
+            self._waking = True
+            self._ledger.spawn(self._wake_all(), "wake-waiters")
         for endpoint_id in endpoint_ids:
             self.grew(endpoint_id)
         self._look_after(self._held(None))
+
+    async def _wake_all(self) -> None:
+        """Let everybody who waits look again, some after the other."""
+        try:
+            keys = self._ledger.signals.keys()
+            for start in range(0, len(keys), _WAKE_SLICE):
+                for key in keys[start : start + _WAKE_SLICE]:
+                    self._ledger.signals.notify(key)
+                await asyncio.sleep(_WAKE_PAUSE_S)
+        finally:
+            self._waking = False
 
     def _held(self, job_ids: Collection[str] | None) -> list[tuple[WorkerLink, HandOut]]:
         """Attempts that workers of ours have, of some jobs or of all."""
@@ -109,7 +128,8 @@ class JobsElsewhere:
         # A result of our own may have been committed and not be settled yet.
         await asyncio.sleep(_SETTLE_S)
         for link, hand_out in ended:
-            if link.hand_outs.get(hand_out.job_id) is hand_out:
+            # With a result on its way it is the post that settles it.
+            if link.hand_outs.get(hand_out.job_id) is hand_out and not hand_out.posts:
                 del link.hand_outs[hand_out.job_id]
                 link.stop(hand_out.job_id, deadline_ns=self._ledger.stop_deadline_ns())
                 self._ledger.slots.release_jobs(link.worker_id)
@@ -128,6 +148,7 @@ class Elsewhere:
         directory: Read anew when endpoints or keys changed.
         changed: Called with the id of an endpoint that was made or changed elsewhere.
         deleted: Awaited with the id of one that was deleted elsewhere.
+        served: Ids of the endpoints that have workers here.
         webhook_due: Called when a job may have ended that has a webhook.
     """
 
@@ -138,16 +159,23 @@ class Elsewhere:
         directory: Directory,
         changed: Callable[[str], None],
         deleted: Callable[[str], Awaitable[None]],
+        served: Callable[[], Collection[str]],
         webhook_due: Callable[[], None],
     ) -> None:
         self._jobs = jobs
         self._directory = directory
         self._changed = changed
         self._deleted = deleted
+        self._served = served
+        self._acted_on: dict[str, Endpoint] = {}
         self._webhook_due = webhook_due
         self._reading: asyncio.Task[None] | None = None
         self._read_again = False
         self._closed = False
+
+    def acted_on(self, endpoint: Endpoint) -> None:
+        """An endpoint was made or changed here: it is no news any more."""
+        self._acted_on[endpoint.id] = endpoint
 
     def jobs_changed(self, job_ids: Sequence[str]) -> None:
         """See `StoreListener.jobs_changed`."""
@@ -188,11 +216,15 @@ class Elsewhere:
     async def _read(self) -> None:
         while self._read_again:
             self._read_again = False
-            before = {endpoint.id: endpoint for endpoint in self._directory.endpoints()}
+            # Others read the directory anew, too: what is new is told by what was acted on here. A worker
+            # whose endpoint is gone is ended even when nobody here ever knew that endpoint.
+            known = self._acted_on.keys() | set(self._served())
             await self._directory.refresh()
-            after = {endpoint.id: endpoint for endpoint in self._directory.endpoints()}
-            for endpoint_id in before.keys() - after.keys():
+            now = {endpoint.id: endpoint for endpoint in self._directory.endpoints()}
+            for endpoint_id in known - now.keys():
                 await self._deleted(endpoint_id)
-            for endpoint_id, endpoint in after.items():
-                if before.get(endpoint_id) != endpoint:
+                self._acted_on.pop(endpoint_id, None)
+            for endpoint_id, endpoint in now.items():
+                if self._acted_on.get(endpoint_id) != endpoint:
                     self._changed(endpoint_id)
+                    self._acted_on[endpoint_id] = endpoint

@@ -34,6 +34,10 @@ class PayloadTooLargeError(InvalidInputError):
     """A request body over its limit."""
 
 
+class BodyTimeoutError(InvalidInputError):
+    """A request body that took too long to arrive."""
+
+
 class UnauthorizedError(PilotlightError):
     """No key, or one that nobody knows."""
 
@@ -88,6 +92,8 @@ def native_error_of(error: PilotlightError) -> Response:
     match error:
         case PayloadTooLargeError():
             return native_error(400, text, code=PAYLOAD_TOO_LARGE)
+        case BodyTimeoutError():
+            return native_error(408, text)
         case InvalidInputError():
             return native_error(400, text)
         case UnauthorizedError():

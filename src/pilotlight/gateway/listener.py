@@ -23,6 +23,7 @@ class FleetListener:
 
     Attributes:
         jobs: Answers polls, and learns what is lost; set once it exists.
+        balanced: Connections of the load balancer, dropped like the others; set once it exists.
         checker: Follows the health of load-balancing workers; set once it exists.
     """
 
@@ -32,6 +33,7 @@ class FleetListener:
         self._run_folder = run_folder
         self._ports = ports
         self.jobs: JobService | None = None
+        self.balanced: UpstreamPool | None = None
         self.checker: HealthChecker | None = None
 
     def spawned(self, worker: Worker, endpoint: Endpoint) -> None:
@@ -65,7 +67,10 @@ class FleetListener:
         slots = self._slots.worker(worker.id)
         if slots is not None and slots.registration is not None:
             addresses = [slots.registration.engine, slots.registration.listener]
-            self._pool.drop([address.url for address in addresses if address is not None])
+            urls = [address.url for address in addresses if address is not None]
+            self._pool.drop(urls)
+            if self.balanced is not None:
+                self.balanced.drop(urls)
         # First the slots: a slot that a lost job gives back must not go to a held request.
         self._slots.drop_worker(worker.id)
         if self.jobs is not None:

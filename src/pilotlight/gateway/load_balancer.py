@@ -24,7 +24,7 @@ from pilotlight.errors import ClusterError, NotFoundError
 from pilotlight.gateway.asgi import Headers, Receive, Scope, Send
 from pilotlight.gateway.directory import Directory, secret_of
 from pilotlight.gateway.load_balancer_body import BodyTooLargeError, ClientBody
-from pilotlight.gateway.load_balancer_head import request_head, response_headers, upgrade_head
+from pilotlight.gateway.load_balancer_head import Framing, request_head, response_headers, upgrade_head
 from pilotlight.gateway.load_balancer_refusal import Refusal
 from pilotlight.gateway.load_balancer_tunnel import TUNNEL, WebSocketTunnel
 from pilotlight.gateway.slots import HoldExpiredError, SlotTable, WorkerGoneError, WorkerSlots
@@ -173,25 +173,29 @@ class LoadBalancer:
         path: str,
         prefix: str,
     ) -> None:
-        limit = self._settings.body_bytes
-        announced = headers.get(b"content-length")
-        if announced.isdigit() and int(announced) > limit:
+        limit, framing = self._settings.body_bytes, Framing.of(scope["headers"])
+        if (framing.length or 0) > limit:
             raise Refusal.too_large()
         head = request_head(
-            scope, path, prefix=prefix, endpoint_id=endpoint.id, forward_key=_forwards_key(endpoint)
+            scope,
+            path,
+            framing,
+            prefix=prefix,
+            endpoint_id=endpoint.id,
+            forward_key=_forwards_key(endpoint),
         )
-        has_body = bool(announced and announced != b"0") or b"transfer-encoding" in dict(headers.items())
         # While the request waits, or its answer is made, the client may leave at any moment.
         task = asyncio.current_task()
         assert task is not None
-        body = ClientBody(receive, limit=limit, chunked=not announced, on_gone=task.cancel)
+        body = ClientBody(receive, limit=limit, chunked=framing.chunked, on_gone=task.cancel)
         exchange.body = body
         body.start()
         try:
             slots = await self._slot(exchange, endpoint, headers)
             try:
                 async with asyncio.timeout(self._settings.request_s):
-                    await self._pass(exchange, scope["method"], head, body if has_body else None, slots, send)
+                    sent = body if framing.has_body else None
+                    await self._pass(exchange, scope["method"], head, sent, slots, send)
             except TimeoutError as error:
                 _log.warning(
                     "request_cut", endpoint=endpoint.id, worker=slots.worker_id, reason="time",
@@ -251,13 +255,14 @@ class LoadBalancer:
             yield response
         finally:
             if sending is not None and not sending.done():
-                # Answered before it had read everything: the rest cannot be told from a next request.
                 sending.cancel()
-                response.close()
-            else:
-                if sending is not None and not sending.cancelled():
-                    sending.exception()  # seen; an answer that came before it counts
+            elif sending is not None and not sending.cancelled():
+                sending.exception()  # seen; an answer that came before it counts
+            if body is None or body.sent:
                 response.release()
+            else:
+                # Answered before it had everything: the rest cannot be told from a next request.
+                response.close()
 
     async def _await_head(self, response: UpstreamResponse, sending: asyncio.Task[None] | None) -> None:
         """Wait for the head of the answer, or for what is wrong with the request's body."""
@@ -328,6 +333,7 @@ class LoadBalancer:
                     head,
                     worker_id=slots.worker_id,
                     answer_s=self._settings.request_s,
+                    answer_bytes=self._settings.response_bytes,
                 )
             exchange.outcome = Outcome.OK if exchange.status == 101 else Outcome.REJECTED
         except UpstreamError as error:

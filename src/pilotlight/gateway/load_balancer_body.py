@@ -28,6 +28,7 @@ class ClientBody:
 
     Attributes:
         gone: Whether it has.
+        sent: Whether a worker has been sent the whole of it.
     """
 
     def __init__(self, receive: Receive, *, limit: int, chunked: bool, on_gone: Callable[[], object]) -> None:
@@ -43,6 +44,7 @@ class ClientBody:
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self.gone = False
+        self.sent = False
 
     def start(self) -> None:
         """Begin to read."""
@@ -80,6 +82,7 @@ class ClientBody:
                 await response.write(b"%x\r\n%b\r\n" % (len(piece), piece) if self._chunked else piece)
             if self._chunked:
                 await response.write(b"0\r\n\r\n")
+            self.sent = True
         except UpstreamError:
             # It may have answered before it closed; whoever reads the answer sees what became of it.
             return

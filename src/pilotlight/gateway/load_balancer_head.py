@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from pilotlight.core.affinity import HEADER
 from pilotlight.gateway.asgi import Scope
@@ -24,30 +25,76 @@ _HOP = frozenset(
 )
 """Headers between two neighbours (RFC 9110 §7.6.1), and what a proxy answers by itself."""
 
+_KEEP = frozenset(
+    {
+        b"content-length",
+        b"host",
+        b"x-forwarded-for",
+        b"x-forwarded-host",
+        b"x-forwarded-prefix",
+        b"x-forwarded-proto",
+    }
+)
+"""Not to be removed by naming them in `Connection`: where a message ends, and what we say of its sender."""
+
 _KEYS = frozenset({b"authorization", b"x-api-key"})
 
 _Header = tuple[bytes, bytes]
 
 
-def request_head(scope: Scope, path: str, *, prefix: str, endpoint_id: str, forward_key: bool) -> bytes:
+@dataclass(frozen=True, slots=True)
+class Framing:
+    """How the body of a request is told from what comes after it; the one decision that head and body follow.
+
+    Attributes:
+        length: Announced size in bytes; None when it was not announced.
+        chunked: Whether it comes in chunks; with neither there is no body.
+    """
+
+    length: int | None = None
+    chunked: bool = False
+
+    @classmethod
+    def of(cls, headers: Iterable[_Header]) -> Framing:
+        """The framing of a request whose head the HTTP parser has accepted (RFC 9112 §6.3)."""
+        given = dict(headers)
+        if b"transfer-encoding" in given:
+            return cls(chunked=True)
+        length = given.get(b"content-length", b"").strip()
+        return cls(length=int(length)) if length.isdigit() else cls()
+
+    @property
+    def has_body(self) -> bool:
+        """Whether bytes follow the head."""
+        return self.chunked or bool(self.length)
+
+    @property
+    def headers(self) -> list[_Header]:
+        """The same for the worker."""
+        if self.chunked:
+            return [(b"transfer-encoding", b"chunked")]
+        return [] if self.length is None else [(b"content-length", b"%d" % self.length)]
+
+
+def request_head(
+    scope: Scope, path: str, framing: Framing, *, prefix: str, endpoint_id: str, forward_key: bool
+) -> bytes:
     """Request line and headers as the worker gets them.
 
     Args:
         scope: The client's request (ASGI).
         path: Path and query for the worker.
+        framing: Of the body that follows.
         prefix: What was taken away from the path, for servers that make links.
         endpoint_id: For `X-Forwarded-*` only.
         forward_key: Whether the worker sees the caller's key.
     """
     headers = _forwarded(scope, prefix=prefix, forward_key=forward_key)
-    given = dict(scope["headers"])
-    if b"transfer-encoding" in given and b"content-length" not in given:
-        headers.append((b"transfer-encoding", b"chunked"))
-    return _encode(scope["method"], path, headers, endpoint_id)
+    return _encode(scope["method"], path, headers + framing.headers, endpoint_id)
 
 
 def upgrade_head(scope: Scope, path: str, *, prefix: str, endpoint_id: str, forward_key: bool) -> bytes:
-    """The same for a request that asks for a WebSocket."""
+    """The same for a request that asks for a WebSocket, which has no body."""
     headers = _forwarded(scope, prefix=prefix, forward_key=forward_key)
     headers += [(b"connection", b"Upgrade"), (b"upgrade", b"websocket")]
     return _encode("GET", path, headers, endpoint_id)
@@ -80,7 +127,7 @@ def _forwarded(scope: Scope, *, prefix: str, forward_key: bool) -> list[_Header]
         b"x-forwarded-host": given.get(b"x-forwarded-host", given.get(b"host", b"")),
         b"x-forwarded-prefix": given.get(b"x-forwarded-prefix", b"") + prefix.encode(),
     }
-    kept = [header for header in headers if header[0] not in ours]
+    kept = [header for header in headers if header[0] not in ours and header[0] != b"content-length"]
     return kept + [(name, value) for name, value in ours.items() if value]
 
 
@@ -90,7 +137,7 @@ def _without_hop(headers: list[_Header]) -> list[_Header]:
         for name, value in headers
         if name == b"connection"
         for token in value.split(b",")
-    }
+    } - _KEEP
     return [header for header in headers if header[0] not in _HOP and header[0] not in named]
 
 

@@ -33,39 +33,88 @@ _EARLY_MAX = 64 * 1024
 
 _CONNECT_TIMEOUT_S = 5.0
 
+_LINGER_S = 5.0
+"""How long a closed connection may take to send what was written to it, before it is cut."""
+
+_STALL_S = 60.0
+"""How long a side may take nothing of what is written to it; the end of the other is not seen meanwhile."""
+
+_BAD_HANDSHAKE = b'{"error":"a WebSocket handshake is a GET without a body and with Sec-WebSocket-Key"}'
+_BAD_TARGET = b'{"error":"the target of the request is not a URL"}'
+_JSON = [(b"content-type", b"application/json")]
+
 
 class _Side(asyncio.Protocol):
-    """One of the two connections; pauses the other one while it cannot write."""
+    """One of the two connections; the other one is not read while this one cannot be written.
+
+    Attributes:
+        transport: Once connected.
+        other: The other side, from before anything is written to either.
+        blocked: Whether this one takes no more for now.
+        waits: Whether it must not be read for a reason of its own.
+        lost: Set once it is closed.
+    """
 
     def __init__(self) -> None:
         self.transport: asyncio.Transport | None = None
         self.other: _Side | None = None
+        self.blocked = False
+        self.waits = False
         self.lost = asyncio.Event()
+        self._timers: list[asyncio.TimerHandle] = []
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
         self.lost.set()
+        self._cancel_timers()
 
     def pause_writing(self) -> None:
-        if self.other is not None and self.other.transport is not None:
-            with contextlib.suppress(RuntimeError):
-                self.other.transport.pause_reading()
+        self.blocked = True
+        self._abort_in(_STALL_S)
+        if self.other is not None:
+            self.other.adjust_reading()
 
     def resume_writing(self) -> None:
-        if self.other is not None and self.other.transport is not None:
-            with contextlib.suppress(RuntimeError):
-                self.other.transport.resume_reading()
+        self.blocked = False
+        self._cancel_timers()
+        if self.transport is not None and self.transport.is_closing():
+            self._abort_in(_LINGER_S)
+        if self.other is not None:
+            self.other.adjust_reading()
+
+    def adjust_reading(self) -> None:
+        """Read this side, or do not, as both sides need it now."""
+        if self.transport is None:
+            return
+        stop = self.waits or (self.other is not None and self.other.blocked)
+        # uvloop minds being told what it does already.
+        with contextlib.suppress(RuntimeError):
+            if stop:
+                self.transport.pause_reading()
+            else:
+                self.transport.resume_reading()
 
     def write(self, data: bytes) -> None:
         if self.transport is not None and not self.transport.is_closing():
             self.transport.write(data)
 
     def close(self) -> None:
-        """Close once everything written has been sent."""
+        """Close once everything written has been sent, or has not been taken for a while."""
         if self.transport is not None and not self.transport.is_closing():
             self.transport.close()
+            if not self.lost.is_set():
+                self._abort_in(_LINGER_S)
+
+    def _abort_in(self, seconds: float) -> None:
+        assert self.transport is not None
+        self._timers.append(asyncio.get_running_loop().call_later(seconds, self.transport.abort))
+
+    def _cancel_timers(self) -> None:
+        for timer in self._timers:
+            timer.cancel()
+        self._timers.clear()
 
 
 class _Worker(_Side):
@@ -86,9 +135,9 @@ class _Worker(_Side):
         head, end, rest = self._head.partition(b"\r\n\r\n")
         if end:
             self._head = None
-            assert self.transport is not None
             # Until the head has been passed on there is nobody who would take the rest.
-            self.transport.pause_reading()
+            self.waits = True
+            self.adjust_reading()
             if not self.head.done():
                 self.head.set_result((head, rest))
         elif len(self._head) > _HEAD_MAX:
@@ -129,6 +178,7 @@ class WebSocketTunnel(_Side):
         self._early = b""
         self._called = False
         self._answered = False
+        self._joined = False
         self.gone = False
         self.on_gone: Callable[[], object] | None = None
 
@@ -156,8 +206,10 @@ class WebSocketTunnel(_Side):
     def data_received(self, data: bytes) -> None:
         """Take the head of the request, which comes whole, and afterwards frames (asyncio)."""
         if self._called:
-            if self.other is not None:
+            if self._joined and self.other is not None:
                 self.other.write(data)
+            elif self._answered:
+                return  # No WebSocket: what a client still says is for nobody.
             elif len(self._early) + len(data) > _EARLY_MAX:
                 self.close()
             else:
@@ -178,9 +230,22 @@ class WebSocketTunnel(_Side):
         """Collect a header (httptools)."""
         self._headers.append((name.lower(), value))
 
+    def _is_handshake(self) -> bool:
+        """Whether this is one (RFC 6455 §4.1), which a worker cannot take for any other request."""
+        given = dict(self._headers)
+        bodiless = b"transfer-encoding" not in given and given.get(b"content-length", b"0").strip() == b"0"
+        return self._parser.get_method() == b"GET" and bodiless and bool(given.get(b"sec-websocket-key"))
+
     async def _call(self) -> None:
         assert self.transport is not None
-        target = httptools.parse_url(self._url)
+        try:
+            target = httptools.parse_url(self._url)
+        except httptools.HttpParserError:
+            self.refuse(400, _BAD_TARGET, _JSON)
+            return
+        if not self._is_handshake():
+            self.refuse(400, _BAD_HANDSHAKE, _JSON)
+            return
         path = target.path or b"/"
         scope = {
             "type": "websocket",
@@ -201,7 +266,7 @@ class WebSocketTunnel(_Side):
         except Exception:  # noqa: BLE001 - the end of a task: nobody above could know
             _log.exception("websocket_failed")
         if not self._answered:
-            self.refuse(500, b'{"error":"internal server error"}', [(b"content-type", b"application/json")])
+            self.refuse(500, b'{"error":"internal server error"}', _JSON)
 
     # The application.
 
@@ -215,14 +280,20 @@ class WebSocketTunnel(_Side):
             self.write(b"\r\n".join(lines) + b"\r\n\r\n" + body)
         self.close()
 
-    async def relay(self, address: Address, head: bytes, *, worker_id: str, answer_s: float) -> int:
+    async def relay(
+        self, address: Address, head: bytes, *, worker_id: str, answer_s: float, answer_bytes: int
+    ) -> int:
         """Pass the handshake to a worker, and then everything both ways until either side closes.
+
+        An answer other than 101 is passed on within the limits of any answer, and ends the connection;
+        nothing more of the client's reaches the worker then.
 
         Args:
             address: Where the worker listens.
             head: The request as the worker gets it.
             worker_id: Named in the answer.
-            answer_s: Longest wait for the answer.
+            answer_s: Longest wait for the answer, and longest duration of one that is not 101.
+            answer_bytes: Largest body of one that is not 101.
 
         Returns:
             Status of the worker's answer: 101 for a WebSocket; anything else was passed on as it is.
@@ -242,41 +313,63 @@ class WebSocketTunnel(_Side):
             switched = status == HTTPStatus.SWITCHING_PROTOCOLS
             own = f"{HEADER}: {worker_id}".encode()
             self._answered = True
+            # Before the first write, which may find the client slow already.
+            worker.other, self.other = self, worker
             if switched:
                 self.write(answer + b"\r\n" + own + b"\r\n\r\n" + rest)
-                self._join(worker)
+                worker.on_data, self._joined = self.write, True
+                if self._early:
+                    worker.write(self._early)
             else:
                 # Nothing says when such an answer ends but the answer itself.
-                end = _AnswerEnd(worker.close)
-                self.write(_closing(answer) + b"\r\n" + own + b"\r\n\r\n" + rest)
-                worker.on_data = _both(end.feed, self.write)
-                end.feed(answer + b"\r\n\r\n" + rest)
-                worker.other, self.other = self, worker
-            assert worker.transport is not None
-            with contextlib.suppress(RuntimeError):
-                worker.transport.resume_reading()
-            await worker.lost.wait()
+                end = _AnswerEnd(worker.close, self.write, limit=answer_bytes)
+                self.write(_closing(answer) + b"\r\n" + own + b"\r\n\r\n")
+                worker.on_data = end.feed
+                end.begin(answer + b"\r\n\r\n")
+                end.feed(rest)
+            self._early, worker.waits = b"", False
+            worker.adjust_reading()
+            async with asyncio.timeout(None if switched else answer_s):
+                await worker.lost.wait()
             return status
         finally:
             self.other = None
+            worker.other = None
             worker.close()
-
-    def _join(self, worker: _Worker) -> None:
-        worker.on_data = self.write
-        worker.other, self.other = self, worker
-        if self._early:
-            worker.write(self._early)
-            self._early = b""
 
 
 class _AnswerEnd:
-    """Notices the end of an answer whose bytes are only passing."""
+    """Passes the body of an answer on as it comes, and notices its end.
 
-    def __init__(self, on_end: Callable[[], None]) -> None:
+    Args:
+        on_end: Called at the end, or when it is too large.
+        write: Takes the bytes.
+        limit: Largest body, with its framing, in bytes.
+    """
+
+    def __init__(self, on_end: Callable[[], None], write: Callable[[bytes], None], *, limit: int) -> None:
         self._on_end = on_end
+        self._write = write
+        self._left = limit
         self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
 
+    def begin(self, head: bytes) -> None:
+        """Take the head, which has been passed on."""
+        self._parse(head)
+
     def feed(self, data: bytes) -> None:
+        """Pass a piece on, unless the answer has ended before it."""
+        if self._parser is None or not data:
+            return
+        self._left -= len(data)
+        if self._left < 0:
+            self._parser = None
+            self._on_end()
+            return
+        self._write(data)
+        self._parse(data)
+
+    def _parse(self, data: bytes) -> None:
         if self._parser is None:
             return
         try:
@@ -314,14 +407,6 @@ def _closing(head: bytes) -> bytes:
     lines = head.split(b"\r\n")
     kept = [line for line in lines if not line.lower().startswith((b"connection:", b"keep-alive:"))]
     return b"\r\n".join([*kept, b"connection: close"])
-
-
-def _both(first: Callable[[bytes], None], second: Callable[[bytes], None]) -> Callable[[bytes], None]:
-    def feed(data: bytes) -> None:
-        second(data)
-        first(data)
-
-    return feed
 
 
 async def _never_receive() -> dict[str, Any]:

@@ -20,6 +20,17 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from pilotlight.gateway.asgi import ANSWER, GONE
 
+_HEAD_MAX = 64 * 1024
+"""Received of a head, or of a trailer, before it is refused: the parser keeps it whole until its end."""
+
+HEAD_S = 30.0
+"""Longest wait for the end of a head, from the opening of a connection or the head's first byte."""
+
+_TOO_LARGE = (
+    b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\n"
+    b'content-length: 35\r\nconnection: close\r\n\r\n{"error":"request head too large"}\n'
+)
+
 EXTENSION = "pilotlight.client_stream"
 """Key in the scope's `extensions` under which the `ClientStream` of the connection is found."""
 
@@ -55,7 +66,7 @@ class ClientStream:
 
 
 class GatewayProtocol(HttpToolsProtocol):
-    """One client connection."""
+    """One client connection; a head that is too large or too slow ends it."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Remember where chunks go (asyncio)."""
@@ -63,16 +74,53 @@ class GatewayProtocol(HttpToolsProtocol):
         assert self.flow is not None
         self._stream = ClientStream(transport, self.flow)
         self._gone: asyncio.Future[None] | None = None
+        self._pent = 0
+        self._in_head = True
+        self._head_timer: asyncio.TimerHandle | None = self.loop.call_later(HEAD_S, self._end)
+
+    def data_received(self, data: bytes) -> None:
+        """Feed the parser (asyncio)."""
+        # Set back by whatever the parser lets go of, so that it counts what the parser keeps.
+        self._pent += len(data)
+        super().data_received(data)
+        if self._pent > _HEAD_MAX:
+            self._end(_TOO_LARGE)
+        elif self._in_head and self._head_timer is None and not self.transport.is_closing():
+            self._head_timer = self.loop.call_later(HEAD_S, self._end)
+
+    def on_message_begin(self) -> None:
+        """Begin to count (httptools)."""
+        super().on_message_begin()
+        self._pent, self._in_head = 0, True
+
+    def on_body(self, body: bytes) -> None:
+        """Count anew (httptools)."""
+        self._pent = 0
+        super().on_body(body)
+
+    def _end(self, answer: bytes = b"") -> None:
+        """Close the connection, with an answer where none is being made."""
+        if answer and (self.cycle is None or self.cycle.response_complete):
+            self.transport.write(answer)
+        self.transport.close()
+
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell whoever watches (asyncio)."""
         super().connection_lost(exc)
+        self._stop_head_timer()
         if self._gone is not None and not self._gone.done():
             self._gone.set_result(None)
 
     def on_headers_complete(self) -> None:
         """Offer what is ours to the request that begins; its task has not run yet (httptools)."""
         super().on_headers_complete()
+        self._pent, self._in_head = 0, False
+        self._stop_head_timer()
         self.scope["extensions"] = {
             EXTENSION: self._stream,  # type: ignore[dict-item]
             ANSWER: partial(_answer, self.cycle),  # type: ignore[dict-item]

@@ -62,12 +62,24 @@ class RequestRecorder:
             except StoreError as error:
                 _log.warning("request_log_write_failed", error=str(error), pending=len(self._pending))
                 return
-            except Exception:  # noqa: BLE001 - a row that cannot be written must not stop those after it
-                _log.exception("request_log_rows_refused", rows=len(batch))
+            except Exception:  # noqa: BLE001 - a row that cannot be written must not stop the others
+                await self._write_singly(batch)
+                continue
             del self._pending[: len(batch)]
         if self._dropped:
             _log.warning("request_log_rows_dropped", rows=self._dropped)
             self._dropped = 0
+
+    async def _write_singly(self, batch: list[RequestRecord]) -> None:
+        """Write rows of which one is refused; it alone is lost."""
+        for row in batch:
+            try:
+                await self._store.add_requests([row])
+            except StoreError:
+                return
+            except Exception:  # noqa: BLE001 - see above
+                _log.exception("request_log_row_refused", request_id=row.id)
+            self._pending.remove(row)
 
     async def _run(self) -> None:
         while True:

@@ -107,6 +107,8 @@ class SlotTable:
         self.on_free = on_free
         self._endpoints: dict[str, _EndpointSlots] = {}
         self._workers: dict[str, WorkerSlots] = {}
+        # By worker, which may not have slots yet.
+        self._pinned: dict[str, dict[int, _Held]] = {}
         self._ticket = 0
 
     def open_worker(
@@ -142,7 +144,7 @@ class SlotTable:
         if slots is not None:
             slots.open = False
         if for_good:
-            self._fail_pinned(worker_id, slots)
+            self._fail_pinned(worker_id)
 
     def suspend_worker(self, worker_id: str, seconds: float) -> None:
         """Send it no requests for a while: it could not be reached, and whether it ended is not known yet."""
@@ -154,12 +156,12 @@ class SlotTable:
 
     def drop_worker(self, worker_id: str) -> None:
         """Forget a worker that has ended; releases of its slots become harmless."""
+        self._fail_pinned(worker_id)
         slots = self._workers.pop(worker_id, None)
         if slots is not None:
             slots.open = False
             endpoint = self._endpoint(slots.endpoint_id)
             endpoint.workers.pop(worker_id, None)
-            self._fail_pinned(worker_id, slots)
             if not endpoint.workers and not endpoint.held and endpoint.retry_ms is None:
                 del self._endpoints[slots.endpoint_id]
 
@@ -224,6 +226,8 @@ class SlotTable:
         ticket = self._ticket
         held = _Held(asyncio.get_running_loop().create_future(), self._clock.now_ms(), body_bytes, worker_id)
         endpoint.held[ticket] = held
+        if worker_id is not None:
+            self._pinned.setdefault(worker_id, {})[ticket] = held
         endpoint.held_bytes += body_bytes
         # A slot may have become free between the decision to hold and now.
         self._serve_held(endpoint_id)
@@ -241,6 +245,8 @@ class SlotTable:
         finally:
             if endpoint.held.pop(ticket, None) is not None:
                 endpoint.held_bytes -= body_bytes
+            if worker_id is not None:
+                self._unpin(worker_id, ticket)
 
     def fail_held(self, endpoint_id: str, error: Exception, *, retry_ms: int | None = None) -> None:
         """Give all held requests of an endpoint an error; shed new ones until `retry_ms` if given."""
@@ -332,11 +338,16 @@ class SlotTable:
                 return
             held.future.set_result(slots)
 
-    def _fail_pinned(self, worker_id: str, slots: WorkerSlots | None) -> None:
-        endpoint = self._endpoints.get(slots.endpoint_id) if slots is not None else None
-        for held in endpoint.held.values() if endpoint is not None else ():
-            if held.worker_id == worker_id and not held.future.done():
+    def _fail_pinned(self, worker_id: str) -> None:
+        for held in self._pinned.get(worker_id, {}).values():
+            if not held.future.done():
                 held.future.set_exception(WorkerGoneError(f"worker {worker_id} is gone"))
+
+    def _unpin(self, worker_id: str, ticket: int) -> None:
+        tickets = self._pinned[worker_id]
+        del tickets[ticket]
+        if not tickets:
+            del self._pinned[worker_id]
 
     def _give_back(self, held: _Held) -> None:
         # The slot may have been handed over in the same moment in which the wait ended.

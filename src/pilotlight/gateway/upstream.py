@@ -65,6 +65,7 @@ class UpstreamResponse(asyncio.Protocol):
         self._chunks: deque[bytes] = deque()
         self._buffered = 0
         self._head_size = 0
+        self._pent = 0
         self._head_complete = False
         self._unframed = False
         self._complete = False
@@ -113,10 +114,15 @@ class UpstreamResponse(asyncio.Protocol):
         if self._complete or self._idle:
             self._abort("the engine sent more than it announced")
             return
+        # The parser keeps an unfinished header, or a trailer, for as long as it grows.
+        self._pent += len(data)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
             self._abort(f"the engine's answer is not HTTP: {error}")
+            return
+        if self._pent > _HEAD_MAX and not self._complete:
+            self._abort("the engine's answer is not HTTP: headers too large")
             return
         if self._sink is not None:
             self._fill_sink()
@@ -146,6 +152,7 @@ class UpstreamResponse(asyncio.Protocol):
             self.headers.clear()
             return
         self.status = status
+        self._pent = 0
         self._head_complete = True
         self._unframed = not any(
             name in {b"content-length", b"transfer-encoding"} for name, _ in self.headers
@@ -156,6 +163,7 @@ class UpstreamResponse(asyncio.Protocol):
     def on_body(self, body: bytes) -> None:
         """Collect a piece of the body (httptools)."""
         self._chunks.append(body)
+        self._pent = 0
         self._buffered += len(body)
 
     def on_message_complete(self) -> None:
@@ -361,24 +369,26 @@ class UpstreamPool:
     async def exchange(self, address: Address, data: bytes, *, timeout_s: float) -> UpstreamResponse:
         """Send the bytes of one request and wait for the head of its answer; the caller must `release()` it.
 
-        The bytes may be sent a second time, on a new connection, when the first was dead.
+        The bytes may be sent a second time, on a new connection, when the first was dead; never a third time.
 
         Raises:
             UpstreamError: Not reachable, or broken before the head.
         """
-        while (response := self._take_idle(address)) is not None:
+        response = self._take_idle(address)
+        if response is not None:
             response.send(data)
             try:
                 await response.head(timeout_s)
             except UpstreamError as error:
                 if error.answered or error.timed_out:
                     raise
-                # The engine closed an idle connection in the moment in which we used it.
-                continue
+                # The engine closed an idle connection in the moment in which we used it. Its others may be as
+                # old: the second and last time goes over a new one.
             except BaseException:
                 response.close()
                 raise
-            return response
+            else:
+                return response
         response = await self.connect(address)
         try:
             response.send(data)

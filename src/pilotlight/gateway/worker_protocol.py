@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 
 import msgspec
 import structlog
@@ -19,7 +21,7 @@ from pilotlight.gateway.asgi import Response
 from pilotlight.gateway.directory import secret_of
 from pilotlight.gateway.errors import PayloadTooLargeError, UnauthorizedError, native_error
 from pilotlight.gateway.jobs.desk import TooManyPollsError, WorkerDesk
-from pilotlight.gateway.jobs.http import Call, Handler, Operation, SegmentRoute, json_answer
+from pilotlight.gateway.jobs.http import Call, Operation, SegmentRoute, json_answer
 from pilotlight.gateway.jobs.service import JobService
 from pilotlight.gateway.jobs.views import taken_view
 from pilotlight.gateway.jobs.waiting import watched
@@ -89,17 +91,11 @@ def worker_routes(service: JobService, fleet: Fleet, *, limits: LimitSettings) -
         limits: Sizes of bodies.
     """
     api = _WorkerApi(service, fleet, limits)
-    table: dict[tuple[str, int], tuple[frozenset[str], Handler]] = {
-        ("job-take", 1): (_GET, api.take),
-        ("job-take-batch", 1): (_GET, api.take_batch),
-        ("job-stop", 1): (_GET, api.stop),
-        ("ping", 1): (_GET, api.ping),
-        ("job-done", 2): (_POST, api.done),
-        ("job-done-batch", 1): (_POST, api.done_batch),
-        ("job-stream", 2): (_POST, api.stream),
+    table = {
+        path: Operation(methods, partial(handler, api)) for path, (methods, handler) in _OPERATIONS.items()
     }
     return [
-        SegmentRoute({key: Operation(*value) for key, value in table.items()}),
+        SegmentRoute(table),
         SegmentRoute(
             {("", 1): Operation(_POST, api.state)},
             prefix=("pilotlight", "v1", "worker-state"),
@@ -177,9 +173,9 @@ class _WorkerApi:
         return json_answer(b"{}")
 
     async def done(self, call: Call) -> Response:
-        worker, job_id = self._post(call)
-        link = self._desk.link(worker)
-        if link is not None:
+        worker, job_id = self._poster(call), call.ids[1]
+        link = self._desk.link(worker) if worker is not None else None
+        if worker is not None and link is not None:
             with link.posting(job_id):
                 body, size = await call.body(limit=self._limits.worker_body_bytes)
                 final_stream = call.query.get("isStream") == "true"
@@ -196,7 +192,8 @@ class _WorkerApi:
         if worker is None:
             raise UnauthorizedError
         link = self._desk.link(worker)
-        body, _ = await call.body(limit=self._limits.worker_body_bytes)
+        with link.receiving() if link is not None else contextlib.nullcontext():
+            body, _ = await call.body(limit=self._limits.worker_body_bytes)
         if body is None:
             limit = self._limits.worker_body_bytes
             raise PayloadTooLargeError(f"a list of results may have {limit} bytes; post them one by one")
@@ -209,9 +206,9 @@ class _WorkerApi:
         return json_answer(msgspec.json.encode(answers))
 
     async def stream(self, call: Call) -> Response:
-        worker, job_id = self._post(call)
-        link = self._desk.link(worker)
-        if link is not None:
+        worker, job_id = self._poster(call), call.ids[1]
+        link = self._desk.link(worker) if worker is not None else None
+        if worker is not None and link is not None:
             with link.posting(job_id):
                 body, size = await call.body(limit=self._limits.worker_body_bytes)
                 number = call.query.get("seq", "")
@@ -240,11 +237,15 @@ class _WorkerApi:
             self._warn_of_key(worker_id)
         return worker
 
-    def _post(self, call: Call) -> tuple[Worker, str]:
+    def _poster(self, call: Call) -> Worker | None:
+        """Who posts; None for a worker that has ended, whose posts are late: 200 and no more (§7.2, §14)."""
         worker = self._worker(call)
-        if worker is None:
+        if worker is not None:
+            return worker
+        if self._fleet.worker(call.ids[0]) is not None:
             raise UnauthorizedError
-        return worker, call.ids[1]
+        _log.info("late_post", worker_id=call.ids[0][:100], reason="its worker has ended")
+        return None
 
     def _warn_of_key(self, worker_id: str) -> None:
         """Tell the operator, once per worker, that a living worker is refused."""
@@ -269,6 +270,22 @@ class _WorkerApi:
             finally:
                 self._refused -= 1
         return native_error(429, "unauthorized", {"Retry-After": "5"})
+
+
+_OPERATIONS: Mapping[
+    tuple[str, int], tuple[frozenset[str], Callable[[_WorkerApi, Call], Awaitable[Response]]]
+] = {
+    ("job-take", 1): (_GET, _WorkerApi.take),
+    ("job-take-batch", 1): (_GET, _WorkerApi.take_batch),
+    ("job-stop", 1): (_GET, _WorkerApi.stop),
+    ("ping", 1): (_GET, _WorkerApi.ping),
+    ("job-done", 2): (_POST, _WorkerApi.done),
+    ("job-done-batch", 1): (_POST, _WorkerApi.done_batch),
+    ("job-stream", 2): (_POST, _WorkerApi.stream),
+}
+
+WORKER_OPERATIONS = frozenset(verb.encode() for verb, _ in _OPERATIONS)
+"""What workers may call until the end of a gateway that stops: refusing a result would lose it."""
 
 
 def parse_done_batch(body: bytes) -> tuple[list[_ItemAnswer], list[tuple[str, bytes, bool]]]:

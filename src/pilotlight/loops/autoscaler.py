@@ -23,7 +23,7 @@ from pilotlight.core.autoscaling import (
     decide_scale,
 )
 from pilotlight.domain.endpoint import Endpoint
-from pilotlight.domain.worker import Stage, Worker, WorkerState
+from pilotlight.domain.worker import Worker, WorkerState
 from pilotlight.errors import ClusterError, StoreError
 from pilotlight.ports.clock import Clock
 from pilotlight.ports.fleet import Fleet
@@ -207,7 +207,7 @@ class Autoscaler:
             occupied=traffic.occupied.get(worker.id, 0),
             capacity=self._fleet.capacity(worker.id),
             idle_since_ms=traffic.idle_since_ms.get(worker.id) if worker.state is WorkerState.READY else None,
-            healthy=worker.state is not WorkerState.READY or worker.stage is not Stage.UNHEALTHY,
+            healthy=not worker.out_of_rotation,
         )
 
     async def _start(self, endpoint: Endpoint, decision: ScaleDecision) -> int | None:

@@ -22,14 +22,15 @@ import structlog
 
 from pilotlight.core.lifecycle import check_worker_transition
 from pilotlight.core.placement import HostResources, NotPlaced, Reservation, Resources, decide_placement
-from pilotlight.core.supervision import CRASH_WINDOW_MS, BackoffSettings, decide_retry_at
 from pilotlight.domain.endpoint import Endpoint, EndpointKind
 from pilotlight.domain.ids import short_id
 from pilotlight.domain.key import hash_secret
 from pilotlight.domain.usage import StartRecord
-from pilotlight.domain.worker import Failure, Registration, Stage, Worker, WorkerState
+from pilotlight.domain.worker import Failure, ProcessIdentity, Registration, Stage, Worker, WorkerState
 from pilotlight.errors import ClusterError, NotFoundError, StoreError
 from pilotlight.loops.account import UsageAccount
+from pilotlight.loops.failures import FailureLog
+from pilotlight.loops.leftovers import end_leftovers
 from pilotlight.ports.clock import Clock
 from pilotlight.ports.cluster import Cluster, WorkerExit, WorkerSpec
 from pilotlight.ports.fleet import Health, StageReport, WorkerListener
@@ -59,18 +60,8 @@ class _Live:
     usage_sequence: int = 0
     deadline: asyncio.TimerHandle | None = None
     wanted_end: str | None = None
+    killed: bool = False
     failure: Failure | None = None
-
-
-@dataclass(slots=True)
-class _Record:
-    """Recent failures of one endpoint."""
-
-    start_failures: int = 0
-    crashes_ms: list[int] = field(default_factory=list)
-    failure: Failure | None = None
-    last_ms: int = 0
-    throttled: str | None = None
 
 
 class WorkerFleet:
@@ -118,9 +109,11 @@ class WorkerFleet:
         self._last_line = last_line
         self.on_change = on_change
         self._live: dict[str, _Live] = {}
-        self._records: dict[str, _Record] = {}
+        self._failures = FailureLog(clock, settings)
         self._account = UsageAccount(store)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._resuming: dict[tuple[str, str], asyncio.Task[Worker]] = {}
+        self._refusal: str | None = None
         self._closing = False
 
     # What others ask.
@@ -130,9 +123,9 @@ class WorkerFleet:
         live = self._live.get(worker_id)
         return None if live is None else live.worker
 
-    def workers(self, endpoint_id: str) -> Sequence[Worker]:
-        """The endpoint's living workers, oldest first."""
-        return [live.worker for live in self._live.values() if live.worker.endpoint_id == endpoint_id]
+    def workers(self, endpoint_id: str | None = None) -> Sequence[Worker]:
+        """Living workers, of one endpoint or of all, oldest first."""
+        return [live.worker for live in self._live.values() if endpoint_id in {None, live.worker.endpoint_id}]
 
     def capacity(self, worker_id: str) -> int:
         """Slots of a worker; 0 before it is ready."""
@@ -153,29 +146,11 @@ class WorkerFleet:
 
     def health(self, endpoint_id: str) -> Health:
         """The endpoint's recent starts, and until when no worker is started."""
-        record = self._records.get(endpoint_id)
-        if record is None:
-            return Health()
-        since = self._clock.now_ms() - CRASH_WINDOW_MS
-        return Health(
-            failures=record.start_failures or sum(moment > since for moment in record.crashes_ms),
-            failure=record.failure,
-            retry_ms=decide_retry_at(
-                record.start_failures,
-                record.crashes_ms,
-                record.last_ms,
-                BackoffSettings(
-                    start_failures_max=self._settings.start_failures_max,
-                    backoff_ms=self._settings.backoff_s * 1000,
-                    backoff_max_ms=self._settings.backoff_max_s * 1000,
-                ),
-            ),
-            throttled=record.throttled,
-        )
+        return self._failures.health(endpoint_id)
 
     def forgive(self, endpoint_id: str) -> None:
         """Forget an endpoint's failures: it was revised or deleted."""
-        self._records.pop(endpoint_id, None)
+        self._failures.forgive(endpoint_id)
 
     # Starting.
 
@@ -190,10 +165,12 @@ class WorkerFleet:
             usage_sequence: The number of the last usage interval of that worker.
 
         Raises:
-            ClusterError: No room for it, or its process could not be spawned.
+            ClusterError: No room for it, its process could not be spawned, or it was told to end before.
         """
-        if self._closing:
-            raise ClusterError("the gateway is stopping")
+        if self._refusal is not None:
+            raise ClusterError(self._refusal)
+        if worker_id in self._live:
+            raise ClusterError(f"worker {worker_id} lives already")
         now = self._clock.now_ms()
         devices = self._place(endpoint)
         worker_id = worker_id or short_id(self._entropy(14))
@@ -216,29 +193,16 @@ class WorkerFleet:
             usage_sequence=usage_sequence,
         )
         self._live[worker_id] = live
-        # On disk before there is a process, so that a later life of ours looks for it.
         try:
-            await self._store.put_worker(worker)
-            process = await self._cluster.start(
-                WorkerSpec(
-                    worker_id=worker_id,
-                    endpoint_id=endpoint.id,
-                    env=self._environment(endpoint, worker_id, secret),
-                    command=endpoint.revision.command or self._command,
-                    devices=devices,
-                    private_folders=endpoint.kind is not EndpointKind.VLLM,
-                ),
-                self._exited,
-            )
+            process = await self._run(live, secret)
         except BaseException as error:
-            self._live.pop(worker_id, None)
-            failure = Failure(kind="spawn_failed", cause=str(error) or repr(error))
-            # No process of it ever ran, so its life has no length and nothing to account for.
-            ended = worker.created_ms
-            gone = replace(worker, state=WorkerState.FAILED, failure=failure, state_ms=ended, ended_ms=ended)
-            if not isinstance(error, StoreError):
-                self._note_failure(endpoint.id, failure, started=False)
-                await self._put(gone)
+            if self._live.get(worker_id) is live:
+                del self._live[worker_id]
+            noted = self._not_started(live, error)
+            if isinstance(error, asyncio.CancelledError):
+                self._spawn(noted, f"not-started-{worker_id}")
+            else:
+                await noted
             raise
         self._note(live, "spawned")
         live.worker = replace(live.worker, process=process)
@@ -251,19 +215,80 @@ class WorkerFleet:
         _log.info("worker_started", endpoint=endpoint.id, worker=worker_id, pid=process.pid, devices=devices)
         return live.worker
 
+    async def _run(self, live: _Live, secret: str) -> ProcessIdentity:
+        """Record the worker and spawn its process, unless it is told to end meanwhile."""
+        worker, endpoint = live.worker, live.endpoint
+        # On disk before there is a process, so that a later life of ours looks for it.
+        await self._store.put_worker(worker)
+        if live.killed or self._refusal is not None:
+            raise ClusterError(self._refusal or f"worker {worker.id} was told to end before it had started")
+        process = await self._cluster.start(
+            WorkerSpec(
+                worker_id=worker.id,
+                endpoint_id=endpoint.id,
+                env=self._environment(endpoint, worker.id, secret),
+                command=endpoint.revision.command or self._command,
+                devices=worker.devices,
+                private_folders=endpoint.kind is not EndpointKind.VLLM,
+            ),
+            self._exited,
+        )
+        if live.killed:
+            self._grace_over(live)
+        return process
+
+    async def _not_started(self, live: _Live, error: BaseException) -> None:
+        """Record a worker without a process; only what is the worker's fault counts as a failed start."""
+        if isinstance(error, StoreError):
+            return
+        # No process of it ever ran, so its life has no length and nothing to account for.
+        ended = live.worker.created_ms
+        gone = replace(live.worker, state=WorkerState.STOPPED, state_ms=ended, ended_ms=ended)
+        unwanted = isinstance(error, asyncio.CancelledError) or live.killed or self._refusal is not None
+        if not unwanted:
+            failure = Failure(kind="spawn_failed", cause=str(error) or repr(error))
+            self._failures.note(live.worker.endpoint_id, failure, started=False)
+            gone = replace(gone, state=WorkerState.FAILED, failure=failure)
+        await self._put(gone)
+
     async def resume(self, endpoint: Endpoint, worker_id: str) -> Worker:
-        """Start a worker that was scaled down once more, under its own id; see the port."""
+        """Start a worker that was scaled down once more, under its own id; see the port.
+
+        All who ask for one worker at a time wait for one start, which goes on when they have left.
+        """
         living = self._live.get(worker_id)
         if living is not None:
             return living.worker
-        known = await self._store.workers(endpoint_id=endpoint.id, living=False)
-        past = next((worker for worker in known if worker.id == worker_id), None)
-        if past is None or past.state is not WorkerState.STOPPED:
+        place = (endpoint.id, worker_id)
+        task = self._resuming.get(place)
+        if task is None:
+            task = asyncio.create_task(self._resume(endpoint, worker_id), name=f"resume-{worker_id}")
+            self._resuming[place] = task
+            task.add_done_callback(lambda done: self._resumed(place, done))
+        return await asyncio.shield(task)
+
+    def _resumed(self, place: tuple[str, str], task: asyncio.Task[Worker]) -> None:
+        del self._resuming[place]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.info("worker_not_resumed", endpoint=place[0], worker=place[1], error=str(error))
+
+    async def _resume(self, endpoint: Endpoint, worker_id: str) -> Worker:
+        past = await self._store.worker(worker_id)
+        if past is None or past.endpoint_id != endpoint.id or past.state is not WorkerState.STOPPED:
             raise NotFoundError(f"endpoint {endpoint.id} has no worker {worker_id} that could be resumed")
-        if worker_id in self._live:
-            return self._live[worker_id].worker
         usage = await self._store.usage(worker_id=worker_id)
         sequence = max((interval.sequence for interval in usage), default=0)
+        living = self._live.get(worker_id)
+        if living is not None:
+            return living.worker
+        # From here until the worker counts as living nothing awaits, so that no bound is passed by two.
+        if len(self.workers(endpoint.id)) >= endpoint.workers_max:
+            raise ClusterError(
+                f"endpoint {endpoint.id} may have {endpoint.workers_max} workers, not one more"
+            )
+        retry_ms = self.health(endpoint.id).retry_ms
+        if retry_ms is not None and retry_ms > self._clock.now_ms():
+            raise ClusterError(f"endpoint {endpoint.id} starts no worker until its pause is over")
         return await self.start(endpoint, worker_id=worker_id, usage_sequence=sequence)
 
     def _need(self, endpoint: Endpoint) -> Resources:
@@ -287,11 +312,9 @@ class WorkerFleet:
             taken,
             memory_reserve_bytes=self._settings.memory_reserve_bytes,
         )
-        record = self._records.setdefault(endpoint.id, _Record())
+        self._failures.throttle(endpoint.id, placement.message if isinstance(placement, NotPlaced) else None)
         if isinstance(placement, NotPlaced):
-            record.throttled = placement.message
             raise ClusterError(placement.message)
-        record.throttled = None
         return placement.devices
 
     def _watch_start(self, live: _Live) -> None:
@@ -368,8 +391,7 @@ class WorkerFleet:
             self._change(live, WorkerState.READY)
             live.worker = replace(live.worker, ready_ms=live.worker.state_ms)
             self._set_deadline(live, 0, None)
-            record = self._records.setdefault(live.worker.endpoint_id, _Record())
-            record.start_failures, record.failure = 0, None
+            self._failures.note_start(live.worker.endpoint_id)
             self._spawn(self._store.put_start(self._start_record(live, "ready")), "put-start")
         if live.worker.state is WorkerState.READY:
             live.asked = slots
@@ -396,7 +418,7 @@ class WorkerFleet:
         live.wanted_end = reason
         self._change(live, WorkerState.DRAINING)
         bound_s = min(live.endpoint.execution_timeout_ms / 1000, self._settings.drain_max_s)
-        self._set_deadline(live, bound_s, self._grace_over)
+        self._set_deadline(live, bound_s, self._drain_over)
         self._listener.withdrawn(live.worker)
         _log.info("worker_draining", endpoint=live.worker.endpoint_id, worker=worker_id, reason=reason)
         await self._put(live.worker)
@@ -409,7 +431,16 @@ class WorkerFleet:
                 self._spawn(self._stop_if_free(live), f"stop-{live.worker.id}")
 
     async def _stop_if_free(self, live: _Live) -> None:
-        if live.worker.state is not WorkerState.DRAINING or self._listener.occupied(live.worker.id):
+        if live.worker.state is WorkerState.DRAINING and not self._listener.occupied(live.worker.id):
+            await self._stop(live)
+
+    def _drain_over(self, live: _Live) -> None:
+        """Its time for what it has in hand is over; signalled, it may still finish that (§6.3)."""
+        if live.worker.state is WorkerState.DRAINING:
+            self._spawn(self._stop(live), f"stop-{live.worker.id}")
+
+    async def _stop(self, live: _Live) -> None:
+        if live.worker.state is not WorkerState.DRAINING:
             return
         self._change(live, WorkerState.STOPPING)
         self._set_deadline(live, self._settings.stop_grace_s, self._grace_over)
@@ -428,12 +459,14 @@ class WorkerFleet:
         if live is None:
             return
         live.wanted_end = live.wanted_end or (reason if live.failure is None else None)
+        live.killed = True
         _log.info("worker_killed", endpoint=live.worker.endpoint_id, worker=worker_id, reason=reason)
         self._listener.closed(live.worker)
         await self._cluster.kill(worker_id)
 
     async def dismiss(self, *, reason: str) -> None:
-        """End all workers at once, but not the fleet; returns when they are gone."""
+        """End all workers at once and start none until `recover`; returns when they are gone."""
+        self._refusal = self._refusal or reason
         await asyncio.gather(*(self.kill(worker_id, reason=reason) for worker_id in list(self._live)))
 
     def _exited(self, gone: WorkerExit) -> None:
@@ -459,7 +492,7 @@ class WorkerFleet:
             failure=failed.kind if failed else None,
         )  # fmt: skip
         if failed is not None:
-            self._note_failure(worker.endpoint_id, failed, started=was_ready)
+            self._failures.note(worker.endpoint_id, failed, started=was_ready)
         try:
             await self._listener.ended(live.worker, reason)
             await self._put(live.worker)
@@ -476,18 +509,10 @@ class WorkerFleet:
         line = await self._last_line(live.worker.id)
         return Failure(
             kind="exited",
-            cause=f"{cause}: {line}" if line else f"{cause}, without a word",
+            cause=cause if line else f"{cause}, without a word",
             advice=f"see `pilotlight logs {live.endpoint.name}`",
+            line=line,
         )
-
-    def _note_failure(self, endpoint_id: str, failure: Failure, *, started: bool) -> None:
-        record = self._records.setdefault(endpoint_id, _Record())
-        record.failure = failure
-        record.last_ms = self._clock.now_ms()
-        if started:
-            record.crashes_ms = [*record.crashes_ms[-99:], record.last_ms]
-        else:
-            record.start_failures += 1
 
     # Accounting.
 
@@ -538,33 +563,14 @@ class WorkerFleet:
 
     async def recover(self) -> int:
         """End what an earlier life of ours left behind; returns how many workers still ran."""
-        left = {worker.id: worker for worker in await self._store.workers()}
-        swept = set(await self._cluster.sweep({worker.id: worker.process for worker in left.values()}))
-        now = self._clock.now_ms()
-        for worker in left.values():
-            known = await self._store.usage(worker_id=worker.id)
-            # A resumed worker has intervals of its earlier life, before it was made anew.
-            since = max((interval.end_ms for interval in known), default=0)
-            since = max(since, worker.created_ms)
-            # One that had ended by itself meanwhile is charged only for what is known of its life.
-            until = now if worker.id in swept else max(since, min(now, worker.state_ms))
-            ended = replace(
-                worker,
-                state=WorkerState.FAILED,
-                failure=Failure(kind="orphaned", cause="the gateway ended without stopping this worker"),
-                ended_ms=until,
-                state_ms=until,
-            )
-            if until > since:
-                sequence = max((interval.sequence for interval in known), default=0) + 1
-                self._account.close_interval(worker, sequence, since, until)
-            await self._put(ended)
-        await self._account.flush()
-        return len(swept)
+        swept = await end_leftovers(self._store, self._cluster, self._account, self._put, self._clock.now_ms)
+        if not self._closing:
+            self._refusal = None
+        return swept
 
     async def close(self) -> None:
         """End all workers; returns when no process is left and everything is recorded."""
-        self._closing = True
+        self._closing, self._refusal = True, "the gateway is stopping"
         try:
             for worker_id, live in list(self._live.items()):
                 live.wanted_end = live.wanted_end or "gateway stopped"
@@ -574,8 +580,8 @@ class WorkerFleet:
                 self._listener.closed(live.worker)
         finally:
             await self._cluster.close()
-            while self._tasks:
-                await asyncio.gather(*self._tasks, return_exceptions=True)
+            while waiting := [*self._tasks, *self._resuming.values()]:
+                await asyncio.gather(*waiting, return_exceptions=True)
             await self._account.flush()
 
     def _spawn(self, work: object, name: str) -> None:

@@ -26,6 +26,10 @@ _WATCHED = frozenset({WorkerState.STARTING, WorkerState.READY})
 _STARTING_SHARE = 5
 """A worker that is not routable is asked so many times as often: somebody waits for it."""
 
+_SLOTS = 1_000_000
+"""Requests at once that a worker claims for itself: any number. The endpoint bounds them, and a changed bound
+reaches workers that live already."""
+
 _STAGES = {
     HealthVerdict.ROUTABLE: Stage.READY,
     HealthVerdict.INITIALIZING: Stage.INITIALIZING,
@@ -122,6 +126,7 @@ class HealthChecker:
                 self._clock.now_ms(),
                 silent=outcome.silent,
                 busy=self._busy(worker_id),
+                patience_ms=self._settings.request_s * 1000,
             )
             starting = worker.state is WorkerState.STARTING
             # A port that is not open yet is no news of a worker that starts.
@@ -150,7 +155,7 @@ class HealthChecker:
     ) -> None:
         registration = None
         if verdict is HealthVerdict.ROUTABLE:
-            registration = Registration(engine=address, max_concurrency=endpoint.concurrency)
+            registration = Registration(engine=address, max_concurrency=_SLOTS)
         _log.info(
             "worker_health", endpoint=endpoint.id, worker=worker.id, verdict=verdict, detail=outcome.detail
         )
@@ -167,8 +172,10 @@ class HealthChecker:
         if since is not None and now_ms - since >= settings.unhealthy_s * 1000:
             cause = f"unhealthy for {settings.unhealthy_s} s: {outcome.detail}"
             return Failure(kind="unhealthy", cause=cause, advice=advice)
-        since = history.initializing_ms
-        if since is not None and now_ms - since >= settings.initializing_s * 1000:
+        since = history.not_routable_ms
+        initializing = history.verdict is HealthVerdict.INITIALIZING
+        # A worker that says now this, now that, is not unhealthy for long, but never routable either.
+        if initializing and since is not None and now_ms - since >= settings.initializing_s * 1000:
             cause = f"still initializing after {settings.initializing_s} s: {outcome.detail}"
             return Failure(kind="timeout", cause=cause, advice=advice)
         return None

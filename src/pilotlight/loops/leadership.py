@@ -2,15 +2,15 @@
 
 The leader starts and ends workers, hands jobs to them, keeps their time, sends webhooks. A follower serves
 the job API and the management API from the same store. It asks for the lead every few seconds; when it gets
-it, the old leader is gone, and whatever that one had in hand is recovered. A leader that loses the lead ends
-what only a leader may do and goes on as a follower. A store of one process always gives the lead.
+it, the old leader has lost it, and whatever that one had in hand is recovered. A leader that loses the lead
+hands out nothing more from that moment on, ends what only a leader may do, and goes on as a follower. A store
+of one process always gives the lead.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 
 import structlog
 
@@ -29,22 +29,27 @@ class Leadership:
         lead: `Store.lead`.
         begin: Recovers and begins what only a leader does; called each time the lead was won. When it fails,
             it is tried again for as long as the lead is held.
-        end: Ends that again; called when the lead was lost.
+        cut: Called in the moment in which the lead is lost: stops at once whatever another leader must not be
+            crossed by.
+        end: Ends what `begin` began; called after that.
     """
 
     def __init__(
         self,
         *,
         lead: Callable[[Callable[[], None]], Awaitable[bool]],
-        begin: Callable[[], Awaitable[None]],
-        end: Callable[[], Awaitable[None]],
+        begin: Callable[[], Coroutine[object, object, None]],
+        end: Callable[[], Coroutine[object, object, None]],
+        cut: Callable[[], None] = lambda: None,
     ) -> None:
         self._lead = lead
         self._begin = begin
+        self._cut = cut
         self._end = end
         self._held = False
         self._lost = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._step: asyncio.Task[None] | None = None
         self.leading = False
 
     async def start(self) -> None:
@@ -55,19 +60,23 @@ class Leadership:
         """
         await self._ask()
         if self._held:
-            await self._begin()
+            await self._whole(self._begin())
             self.leading = True
         else:
             _log.info("following", reason="another gateway leads")
         self._task = asyncio.create_task(self._run(), name="leadership")
 
     async def stop(self) -> None:
-        """Ask no more. The lead itself lasts until the store is closed; idempotent."""
+        """Ask no more; a beginning or an end under way is finished first.
+
+        The lead itself lasts until the store is closed; idempotent.
+        """
         if self._task is not None:
             self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await asyncio.wait({self._task})
             self._task = None
+        if self._step is not None:
+            await asyncio.wait({self._step})
 
     async def _run(self) -> None:
         while True:
@@ -75,8 +84,7 @@ class Leadership:
                 if self.leading:
                     await self._lost.wait()
                     self.leading = False
-                    _log.warning("lead_lost")
-                    await self._end()
+                    await self._whole(self._end())
                 else:
                     await asyncio.sleep(ASK_S)
                     await self._follow()
@@ -90,11 +98,28 @@ class Leadership:
             await self._ask()
         if not self._held:
             return
-        await self._begin()
+        await self._whole(self._begin())
         self.leading = True
         _log.info("leading")
+
+    async def _whole(self, step: Coroutine[object, object, None]) -> None:
+        """Do a step that must not be broken off half-way when this is stopped."""
+        self._step = asyncio.create_task(step, name="leadership-step")
+        self._step.add_done_callback(_seen)
+        await asyncio.shield(self._step)
 
     async def _ask(self) -> None:
         self._held = False
         self._lost.clear()
-        self._held = await self._lead(self._lost.set)
+        self._held = await self._lead(self._lose)
+
+    def _lose(self) -> None:
+        _log.warning("lead_lost")
+        self._lost.set()
+        self._cut()
+
+
+def _seen(step: asyncio.Task[None]) -> None:
+    """Take note of how a step ended: nobody waits for it any more when its owner was stopped."""
+    if not step.cancelled():
+        step.exception()

@@ -31,8 +31,9 @@ _PRUNE_WORKERS_MS = 600_000
 _PRUNE_SLICE = 1000
 """Records deleted in one go, so that other users of the store get their turn."""
 
-_PURGED_SLICES_MAX = 20
-"""Slices of a purged queue deleted in one round; a million jobs must not hold up the deadlines of others."""
+_SLICES_MAX = 20
+"""Slices of a purged queue, and of expired jobs, deleted in one round; a million jobs must not hold up the
+deadlines of others."""
 
 
 class JobSweeper(Protocol):
@@ -94,7 +95,8 @@ class Reaper:
         """End; returns when the sweep under way is done; idempotent."""
         if self._task is not None:
             self._stopping.set()
-            await self._task
+            # Waited for in a way that a cancelled caller does not break the sweep off.
+            await asyncio.wait({self._task})
             self._task = None
 
     async def sweep(self) -> None:
@@ -130,7 +132,7 @@ class Reaper:
 
     async def _delete_purged(self) -> None:
         now_ms = self._clock.now_ms()
-        for _ in range(_PURGED_SLICES_MAX):
+        for _ in range(_SLICES_MAX):
             if self._stopping.is_set() or not await self._store.delete_purged(
                 now_ms=now_ms, limit=_PRUNE_SLICE
             ):
@@ -138,8 +140,9 @@ class Reaper:
 
     async def _prune_jobs(self) -> None:
         now_ms = self._clock.now_ms()
-        while await self._store.prune_jobs(now_ms=now_ms, limit=_PRUNE_SLICE) >= _PRUNE_SLICE:
-            pass
+        for _ in range(_SLICES_MAX):
+            if await self._store.prune_jobs(now_ms=now_ms, limit=_PRUNE_SLICE) < _PRUNE_SLICE:
+                return
 
     async def _prune_batches(self) -> None:
         before_ms = self._clock.now_ms() - self._settings.jobs.batch_retention_ms

@@ -41,6 +41,16 @@ _SIGN_HERE_BYTES = 1024 * 1024
 
 _ALARMS_MAX = 10_000
 
+_TRIM_MS = 60_000
+"""How often what is kept is brought back into the bounds below."""
+
+_HOST_BYTES = 256 * 1024 * 1024
+_ALL_BYTES = 4 * _HOST_BYTES
+"""Bodies kept for one host and in all: of deliveries that wait, and as much again of dead letters."""
+
+_KEPT_MS = 7 * 86_400_000
+"""Age at which a dead letter loses its body and cannot be sent again."""
+
 
 class WebhookSender:
     """A loop with bounded tries under way, in all and for one host.
@@ -74,6 +84,7 @@ class WebhookSender:
         self._woken = asyncio.Event()
         self._stopping = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._trim_ms = 0
 
     def start(self) -> None:
         """Begin to send; idempotent."""
@@ -87,7 +98,7 @@ class WebhookSender:
             return
         self._stopping.set()
         self._woken.set()
-        await self._task
+        await asyncio.wait({self._task})
         self._task = None
         tasks = [*self._under_way.values()]
         if tasks:
@@ -106,6 +117,7 @@ class WebhookSender:
             self._woken.clear()
             pause_s = _LOOK_S
             try:
+                await self._trim()
                 await self._fill()
                 pause_s = await self._pause_s()
             except StoreError as error:
@@ -114,6 +126,18 @@ class WebhookSender:
                 _log.exception("webhooks_broken")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._woken.wait(), pause_s)
+
+    async def _trim(self) -> None:
+        """Give up what is kept beyond the bounds, now and then."""
+        now_ms = self._clock.now_ms()
+        if now_ms < self._trim_ms:
+            return
+        self._trim_ms = now_ms + _TRIM_MS
+        count = await self._store.trim_webhooks(
+            host_bytes=_HOST_BYTES, all_bytes=_ALL_BYTES, before_ms=now_ms - _KEPT_MS
+        )
+        if count:
+            _log.warning("webhooks_given_up", count=count)
 
     async def _fill(self) -> None:
         """Begin tries until nothing more is due or no more may be under way."""

@@ -39,19 +39,35 @@ CONCURRENCY_LIMIT = 1000
 _ENV_NAME = re.compile(r"[A-Z_][A-Z0-9_]*")
 _OWNED_PREFIXES = ("RUNPOD_", "PILOTLIGHT_")
 _OWNED_NAMES = frozenset({"VLLM_API_KEY", "CUDA_VISIBLE_DEVICES"})
-_SECRET_WORDS = frozenset({"TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "CREDENTIALS"})
-_SECRET_PAIRS = ("API_KEY", "ACCESS_KEY", "PRIVATE_KEY", "SECRET_KEY")
+_SECRET_WORDS = frozenset(
+    {
+        "TOKEN",
+        "SECRET",
+        "SECRETS",
+        "CREDENTIAL",
+        "CREDENTIALS",
+        "KEY",
+        "KEYS",
+        "APIKEY",
+        "AUTH",
+        "AUTHORIZATION",
+    }
+    | {"DSN", "PWD"}
+)
+_USER_IN_URL = re.compile(r"://[^/\s@]+@")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
-def looks_secret(name: str) -> bool:
-    """Whether a variable's name says that its value must not be shown.
+def looks_secret(name: str, value: str = "") -> bool:
+    """Whether a variable's value must not be shown: its name says so, or it is a URL with a user in it.
 
-    Words count whole: HF_TOKEN is a secret, TOKENIZER and MAX_NUM_BATCHED_TOKENS are none.
+    Words count whole: HF_TOKEN is a secret, TOKENIZER and MAX_NUM_BATCHED_TOKENS are none. Only of PASS the
+    beginning counts, for PASSWORD, PASSWD and PASSPHRASE. Rather one too many is hidden: a hidden value can
+    be sent back in a revision as it is shown.
     """
     words = name.split("_")
-    joined = f"_{name}_"
-    return not _SECRET_WORDS.isdisjoint(words) or any(f"_{pair}_" in joined for pair in _SECRET_PAIRS)
+    named = not _SECRET_WORDS.isdisjoint(words) or any(word.startswith("PASS") for word in words)
+    return named or _USER_IN_URL.search(value) is not None
 
 
 def _check_text(value: str) -> str:

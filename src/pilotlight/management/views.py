@@ -18,7 +18,7 @@ from pilotlight.core.placement import HostResources
 from pilotlight.domain.endpoint import Endpoint, EndpointKind, ScalerType
 from pilotlight.domain.key import ApiKey
 from pilotlight.domain.usage import RequestRecord, StartRecord, UsageInterval
-from pilotlight.domain.worker import Failure, Stage, Worker, WorkerState
+from pilotlight.domain.worker import Failure, Worker, WorkerState
 from pilotlight.management.schemas import (
     MASK,
     EndpointView,
@@ -58,13 +58,6 @@ _LISTED: Mapping[WorkerState, str] = {
 """Our states in the service's words; the others are not listed (serverless-api.md §5.4)."""
 
 
-_OUT_OF_ROTATION: Mapping[Stage, str] = {
-    Stage.UNHEALTHY: "UNHEALTHY",
-    Stage.INITIALIZING: "INITIALIZING",
-}
-"""What a health check says of a worker that was ready."""
-
-
 class SlotCount(Protocol):
     """The slots of one ready worker."""
 
@@ -86,7 +79,7 @@ def timestamp(moment_ms: int) -> str:
 
 def masked(env: Mapping[str, str]) -> dict[str, str]:
     """An environment fit to be shown."""
-    return {name: MASK if value and looks_secret(name) else value for name, value in env.items()}
+    return {name: MASK if value and looks_secret(name, value) else value for name, value in env.items()}
 
 
 def endpoint_status(
@@ -156,10 +149,11 @@ def endpoint_view(
 
 
 def failure_view(failure: Failure | None) -> FailureView | None:
-    """A failure as it is shown; None for none."""
+    """A failure as administrators see it, with the last line of the program; None for none."""
     if failure is None:
         return None
-    return FailureView(kind=failure.kind, cause=failure.cause, advice=failure.advice)
+    cause = f"{failure.cause}: {failure.line}" if failure.line else failure.cause
+    return FailureView(kind=failure.kind, cause=cause, advice=failure.advice)
 
 
 def key_view(key: ApiKey) -> KeyView:
@@ -323,7 +317,8 @@ def _v2_worker(
     occupied = slots.occupied if slots else 0
     status = _LISTED[worker.state]
     if worker.state is WorkerState.READY:
-        status = _OUT_OF_ROTATION.get(worker.stage, "RUNNING" if occupied else "IDLE")
+        # Out of rotation, the stages are called in the service's words as in ours.
+        status = worker.stage.upper() if worker.out_of_rotation else "RUNNING" if occupied else "IDLE"
     failure = failure_view(worker.failure)
     names = {gpu.index: gpu.name for gpu in host.gpus}
     return {

@@ -79,9 +79,12 @@ class WebhookDesk:
 
         Raises:
             NotFoundError: No such delivery.
-            ConflictError: It is not a dead letter.
+            ConflictError: It is not a dead letter, or has lost its body.
         """
-        again = revived(await self._dead(delivery_id), now_ms=self._clock.now_ms())
+        dead = await self._dead(delivery_id)
+        if not dead.body:
+            raise ConflictError(f"webhook {delivery_id} cannot be sent again: its body is not kept any more")
+        again = revived(dead, now_ms=self._clock.now_ms())
         await self._store.put_webhook(again)
         self._wake()
         return _view(again)
@@ -135,10 +138,14 @@ def _view(delivery: WebhookDelivery) -> WebhookView:
         job_id=delivery.job_id,
         endpoint_id=delivery.endpoint_id,
         url=delivery.url,
-        bytes=len(delivery.body),
+        bytes=_size(delivery),
         tries=delivery.tries,
         last_status=delivery.last_status,
         last_error=delivery.last_error,
         created_at=timestamp(delivery.created_ms),
         next_at=None if delivery.next_ms is None else timestamp(delivery.next_ms),
     )
+
+
+def _size(delivery: WebhookDelivery) -> int:
+    return len(delivery.body) if delivery.size is None else delivery.size

@@ -89,7 +89,7 @@ class GuardedHttp:
         read_bytes: int = 64 * 1024,
         encoded: bool = False,
     ) -> Answer:
-        """Send a request and return the answer, of its body the first `read_bytes`.
+        """Send a request and return the answer, of its body the first `read_bytes`, less if it breaks off.
 
         Args:
             method: HTTP method.
@@ -105,6 +105,8 @@ class GuardedHttp:
             UnreachableError: No answer.
         """
         target = self._checked(url, encoded=encoded)
+        parts: list[bytes] = []
+        head: aiohttp.ClientResponse | None = None
         try:
             async with (
                 asyncio.timeout(timeout_s),
@@ -117,18 +119,21 @@ class GuardedHttp:
                     allow_redirects=False,
                 ) as response,
             ):
-                content = await _read(response.content, read_bytes)
-                return Answer(
-                    status=response.status,
-                    headers=MappingProxyType(
-                        {name.lower(): value for name, value in response.headers.items()}
-                    ),
-                    body=content,
-                )
+                head = response
+                await _read(response.content, read_bytes, parts)
         except TimeoutError as error:
-            raise UnreachableError(f"no answer within {timeout_s:g} s") from error
+            if head is None:
+                raise UnreachableError(f"no answer within {timeout_s:g} s") from error
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise UnreachableError(_cause(error)) from error
+            if head is None:
+                raise UnreachableError(_cause(error)) from error
+        # With the status the other side has said what became of the request, whatever becomes of the body.
+        assert head is not None
+        return Answer(
+            status=head.status,
+            headers=MappingProxyType({name.lower(): value for name, value in head.headers.items()}),
+            body=b"".join(parts),
+        )
 
     async def close(self) -> None:
         """Cut what is under way; idempotent."""
@@ -228,14 +233,12 @@ class _CheckedResolver(AbstractResolver):
         """Nothing to close; the threads are their maker's."""
 
 
-async def _read(content: aiohttp.StreamReader, limit: int) -> bytes:
-    """The first bytes of a body; the connection is closed behind them."""
-    parts: list[bytes] = []
+async def _read(content: aiohttp.StreamReader, limit: int, parts: list[bytes]) -> None:
+    """Add the first bytes of a body to `parts`; the connection is closed behind them."""
     left = limit
     while left > 0 and (part := await content.read(left)):
         parts.append(part)
         left -= len(part)
-    return b"".join(parts)
 
 
 def _cause(error: Exception) -> str:

@@ -80,6 +80,10 @@ class WorkerStore(Protocol):
         """Insert or replace one worker's record."""
         ...
 
+    async def worker(self, worker_id: str) -> Worker | None:
+        """One worker, living or ended; None when unknown."""
+        ...
+
     async def workers(self, *, endpoint_id: str | None = None, living: bool = True) -> Sequence[Worker]:
         """Workers oldest first: living ones, or (living=False) also those ended."""
         ...
@@ -366,7 +370,22 @@ class WebhookStore(Protocol):
     async def dead_webhooks(
         self, *, endpoint_id: str | None = None, limit: int = 100
     ) -> Sequence[WebhookDelivery]:
-        """Dead letters, newest first by `created_ms`."""
+        """Dead letters, newest first by `created_ms`, without bodies; `size` says how large they are."""
+        ...
+
+    async def trim_webhooks(self, *, host_bytes: int, all_bytes: int, before_ms: int) -> int:
+        """Give up the oldest deliveries: they become dead letters whose body is empty.
+
+        What waits and what is dead count apart, each against both bounds.
+
+        Args:
+            host_bytes: Bytes of bodies kept for one host.
+            all_bytes: Bytes of bodies kept in all.
+            before_ms: Those created before lose their body whatever their size.
+
+        Returns:
+            How many have lost their body.
+        """
         ...
 
 

@@ -204,6 +204,10 @@ def request_not_found(request_id: str) -> NotFoundError:
     return NotFoundError(f"batch request not found: {request_id}")
 
 
+WEBHOOK_GIVEN_UP = "given up: too old, or too many bytes were kept for its host"
+"""`last_error` of a delivery that was still to be tried when it lost its body."""
+
+
 def webhook_not_found(delivery_id: str) -> NotFoundError:
     """The error for a delivery that is unknown, done or dropped."""
     return NotFoundError(f"webhook delivery not found: {delivery_id}")

@@ -38,11 +38,14 @@ class HttpClient:
     """Requests to any origin, over connections that are kept for `IDLE_SECONDS`.
 
     Args:
-        headers: Sent with every request.
+        headers: Sent with every request; `Authorization` only to the server that is asked, not to one that a
+            redirect names.
     """
 
     def __init__(self, headers: Mapping[str, str]) -> None:
-        self._headers = "".join(f"{name}: {_checked(value)}\r\n" for name, value in headers.items())
+        lines = {name.lower(): f"{name}: {_checked(value)}\r\n" for name, value in headers.items()}
+        self._headers = "".join(lines.values())
+        self._open_headers = "".join(line for name, line in lines.items() if name != "authorization")
         self._origins: dict[str, _Origin] = {}
 
     async def close(self) -> None:
@@ -66,9 +69,13 @@ class HttpClient:
             AnswerTimeoutError: No answer in time.
             OSError: No connection, or it broke, or the answer is no HTTP.
         """
+        first: _Origin | None = None
         for _ in range(_REDIRECTS_MAX):
             origin, target = self._split(url)
-            head = f"{method} {target} HTTP/1.1\r\nHost: {origin.host}\r\n{self._headers}"
+            first = first or origin
+            # The worker's key is for the server that was asked, and nobody whom that one names.
+            headers = self._headers if origin is first else self._open_headers
+            head = f"{method} {target} HTTP/1.1\r\nHost: {origin.host}\r\n{headers}"
             if body is not None:
                 head += f"Content-Length: {len(body)}\r\n"
             data = f"{head}Content-Type: {content_type}\r\n\r\n".encode("latin-1") + (body or b"")

@@ -373,6 +373,8 @@ class JobLoop:
             await self._platform.post_chunk(job.id, number, _encode({"output": item}))
             number += 1
 
+        if job.unreadable is not None:
+            return _encode({"error": error_text(400, job.unreadable)}), "failed"
         if running.reason is None:
             running.inner = asyncio.create_task(self._runner.run(job, post_chunk), name=f"engine-{job.id}")
             try:

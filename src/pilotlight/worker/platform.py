@@ -9,6 +9,7 @@ restart of the platform.
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +35,12 @@ _PAUSE_429_SECONDS: Final = 5.0
 _OUTAGE_STEP_SECONDS: Final = 10.0
 
 
+class _Named(msgspec.Struct):
+    id: str
+
+
+_raws = msgspec.json.Decoder(list[msgspec.Raw])
+_ids = msgspec.json.Decoder(_Named)
 _jitter = random.Random()  # noqa: S311 - jitter is no secret
 
 
@@ -65,10 +72,17 @@ class Backoff:
 
 @dataclass(frozen=True, slots=True)
 class TakenJob:
-    """A job as handed out; `payload` is the whole object, of which `input` may be absent."""
+    """A job as handed out.
+
+    Attributes:
+        id: Of the job.
+        payload: The whole object, of which `input` may be absent.
+        unreadable: Why it cannot be run: its JSON is beyond what can be read here. None for all others.
+    """
 
     id: str
     payload: dict[str, Any]
+    unreadable: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,15 +280,60 @@ class Platform:
         self._last_failure = now
 
     def _jobs(self, body: bytes) -> tuple[TakenJob, ...]:
-        answer = _load(body)
-        items = answer if isinstance(answer, list) else [answer] if answer is not None else []
         jobs = []
-        for item in items:
-            if isinstance(item, dict) and isinstance(item.get("id"), str) and item["id"]:
-                jobs.append(TakenJob(item["id"], item))
+        for item in read_jobs(body):
+            if isinstance(item, TakenJob):
+                jobs.append(item)
             else:
-                self._log.event("platform.bad_job", kind=type(item).__name__)
+                self._log.event("platform.bad_job", kind=item)
         return tuple(jobs)
+
+
+def read_jobs(body: bytes) -> list[TakenJob | str]:
+    """The jobs of a take answer, each read alone: one that cannot be read does no harm to the others.
+
+    Returns:
+        For each job itself, or the type of what came in its place.
+    """
+    body = body.strip()
+    try:
+        raws = _raws.decode(body) if body.startswith(b"[") else [msgspec.Raw(body)]
+    except (msgspec.DecodeError, RecursionError):
+        # Half characters somewhere hide where one job ends and the next begins.
+        try:
+            answer = _mended(body)
+        except (ValueError, RecursionError):
+            return ["unreadable"]
+        return [_checked_job(item) for item in (answer if isinstance(answer, list) else [answer])]
+    return [_read_job(bytes(raw)) for raw in raws]
+
+
+def _read_job(raw: bytes) -> TakenJob | str:
+    try:
+        return _checked_job(msgspec.json.decode(raw))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        pass
+    try:
+        return _checked_job(_mended(raw))
+    except (ValueError, RecursionError) as error:
+        reason = str(error)
+    try:
+        job_id = _ids.decode(raw).id
+    except (msgspec.DecodeError, RecursionError):
+        return "unreadable"
+    return TakenJob(job_id, {}, unreadable=f"the job cannot be read: {reason[:200]}")
+
+
+def _checked_job(item: Any) -> TakenJob | str:
+    if isinstance(item, dict) and isinstance(item.get("id"), str) and item["id"]:
+        return TakenJob(item["id"], item)
+    return type(item).__name__
+
+
+def _mended(raw: bytes) -> Any:
+    """JSON as Python reads it; half characters, which could not be sent on, are replaced."""
+    text = json.dumps(json.loads(raw.decode(errors="replace")), ensure_ascii=False)
+    return json.loads(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
 
 def _batch_url(output: str | None) -> str | None:

@@ -210,7 +210,10 @@ async def test_worker_with_other_work_gets_nothing_new_and_is_ended_after_it(pla
     platform.clock.advance(40)
     await platform.ping(stuck, other)
     await platform.service.kill_stuck()
+    await platform.fleet.changed.wait()
+    platform.fleet.changed.clear()
     assert platform.fleet.killed == []
+    assert [worker_id for worker_id, _ in platform.fleet.drained] == ["w1"]
     late = await platform.run()
     assert (await platform.take(holding=True)).status_code == 204
     await platform.done(other, {"output": 1})

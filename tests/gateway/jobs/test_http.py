@@ -141,6 +141,21 @@ def test_a_line_break_cannot_be_put_into_a_header():
         asyncio.run(response(scope, None, None))
 
 
+async def test_a_body_that_does_not_come_ends(serve_app):
+    """§2.13: half a body must not hold a connection for ever."""
+
+    async def read(call):
+        await call.body(limit=100)
+        raise AssertionError("the body never ended")
+
+    async with serve_app(JobRoad([road(run=read)], body_s=0.05)) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /v2/e/run HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\nhalf")
+        async with asyncio.timeout(30):
+            assert b" 408 " in await reader.readline()
+        writer.close()
+
+
 @pytest.mark.parametrize("direct", [True, False])
 async def test_a_client_that_goes_is_noticed_with_the_help_of_the_server_and_without(serve_app, direct):
     entered, noticed = asyncio.Event(), asyncio.Event()

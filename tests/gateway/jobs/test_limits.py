@@ -61,7 +61,7 @@ async def test_retry_after_comes_from_how_fast_the_queue_moves(make_platform):
         # One must leave, and two have ended in ten seconds.
         assert refused(await platform.call("POST", "/run", json={"input": 1})) == 5
         with pytest.raises(QueueFullError) as caught:
-            await platform.service.bounds.make_room(platform.endpoint, 2, 10)
+            await platform.service.bounds.reserve(platform.endpoint, 2, 10)
         assert caught.value.retry_after_s == 10
         platform.clock.advance(60)
         assert refused(await platform.call("POST", "/run", json={"input": 1})) == 5

@@ -12,6 +12,7 @@ import anthropic
 import openai
 import pytest
 
+from pilotlight.errors import StoreError
 from pilotlight.gateway.jobs.openai import JobOpenAI
 
 from .conftest import ADMIN, ENDPOINT, Platform, serving
@@ -194,6 +195,21 @@ async def test_anthropic_routes_fail_in_their_own_shape(platform, base):
                 await call
             assert caught.value.body["type"] == "error"
             assert caught.value.body["error"]["message"] == "bad"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_failure_of_the_store_after_the_job_was_queued(platform, client, monkeypatch, stream):
+    """§2.15: the caller is told to come back, and the job, which nobody can ask for, does not run."""
+
+    async def broken(*_: Any, **__: Any) -> Any:
+        raise StoreError("disk full")
+
+    monkeypatch.setattr(platform.service, "stream" if stream else "wait", broken)
+    with pytest.raises(openai.InternalServerError) as caught:
+        await chat(client, stream=stream)
+    assert (caught.value.status_code, caught.value.response.headers["retry-after"]) == (503, "2")
+    jobs, _ = await platform.service.jobs(ENDPOINT, status=None, before=None, limit=2)
+    assert [job.status for job in jobs] == ["CANCELLED"]
 
 
 async def test_refusals(platform, base):

@@ -8,6 +8,7 @@ import json
 import pytest
 
 from pilotlight.domain.usage import Outcome
+from pilotlight.gateway.jobs.results import usage_of
 
 ENVELOPE = {"error": {"message": "engine died", "type": "InternalServerError", "code": 500}}
 
@@ -162,3 +163,8 @@ async def test_counted_chunks_are_stored_once(platform):
         await platform.ask("POST", path, json={"output": number, "metrics": {}})
     stream = (await platform.call("GET", f"/stream/{job_id}")).json()["stream"]
     assert stream == [{"output": 0, "metrics": {}}, {"output": 1, "metrics": {}}]
+
+
+def test_usage_beyond_what_a_store_keeps_is_no_usage():
+    """A count of tokens that no column holds must not cost the row, nor those written with it."""
+    assert usage_of(b'{"usage": {"input": 9223372036854775808, "output": 1}}') == (None, 1)

@@ -218,3 +218,14 @@ async def test_keys_that_are_refused(platform, key):
     assert answer.status_code == 400
     assert "Idempotency-Key must be 1 to 255 visible ASCII characters" in answer.json()["error"]
     assert (await submit(platform, b"x" * 255)).status_code == 200
+
+
+def test_numbers_that_no_worker_can_read():
+    """worker-protocol.md §3.2: one of them would spoil the whole answer that it is handed out with."""
+    longest, text = b"9" * 4300, b"9" * 20_000
+    assert parse_submission(b'{"input": {"n": %b, "t": "%b"}}' % (longest, text)).input
+    for body in (b'{"input": 1%b}' % longest, b'{"input": [%b, "\\ud800"]}' % text):
+        with pytest.raises(InvalidInputError):
+            parse_submission(body)
+    with pytest.raises(InvalidInputError):
+        parse_submission(b'{"input": ["\\ud800", 1e999]}')

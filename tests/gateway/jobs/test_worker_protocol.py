@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import httpx
+import pytest
 
 from pilotlight.domain.worker import Stage, WorkerState
-from pilotlight.errors import StoreError
+from pilotlight.errors import NotFoundError, StoreError
 
 ENVELOPE = {"error": {"message": "engine died", "type": "InternalServerError", "code": 500}}
 
@@ -152,6 +154,123 @@ async def test_cancel_between_the_take_and_the_hand_out(make_platform):
         gate.set()
         assert (await take).json()["id"] == second
         assert platform.slots.worker("w1").jobs == 1
+
+
+async def test_cancel_between_the_hand_out_and_the_answer(make_platform):
+    """§3.2: what has ended meanwhile is not in the answer."""
+    async with make_platform() as platform:
+        platform.fleet.add("w1", capacity=2)
+        kept, ended = await platform.run(), await platform.run()
+        worker = platform.fleet.worker("w1")
+        desk = platform.service.workers
+        hand_out = desk._ledger.dispatcher._hand_out
+
+        def cancelling(poll, jobs):
+            answer = hand_out(poll, jobs)
+            desk.link(worker).hand_outs.pop(ended)
+            return answer
+
+        desk._ledger.dispatcher._hand_out = cancelling
+        gone = asyncio.get_running_loop().create_future()
+        jobs = await desk.take(worker, count=2, holding=False, gone=gone)
+        assert [job.id for job in jobs] == [kept]
+
+
+async def test_job_that_cannot_be_given_back_at_once_keeps_its_retry(make_platform):
+    """§7.1: it never reached the worker; the store's failure is not the job's fault."""
+    async with make_platform() as platform:
+        platform.fleet.add("w1", capacity=1)
+        job_id = await platform.run()
+        worker = platform.fleet.worker("w1")
+        apply_of_store, failed = platform.store.apply, asyncio.Event()
+
+        async def broken(*_):
+            failed.set()
+            raise StoreError("disk full")
+
+        platform.store.apply = broken
+        gone = asyncio.get_running_loop().create_future()
+        gone.set_result(None)
+        assert not await platform.service.workers.take(worker, count=1, holding=False, gone=gone)
+        await failed.wait()
+        platform.clock.advance(3600)
+        platform.store.apply = apply_of_store
+        await platform.service.lose_unconfirmed()
+        await signal(lambda: platform.slots.worker("w1").jobs == 0)
+        job = await platform.store.job(job_id)
+        assert (job.status, job.retries) == ("IN_QUEUE", 0)
+
+
+async def test_loss_that_the_store_did_not_take_is_found_again(platform):
+    """§5: a heartbeat that met our 5xx decides nothing; the next one does."""
+    platform.fleet.add(capacity=2)
+    lost, held = await platform.run(), await platform.run()
+    await platform.take(batch=2)
+    await platform.ping(lost)
+    apply_of_store = platform.store.apply_many
+
+    async def broken(*_):
+        raise StoreError("disk full")
+
+    platform.store.apply_many = broken
+    await platform.ping(held)
+    platform.store.apply_many = apply_of_store
+    assert (await platform.store.job(held)).confirmed_ms is None
+    await platform.ping(held)
+    assert (await platform.status(lost))["status"] == "FAILED"
+    assert (await platform.store.job(held)).confirmed_ms is not None
+
+
+async def test_job_whose_record_is_gone_frees_its_slot(platform):
+    """§7.2: a post for it is answered 200, and the worker's slot takes the next job."""
+    platform.fleet.add(capacity=1)
+    job_id = await platform.run()
+    await platform.take()
+
+    async def unknown(*_):
+        raise NotFoundError("job not found")
+
+    apply_of_store = platform.store.apply
+    platform.store.apply = unknown
+    assert (await platform.done(job_id, {"output": 1})).status_code == 200
+    platform.store.apply = apply_of_store
+    assert platform.slots.worker("w1").jobs == 0
+    assert job_id not in platform.service._ledger.links["w1"].hand_outs
+
+
+async def test_chunk_that_comes_twice_is_stored_once(platform):
+    """§3.5 with `seq`: both at once, and again after half of it was stored."""
+    platform.fleet.add(capacity=1)
+    job_id = await platform.run()
+    await platform.take()
+    worker, desk = platform.fleet.worker("w1"), platform.service.workers
+    body = json.dumps({"output": "x" * 1_500_000}).encode()
+    append_of_store, calls = platform.store.append_chunk, []
+
+    async def second_fails(*arguments, **named):
+        calls.append(1)
+        await asyncio.sleep(0)
+        if len(calls) == 2:
+            raise StoreError("disk full")
+        return await append_of_store(*arguments, **named)
+
+    platform.store.append_chunk = second_fails
+    with pytest.raises(StoreError):
+        await desk.chunk(worker, job_id, body, len(body), sequence=0)
+    await asyncio.gather(*(desk.chunk(worker, job_id, body, len(body), sequence=0) for _ in range(2)))
+    chunks = (await platform.call("GET", f"/stream/{job_id}")).json()["stream"]
+    assert "".join(chunk["output"] for chunk in chunks) == "x" * 1_500_000
+
+
+async def test_late_posts_of_an_ended_worker_are_taken_and_change_nothing(platform):
+    """§7.2, §14: 200, as a worker library does nothing sensible with anything else."""
+    platform.fleet.add(capacity=1)
+    job_id = await platform.run()
+    await platform.take()
+    await platform.fleet.end("w1")
+    assert (await platform.done(job_id, {"output": 1})).status_code == 200
+    assert (await platform.chunk(job_id, "x")).status_code == 200
+    assert (await platform.status(job_id))["status"] == "IN_QUEUE"
 
 
 async def test_store_failure_during_a_take_is_survived(make_platform):

@@ -115,6 +115,28 @@ class Balanced:
         self.add(worker_id, port, capacity=capacity, endpoint_id=endpoint_id)
         return port
 
+    async def raw_worker(self, serve):
+        """Worker `w1`, which speaks in bytes: each connection is given to `serve(reader, writer)`."""
+        tasks = set()
+
+        async def serve_one(reader, writer):
+            tasks.add(asyncio.current_task())
+            try:
+                await serve(reader, writer)
+            finally:
+                writer.transport.abort() if writer.transport.is_closing() else writer.close()
+
+        server = await asyncio.start_server(serve_one, "127.0.0.1", 0)
+
+        async def stop():
+            server.close()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+        self.stack.push_async_callback(stop)
+        self.add("w1", server.sockets[0].getsockname()[1])
+
     def add(self, worker_id, port, *, capacity=10, endpoint_id=ID):
         worker = Worker(id=worker_id, endpoint_id=endpoint_id, version=1, state=WorkerState.READY)
         self.fleet.living[worker_id] = worker

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 
 import aiohttp
 import pytest
 from aiohttp import WSMsgType, web
+
+from pilotlight.gateway import load_balancer_tunnel
 
 ID = "lbendpoint1234"
 
@@ -134,3 +137,143 @@ async def test_no_worker_in_time_is_400(make_balanced):
     with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
         await connect(balanced)
     assert refused.value.status == 400
+
+
+HANDSHAKE = (
+    f"GET /lb/{ID}/ws HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer rpa_RUN\r\nConnection: Upgrade\r\n"
+    "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+)
+
+
+async def opened(balanced):
+    return await asyncio.open_connection(*balanced.url.removeprefix("http://").split(":"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (f"/lb/{ID}/ws", "http://h:99999/"),
+        ("GET", "POST"),
+        ("Sec-WebSocket-Key", "X-Other"),
+        ("Host: h", "Host: h\r\nContent-Length: 5"),
+    ],
+)
+async def test_what_only_looks_like_a_handshake_is_400_and_reaches_nobody(balanced, old, new):
+    """RFC 6455 §4.1: GET, no body, a key."""
+    called = []
+
+    async def see(request):
+        called.append(request)
+        return web.Response()
+
+    await balanced.worker("w1", see)
+    reader, writer = await opened(balanced)
+    writer.write(HANDSHAKE.replace(old, new).encode() + (b"12345" if "Length" in new else b""))
+    async with asyncio.timeout(20):
+        answer = await reader.read()
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert called == []
+    writer.close()
+
+
+async def test_after_a_refused_handshake_nothing_of_the_client_reaches_the_worker(balanced):
+    """What follows would be a request of its own, past the check of keys."""
+    received, more = bytearray(), asyncio.Event()
+
+    async def serve(reader, writer):
+        received.extend(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(b"HTTP/1.1 404 Not Found\r\ncontent-length: 6\r\n\r\nabc")
+        await more.wait()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.2):
+                received.extend(await reader.read(100))
+        writer.write(b"def")
+        writer.close()
+
+    await balanced.raw_worker(serve)
+    reader, writer = await opened(balanced)
+    writer.write(HANDSHAKE.encode())
+    async with asyncio.timeout(20):
+        answer = await reader.readuntil(b"abc")
+        writer.write(b"GET /admin HTTP/1.1\r\n\r\n")
+        await writer.drain()
+        more.set()
+        assert answer + await reader.read() == answer + b"def"
+    assert b"admin" not in received
+    assert answer.startswith(b"HTTP/1.1 404 ")
+    assert b"connection: close" in answer
+    writer.close()
+
+
+async def test_a_refusal_has_the_limit_of_any_answer(make_balanced):
+    balanced = await make_balanced(response_bytes=10_000)
+
+    async def serve(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 404 Not Found\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            while True:
+                writer.write(b"x" * 1000)
+                await writer.drain()
+
+    await balanced.raw_worker(serve)
+    reader, writer = await opened(balanced)
+    writer.write(HANDSHAKE.encode())
+    async with asyncio.timeout(20):
+        assert (await reader.read()).count(b"xxxx") <= 2500
+    await idle(balanced)
+    writer.close()
+
+
+async def test_a_client_that_reads_nothing_slows_its_worker(balanced):
+    """Also when the first bytes come with the answer to the handshake."""
+    sent, stuck = 0, asyncio.Event()
+
+    async def serve(reader, writer):
+        nonlocal sent
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 101 Switching Protocols\r\n\r\n" + b"x" * 60_000)
+        with contextlib.suppress(ConnectionError):
+            while sent < 200_000_000:
+                writer.write(b"x" * 100_000)
+                sent += 100_000
+                try:
+                    async with asyncio.timeout(1):
+                        await writer.drain()
+                except TimeoutError:
+                    stuck.set()
+                    return
+
+    await balanced.raw_worker(serve)
+    _, writer = await opened(balanced)
+    writer.transport.pause_reading()
+    writer.write(HANDSHAKE.encode())
+    async with asyncio.timeout(30):
+        await stuck.wait()
+    assert sent < 200_000_000
+    writer.transport.abort()
+    await idle(balanced)
+
+
+async def test_a_side_that_reads_nothing_holds_no_slot_for_long(balanced, monkeypatch):
+    monkeypatch.setattr(load_balancer_tunnel, "_STALL_S", 0.2)
+    monkeypatch.setattr(load_balancer_tunnel, "_LINGER_S", 0.2)
+    done = asyncio.Event()
+
+    async def serve(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 101 Switching Protocols\r\n\r\n")
+        await done.wait()
+
+    await balanced.raw_worker(serve)
+    reader, writer = await opened(balanced)
+    writer.write(HANDSHAKE.encode())
+    await reader.readuntil(b"\r\n\r\n")
+    with contextlib.suppress(ConnectionError):
+        async with asyncio.timeout(20):
+            while True:
+                writer.write(b"x" * 1_000_000)
+                await writer.drain()
+    await idle(balanced)
+    done.set()
+    writer.close()

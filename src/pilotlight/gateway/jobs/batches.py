@@ -6,7 +6,7 @@ The rules; `batch_routes` is their HTTP face. From `finalize` on the requests ar
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -20,7 +20,9 @@ from pilotlight.domain.job import Job
 from pilotlight.domain.key import ApiKey
 from pilotlight.errors import InvalidInputError, NotFoundError
 from pilotlight.gateway.errors import QueueFullError
+from pilotlight.gateway.jobs.bounds import QueueBounds
 from pilotlight.gateway.jobs.ledger import Ledger
+from pilotlight.gateway.jobs.submission import check_numbers
 from pilotlight.ports.clock import Clock
 from pilotlight.ports.store import BatchStore
 from pilotlight.settings import Settings
@@ -49,17 +51,19 @@ class RequestPage:
         offset: Position of the first.
         limit: How many were asked for; fewer come where they would be too large for one answer.
         requests: Drafts, or jobs without inputs.
+        last: Whether the store has none behind them, whatever the batch counts: some may have been purged.
     """
 
     batch: Batch
     offset: int
     limit: int
     requests: Sequence[Job | BatchDraft]
+    last: bool = False
 
     @property
     def has_more(self) -> bool:
         """Whether requests follow."""
-        return self.offset + len(self.requests) < self.batch.total
+        return not self.last and self.offset + len(self.requests) < self.batch.total
 
 
 class BatchService:
@@ -71,7 +75,7 @@ class BatchService:
         clock: Time.
         settings: Limits and periods.
         entropy: Random bytes, for ids.
-        make_room: Raises `QueueFullError` unless an endpoint's queue takes that many jobs of so many bytes.
+        bounds: What an endpoint's queue takes.
         wake: Wakes the autoscaler of an endpoint.
     """
 
@@ -83,7 +87,7 @@ class BatchService:
         clock: Clock,
         settings: Settings,
         entropy: Callable[[int], bytes],
-        make_room: Callable[[Endpoint, int, int], Awaitable[None]],
+        bounds: QueueBounds,
         wake: Callable[[str], None],
     ) -> None:
         self._store = store
@@ -92,7 +96,7 @@ class BatchService:
         self._settings = settings
         self._limits = settings.limits
         self._entropy = entropy
-        self._make_room = make_room
+        self._bounds = bounds
         self._wake = wake
 
     async def create(self, endpoint: Endpoint, key: ApiKey, body: bytes) -> Batch:
@@ -108,6 +112,7 @@ class BatchService:
             QueueFullError: As many batches are under way as may be, or too many requests.
         """
         drafts = self._drafts(_array(body or b"[]"))
+        check_numbers(body)
         active = [batch for batch in await self._store.batches(endpoint.id) if batch.active]
         if len(active) >= self._limits.batches:
             raise QueueFullError(
@@ -125,8 +130,8 @@ class BatchService:
             input_bytes=size,
             created_ms=self._clock.now_ms(),
         )
-        await self._make_room(endpoint, len(drafts), size)
-        await self._store.add_batch(batch, drafts)
+        async with self._bounds.room(endpoint, jobs=len(drafts), size=size):
+            await self._store.add_batch(batch, drafts)
         return batch
 
     async def append(self, endpoint: Endpoint, batch_id: str, body: bytes) -> Batch:
@@ -143,11 +148,13 @@ class BatchService:
         if "requests" not in fields:
             raise InvalidInputError('requests is required: {"requests": [{"input": …}, …]}', field="requests")
         drafts = self._drafts(_array(bytes(fields["requests"]), what="requests"))
+        check_numbers(body)
         self._check_total(batch.total + len(drafts))
         size = sum(len(draft.input) for draft in drafts)
         # It must fit into the queue when it is finalized.
-        await self._make_room(endpoint, batch.total + len(drafts), batch.input_bytes + size)
-        return await self._store.add_batch_requests(batch_id, drafts)
+        total, size = batch.total + len(drafts), batch.input_bytes + size
+        async with self._bounds.room(endpoint, jobs=total, size=size):
+            return await self._store.add_batch_requests(batch_id, drafts)
 
     async def rename(self, endpoint_id: str, batch_id: str, body: bytes) -> Batch:
         """Give a draft a name for people; the body is `{"name": "…"}`."""
@@ -182,7 +189,6 @@ class BatchService:
                 f"{endpoint.id}: {queued} are queued, this batch has {batch.total}",
                 retry_after_s=_RETRY_AFTER_S,
             )
-        await self._make_room(endpoint, batch.total, batch.input_bytes)
         now_ms, jobs = self._clock.now_ms(), self._settings.jobs
         template = Job(
             id=batch.id,
@@ -196,7 +202,8 @@ class BatchService:
             retries_max=jobs.retries_max,
             batch_id=batch.id,
         )
-        finalized = await self._store.finalize_batch(batch_id, template)
+        async with self._bounds.room(endpoint, jobs=batch.total, size=batch.input_bytes):
+            finalized = await self._store.finalize_batch(batch_id, template)
         self._ledger.dispatcher.arrived(endpoint.id, finalized.total)
         self._wake(endpoint.id)
         return finalized
@@ -228,15 +235,16 @@ class BatchService:
         """A page of a batch's requests; it ends early where its outputs would fill the memory."""
         batch = await self.batch(endpoint_id, batch_id)
         page: list[Job | BatchDraft] = []
-        size = 0
+        size, last = 0, False
         while len(page) < limit and size < _PAGE_BYTES_MAX:
             count = min(_PAGE_SLICE, limit - len(page))
             part = await self._store.batch_requests(batch_id, offset=offset + len(page), limit=count)
             page.extend(part)
             size += sum(len(each.output or b"") for each in part if isinstance(each, Job))
-            if len(part) < count:
+            last = len(part) < count
+            if last:
                 break
-        return RequestPage(batch=batch, offset=offset, limit=limit, requests=page)
+        return RequestPage(batch=batch, offset=offset, limit=limit, requests=page, last=last)
 
     def _check_total(self, total: int) -> None:
         if total > self._limits.batch_requests:

@@ -114,11 +114,6 @@ class QueueBounds:
         room.pending_size += size
         return room
 
-    async def make_room(self, endpoint: Endpoint, jobs: int, size: int) -> None:
-        """Return when that many jobs with so many bytes may be queued; `QueueFullError` when not."""
-        async with self.room(endpoint, jobs=jobs, size=size):
-            return
-
     def ended(self, endpoint_id: str) -> None:
         """A job that had run has ended: the queue moves."""
         second = self._clock.now_ms() // 1000

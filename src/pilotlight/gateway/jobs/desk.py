@@ -23,7 +23,7 @@ from pilotlight.core.lifecycle import (
 )
 from pilotlight.domain.job import Job
 from pilotlight.domain.worker import Failure, Stage, Worker
-from pilotlight.errors import InvalidInputError, NotFoundError, PilotlightError
+from pilotlight.errors import InvalidInputError, NotFoundError, PilotlightError, StoreError
 from pilotlight.gateway.jobs.buckets import Buckets, Outsize
 from pilotlight.gateway.jobs.ledger import Ledger
 from pilotlight.gateway.jobs.links import HandOut, Poll, WorkerLink
@@ -190,17 +190,25 @@ class WorkerDesk:
             hand_out.confirmed = True
         missing = [link.hand_outs[job_id] for job_id in previous - listed if job_id in link.hand_outs]
         # A post that is being received may be the final one; the next ping looks again.
-        undecided = {hand_out.job_id for hand_out in missing if hand_out.posts or not complete}
-        link.listed = listed | undecided
+        if not complete or link.bodies:
+            lost: list[HandOut] = []
+        else:
+            lost = [hand_out for hand_out in missing if not hand_out.posts]
+        # Until the store knows of a loss, the next ping must find it again.
+        link.listed = listed | {hand_out.job_id for hand_out in missing}
         self._look_at_stops(link, listed, previous)
+        now_ms = self._ledger.clock.now_ms()
+        events = [(hand_out.job_id, self._loss(link, hand_out, arrived=True)) for hand_out in lost]
         for hand_out in confirmed:
-            event = Confirmed(
-                worker_id=worker.id, now_ms=self._ledger.clock.now_ms(), attempt=hand_out.attempt
-            )
-            await self._apply(hand_out.job_id, event)
-        for hand_out in missing:
-            if hand_out.job_id not in undecided:
-                await self._lose(link, hand_out, arrived=True)
+            event = Confirmed(worker_id=worker.id, now_ms=now_ms, attempt=hand_out.attempt)
+            events.append((hand_out.job_id, event))
+        try:
+            await self._apply_many(events)
+        except StoreError:
+            for hand_out in confirmed:
+                hand_out.confirmed = False
+            raise
+        link.listed -= {hand_out.job_id for hand_out in lost}
 
     async def unhealthy(self, worker: Worker, *, check: str, reason: str) -> None:
         """Take the last word of a worker that failed its own start-up check (§3.6); it is ended."""
@@ -246,17 +254,21 @@ class WorkerDesk:
         link = self.link(worker)
         if link is None:
             return
-        events: list[tuple[str, JobEvent]] = []
+        posted: list[tuple[str, JobEvent | Outsize]] = []
         for job_id, body, final_stream in items:
             event, replace_worker = self._posted(link, job_id, body, len(body), final_stream=final_stream)
             if replace_worker:
                 self._replace(link)
-            if isinstance(event, Outsize):
-                event = await self._buckets.settle(job_id, event)
             if event is not None:
-                events.append((job_id, event))
-        for (job_id, _), applied in zip(events, await self._ledger.apply_many(events), strict=True):
-            _note_late(job_id, applied)
+                posted.append((job_id, event))
+        large = [(job_id, event) for job_id, event in posted if isinstance(event, Outsize)]
+        settled = iter(
+            await asyncio.gather(*(self._buckets.settle(*each) for each in large)) if large else ()
+        )
+        events = [
+            (job_id, next(settled) if isinstance(event, Outsize) else event) for job_id, event in posted
+        ]
+        await self._apply_many(events)
 
     async def chunk(
         self, worker: Worker, job_id: str, body: bytes | None, size: int, *, sequence: int | None = None
@@ -275,44 +287,57 @@ class WorkerDesk:
         hand_out = link.hand_outs.get(job_id) if link else None
         if link is None or hand_out is None:
             return
-        if sequence is not None and sequence <= hand_out.last_sequence:
+        if sequence is None:
+            await self._store_chunk(link, hand_out, body, size)
             return
-        ledger = self._ledger
+        if hand_out.storing is None:
+            hand_out.storing = asyncio.Lock()
+        async with hand_out.storing:
+            if sequence <= hand_out.last_sequence:
+                return
+            if await self._store_chunk(link, hand_out, body, size, skip=hand_out.pieces):
+                hand_out.last_sequence, hand_out.pieces = sequence, 0
+
+    async def _store_chunk(
+        self, link: WorkerLink, hand_out: HandOut, body: bytes | None, size: int, *, skip: int = 0
+    ) -> bool:
+        """Store the pieces of a chunk but for the first `skip` ones; whether the last of them is stored."""
+        ledger, worker, job_id = self._ledger, link.worker_id, hand_out.job_id
         try:
             if body is None:
                 raise ChunkTooLargeError(f"stream chunk exceeds 1 MB limit (got {size} bytes)")
             pieces = parse_chunk(body, limit=self._limits.chunk_bytes)
         except ChunkTooLargeError as error:
-            _log.warning("chunk_too_large", worker_id=worker.id, job_id=job_id, size=size)
+            _log.warning("chunk_too_large", worker_id=worker, job_id=job_id, size=size)
             await self._fail(link, hand_out, str(error))
-            return
+            return False
         except InvalidInputError as error:
-            _log.warning("chunk_ignored", worker_id=worker.id, job_id=job_id, error=str(error))
-            return
-        for piece in pieces:
+            _log.warning("chunk_ignored", worker_id=worker, job_id=job_id, error=str(error))
+            return False
+        for piece in pieces[skip:]:
             try:
                 fate = await ledger.store.append_chunk(
                     job_id,
-                    worker.id,
+                    worker,
                     piece,
                     attempt=hand_out.attempt,
                     now_ms=ledger.clock.now_ms(),
                     limit_bytes=self._limits.stream_bytes,
                 )
             except NotFoundError:
-                return
+                return False
             if fate is ChunkFate.FULL:
                 await self._fail_full(link, hand_out)
             if fate is not ChunkFate.STORED:
-                return
+                return False
+            hand_out.pieces += 1
             hand_out.confirmed = True
             if hand_out.first_chunk_ms is None:
                 hand_out.first_chunk_ms = ledger.clock.now_ms()
             if b"usage" in piece:
                 hand_out.usage_chunk = piece
             ledger.signals.notify(job_id)
-        if sequence is not None:
-            hand_out.last_sequence = sequence
+        return True
 
     async def _fail_full(self, link: WorkerLink, hand_out: HandOut) -> None:
         limit = self._limits.stream_bytes / 1_048_576
@@ -332,9 +357,13 @@ class WorkerDesk:
         poll.closed = True
         dispatcher = self._ledger.dispatcher
         dispatcher.unpark(poll)
-        jobs = poll.future.result() if poll.future.done() else []
+        given = poll.future.result() if poll.future.done() else []
+        # What ended, or was taken away, after the store had given it must not be run.
+        hand_outs = poll.link.hand_outs
+        jobs = [job for job in given if job.id in hand_outs and hand_outs[job.id].attempt == job.attempt]
         if deliver or not jobs:
             return jobs
+        poll.link.return_all(jobs)
         self._ledger.spawn(dispatcher.give_back(jobs), f"give-back-{poll.link.worker_id}")
         return []
 
@@ -452,10 +481,13 @@ class WorkerDesk:
     async def _close_earlier(self, link: WorkerLink) -> None:
         """Close every hand-out to a worker that says it holds nothing (§5)."""
         now_ns = self._ledger.clock.monotonic_ns()
-        for hand_out in [*link.hand_outs.values()]:
+        events: list[tuple[str, JobEvent]] = []
+        for hand_out in link.hand_outs.values():
             crossing = link.several_polls and now_ns - hand_out.at_ns < _CROSSING_NS
-            if not hand_out.posts and not crossing:
-                await self._lose(link, hand_out, arrived=hand_out.arrived)
+            if not (hand_out.posts or hand_out.returning or link.bodies or crossing):
+                loss = self._loss(link, hand_out, arrived=hand_out.arrived)
+                events.append((hand_out.job_id, loss))
+        await self._apply_many(events)
         if not link.hand_outs:
             link.stopping.clear()
             link.stop_pending.clear()
@@ -463,17 +495,20 @@ class WorkerDesk:
             link.listed = frozenset()
             self._ledger.dispatcher.stop_avoiding(link)
 
-    async def _lose(self, link: WorkerLink, hand_out: HandOut, *, arrived: bool) -> None:
-        """End an attempt that will have no result: FAILED when the worker made none, else requeued."""
+    def _loss(self, link: WorkerLink, hand_out: HandOut, *, arrived: bool) -> JobEvent:
+        """The end of an attempt without a result: FAILED when the worker made none, else requeued."""
         now_ms, worker_id = self._ledger.clock.now_ms(), link.worker_id
         if arrived and not hand_out.post_failed:
-            event: JobEvent = ResultPosted(
+            return ResultPosted(
                 worker_id=worker_id, now_ms=now_ms, error=NO_RESULT_ERROR, attempt=hand_out.attempt
             )
-        else:
-            reason = "result lost on its way" if arrived else "job never reached the worker"
-            event = WorkerLost(worker_id=worker_id, now_ms=now_ms, reason=reason, attempt=hand_out.attempt)
-        await self._apply(hand_out.job_id, event)
+        reason = "result lost on its way" if arrived else "job never reached the worker"
+        return WorkerLost(worker_id=worker_id, now_ms=now_ms, reason=reason, attempt=hand_out.attempt)
+
+    async def _apply_many(self, events: Sequence[tuple[str, JobEvent]]) -> None:
+        """Apply events in one go, each as `_apply` would."""
+        for (job_id, _), applied in zip(events, await self._ledger.apply_many(events), strict=True):
+            _note_late(job_id, applied)
 
     async def _apply(self, job_id: str, event: JobEvent) -> None:
         """Apply an event; one that comes late, twice or for another attempt changes nothing."""

@@ -10,6 +10,7 @@ began can be left. So no wake-up is lost and nothing is polled.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 
@@ -84,6 +85,7 @@ class Dispatcher:
         self._spawn = spawn
         self._lines: dict[str, _Line] = {}
         self._closed = False
+        self._closing = asyncio.Event()
 
     def arrived(self, endpoint_id: str, count: int = 1) -> None:
         """Jobs were put into the queue: a take that is asked for from now on finds them."""
@@ -114,6 +116,14 @@ class Dispatcher:
     def close(self) -> None:
         """Hand out nothing more."""
         self._closed = True
+        self._closing.set()
+
+    def reopen(self) -> None:
+        """Hand out again; the queues are looked into anew."""
+        self._closed = False
+        for endpoint_id, line in [*self._lines.items()]:
+            line.believed = _UNKNOWN
+            self.serve(endpoint_id)
 
     def may_hand_out(self, link: WorkerLink) -> bool:
         """Whether a worker may be given jobs at this moment."""
@@ -124,7 +134,9 @@ class Dispatcher:
 
     def serve(self, endpoint_id: str) -> None:
         """Start as many takes as there are jobs, willing polls and free slots."""
-        line = self._line(endpoint_id)
+        line = self._lines.get(endpoint_id)
+        if line is None:
+            return
         for poll in list(line.polls):
             wanted = line.believed - line.asked
             if wanted <= 0 or line.asking >= _ASKING_MAX or line.paused or self._closed:
@@ -144,20 +156,29 @@ class Dispatcher:
 
     async def give_back(self, jobs: list[Job]) -> None:
         """Return jobs that never reached a worker to the head of the queue; their retry is untouched."""
-        for job in jobs:
-            try:
-                event = PlatformInterrupted(
-                    now_ms=self._clock.now_ms(),
-                    reason="the worker was gone before it could be given the job",
-                    worker_id=job.worker_id,
-                    attempt=job.attempt,
-                )
-                await self._apply(job.id, event)
-            except NotFoundError:
-                continue
-            except StoreError as error:
-                # It stays handed out and unconfirmed, so the reaper gives it back (worker-protocol.md L3).
-                _log.warning("give_back_failed", job_id=job.id, error=str(error))
+        while jobs:
+            failed: list[Job] = []
+            for job in jobs:
+                try:
+                    event = PlatformInterrupted(
+                        now_ms=self._clock.now_ms(),
+                        reason="the worker was gone before it could be given the job",
+                        worker_id=job.worker_id,
+                        attempt=job.attempt,
+                    )
+                    await self._apply(job.id, event)
+                except NotFoundError:
+                    continue
+                except StoreError as error:
+                    _log.warning("give_back_failed", job_id=job.id, error=str(error))
+                    failed.append(job)
+            jobs = failed
+            if not jobs:
+                return
+            # As long as it is tried here the reaper leaves them alone: it would use up their retry.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._closing.wait(), _PAUSE_S)
+                return
 
     def _line(self, endpoint_id: str) -> _Line:
         line = self._lines.get(endpoint_id)
@@ -206,6 +227,7 @@ class Dispatcher:
         for job in living:
             link.hand_outs[job.id] = HandOut(job.id, job.attempt, now_ns, poll.connection)
         if poll.closed or poll.future.done() or not self.may_hand_out(link):
+            link.return_all(living)
             return [], living
         kept: list[Job] = []
         refused: list[Job] = []
@@ -218,6 +240,7 @@ class Dispatcher:
             link.avoiding = True
             again_s = (again_ns - now_ns) / 1e9
             asyncio.get_running_loop().call_later(again_s, self.stop_avoiding, link)
+        link.return_all(refused)
         for job in kept:
             link.begin(job.id)
             self._started(job.id)

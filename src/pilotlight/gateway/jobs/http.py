@@ -6,6 +6,7 @@ and because REST v2 shares the prefix `/v2/`.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from urllib.parse import parse_qsl
@@ -15,7 +16,7 @@ import structlog
 from pilotlight.domain.endpoint import RESERVED_ENDPOINT_IDS
 from pilotlight.errors import PilotlightError
 from pilotlight.gateway.asgi import JSON, ClientGoneError, Receive, Response, Scope, Send
-from pilotlight.gateway.errors import native_error, native_error_of
+from pilotlight.gateway.errors import BodyTimeoutError, native_error, native_error_of
 from pilotlight.gateway.protocol import EXTENSION, ClientStream
 
 _log = structlog.get_logger()
@@ -23,6 +24,9 @@ _log = structlog.get_logger()
 _DISCARDED_MAX = 64 * 1024 * 1024
 """Bytes of an oversize body that are read and thrown away, so that the client reads our answer instead of
 meeting a closed connection."""
+
+BODY_S = 120.0
+"""How long a body may take where nothing else is said; the default of `limits.body_s`."""
 
 _NO_QUERY: Mapping[str, str] = {}
 
@@ -38,15 +42,18 @@ class Call:
         headers: By lower-case name; of repeated ones the last counts.
     """
 
-    __slots__ = ("_query", "endpoint_id", "headers", "ids", "receive", "scope")
+    __slots__ = ("_body_s", "_query", "endpoint_id", "headers", "ids", "receive", "scope")
 
-    def __init__(self, scope: Scope, receive: Receive, endpoint_id: str, ids: tuple[str, ...]) -> None:
+    def __init__(
+        self, scope: Scope, receive: Receive, endpoint_id: str, ids: tuple[str, ...], body_s: float = BODY_S
+    ) -> None:
         self.scope = scope
         self.receive = receive
         self.endpoint_id = endpoint_id
         self.ids = ids
         self.headers: Mapping[bytes, bytes] = dict(scope["headers"])
         self._query: Mapping[str, str] | None = None
+        self._body_s = body_s
 
     @property
     def method(self) -> str:
@@ -73,7 +80,15 @@ class Call:
 
         Raises:
             ClientGoneError: The client went away before the end.
+            BodyTimeoutError: It did not send all of it within `body_s`.
         """
+        try:
+            async with asyncio.timeout(self._body_s):
+                return await self._read(limit)
+        except TimeoutError as error:
+            raise BodyTimeoutError(f"the request body did not arrive within {self._body_s} s") from error
+
+    async def _read(self, limit: int) -> tuple[bytes | None, int]:
         chunks: list[bytes] = []
         size = 0
         while True:
@@ -145,9 +160,11 @@ class JobRoad:
 
     Args:
         routes: Tables; of two that know a path the first one counts.
+        body_s: How long a request's body may take.
     """
 
-    def __init__(self, routes: Iterable[SegmentRoute]) -> None:
+    def __init__(self, routes: Iterable[SegmentRoute], *, body_s: float = BODY_S) -> None:
+        self._body_s = body_s
         tables: dict[tuple[tuple[str, ...], bool], dict[tuple[str, int], Operation]] = {}
         for route in routes:
             table = tables.setdefault((route.prefix, route.verbless), {})
@@ -175,7 +192,7 @@ class JobRoad:
             response = native_error(405, "method not allowed", allowed)
         else:
             try:
-                response = await operation.handler(Call(scope, receive, endpoint_id, ids))
+                response = await operation.handler(Call(scope, receive, endpoint_id, ids, self._body_s))
             except ClientGoneError:
                 return
             except PilotlightError as error:

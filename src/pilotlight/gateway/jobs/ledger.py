@@ -15,8 +15,11 @@ from pilotlight.core.lifecycle import (
     RETRIED_BY_CLIENT,
     Applied,
     Cancelled,
+    Confirmed,
     ExecutionTimedOut,
     JobEvent,
+    PlatformInterrupted,
+    Progressed,
     ResultPosted,
     TtlReached,
     WorkerLost,
@@ -24,6 +27,7 @@ from pilotlight.core.lifecycle import (
 from pilotlight.domain.job import Job, JobStatus
 from pilotlight.domain.usage import Outcome, RequestRecord, Road
 from pilotlight.domain.worker import Worker
+from pilotlight.errors import NotFoundError
 from pilotlight.gateway.jobs.dispatcher import Dispatcher
 from pilotlight.gateway.jobs.links import HandOut, WorkerLink
 from pilotlight.gateway.jobs.results import usage_of
@@ -39,6 +43,9 @@ _log = structlog.get_logger()
 
 _ENDS_THE_RUN = (Cancelled, ExecutionTimedOut, TtlReached)
 """Events by which a job ends although its worker goes on with it."""
+
+_OF_A_WORKER = (Confirmed, Progressed, ResultPosted, WorkerLost, PlatformInterrupted)
+"""Events that tell what became of a job at a worker."""
 
 _OUTCOMES = {
     JobStatus.COMPLETED: Outcome.OK,
@@ -89,6 +96,7 @@ class Ledger:
         self.tally = JobTally()
         self.links: dict[str, WorkerLink] = {}
         self.closing = False
+        self.suspended = False
         self.dispatcher = Dispatcher(
             store=store,
             slots=slots,
@@ -105,7 +113,7 @@ class Ledger:
         link = self.links.get(worker.id)
         if link is None and self.fleet.worker(worker.id) is not None:
             link = self.links[worker.id] = WorkerLink(worker.id, worker.endpoint_id)
-            if self.closing:
+            if self.closing or self.suspended:
                 link.release()
         return link
 
@@ -116,7 +124,11 @@ class Ledger:
             NotFoundError: Unknown or expired job.
             StoreError: Nothing was changed.
         """
-        applied = await self.store.apply(job_id, event)
+        try:
+            applied = await self.store.apply(job_id, event)
+        except NotFoundError:
+            self._forget(job_id, event)
+            raise
         self.settle(applied, event)
         return applied
 
@@ -127,9 +139,11 @@ class Ledger:
             StoreError: Nothing was changed.
         """
         changes = await self.store.apply_many(events) if events else []
-        for (_, event), applied in zip(events, changes, strict=True):
+        for (job_id, event), applied in zip(events, changes, strict=True):
             if applied is not None:
                 self.settle(applied, event)
+            else:
+                self._forget(job_id, event)
         return changes
 
     def settle(self, applied: Applied, event: JobEvent) -> None:
@@ -169,6 +183,19 @@ class Ledger:
         self._tasks.add(task)
         task.add_done_callback(self._finished)
 
+    def suspend(self) -> None:
+        """Hand out nothing more until `resume`, and answer all takes: the lead is another gateway's."""
+        self.suspended = True
+        self.dispatcher.close()
+        for link in self.links.values():
+            link.release()
+
+    def resume(self) -> None:
+        """Hand out again: the lead is ours."""
+        self.suspended = False
+        if not self.closing:
+            self.dispatcher.reopen()
+
     async def close(self) -> None:
         """Hand out nothing more, answer whoever waits, and return when nothing is under way."""
         self.closing = True
@@ -185,6 +212,16 @@ class Ledger:
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("background_task_failed", task=task.get_name(), exc_info=error)
 
+    def _forget(self, job_id: str, event: JobEvent) -> None:
+        """Free the slot of a job whose record is gone: no change of it ever will."""
+        if not isinstance(event, _OF_A_WORKER) or event.worker_id is None:
+            return
+        link = self.links.get(event.worker_id)
+        hand_out = link.hand_outs.get(job_id) if link is not None else None
+        if link is not None and hand_out is not None and event.attempt in {None, hand_out.attempt}:
+            del link.hand_outs[job_id]
+            self.slots.release_jobs(link.worker_id)
+
     def _free(self, applied: Applied, event: JobEvent) -> HandOut | None:
         before = applied.before
         worker_id = applied.freed_worker_id
@@ -199,6 +236,9 @@ class Ledger:
                 link.stop(before.id, deadline_ns=self.stop_deadline_ns())
             elif applied.requeued and isinstance(event, (WorkerLost, ResultPosted)):
                 link.avoid[before.id] = self.clock.monotonic_ns() + self.settings.confirm_s * 1_000_000_000
+            if hand_out is None and not link.asking:
+                # It was given back when the job was seen to have ended elsewhere.
+                return None
         self.slots.release_jobs(worker_id)
         return hand_out
 

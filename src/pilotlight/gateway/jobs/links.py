@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from pilotlight.domain.job import Job
@@ -33,10 +33,13 @@ class HandOut:
             worker that hangs up closes it.
         confirmed: Whether the worker has shown that it holds the job.
         posts: Posts for this job that are being received now.
+        returning: Whether it goes back to the queue, as it never reached the worker.
         post_failed: Whether we failed to take a post, so that a missing result may be our fault (L2).
         first_chunk_ms: When its first stream chunk arrived.
         usage_chunk: The last chunk that speaks of usage.
         last_sequence: Number of the last chunk, for workers that count them.
+        pieces: Pieces of the chunk after that one which are stored already.
+        storing: Held while one of those is stored: the same may come twice at once.
     """
 
     job_id: str
@@ -45,10 +48,13 @@ class HandOut:
     connection: ClientStream | None
     confirmed: bool = False
     posts: int = 0
+    returning: bool = False
     post_failed: bool = False
     first_chunk_ms: int | None = None
     usage_chunk: bytes | None = None
     last_sequence: int = -1
+    pieces: int = 0
+    storing: asyncio.Lock | None = None
 
     @property
     def arrived(self) -> bool:
@@ -97,6 +103,7 @@ class WorkerLink:
         polls: Its open takes.
         asking: Takes for it under way in the store.
         ended_early: (job, attempt) of those that ended between the store's take and the hand-out.
+        bodies: Lists of results that are being received now; any job may be in one.
         retiring: Whether it gets nothing more for good.
         released: Whether its polls are to be answered at once, because it is being ended.
         key_warned: Whether a wrong key was reported already.
@@ -120,6 +127,7 @@ class WorkerLink:
     polls: set[Poll] = field(default_factory=set)
     asking: int = 0
     ended_early: set[tuple[str, int]] = field(default_factory=set)
+    bodies: int = 0
     retiring: bool = False
     released: bool = False
     key_warned: bool = False
@@ -136,6 +144,11 @@ class WorkerLink:
         self.stopping.pop(job_id, None)
         self.avoid.pop(job_id, None)
         self.listed -= {job_id}
+
+    def return_all(self, jobs: Iterable[Job]) -> None:
+        """Note that jobs which the store gave go back to the queue."""
+        for job in jobs:
+            self.hand_outs[job.id].returning = True
 
     def avoid_until(self, job_id: str, now_ns: int) -> int | None:
         """Until when it must not be given a job, because it may still hold it; None when it may have it.
@@ -186,7 +199,22 @@ class WorkerLink:
         """
         if self.stop_broken_ns is None or now_ns - self.stop_broken_ns <= _STOP_POLL_MISSING_NS:
             return False
-        return not self.polls and not any(hand_out.posts for hand_out in self.hand_outs.values())
+        if self.bodies or self.polls:
+            return False
+        return not any(hand_out.posts for hand_out in self.hand_outs.values())
+
+    @contextlib.contextmanager
+    def receiving(self) -> Iterator[None]:
+        """Count a list of results while it is received; a failure is remembered against us for all jobs."""
+        self.bodies += 1
+        try:
+            yield
+        except BaseException:
+            for hand_out in self.hand_outs.values():
+                hand_out.post_failed = True
+            raise
+        finally:
+            self.bodies -= 1
 
     @contextlib.contextmanager
     def posting(self, job_id: str) -> Iterator[HandOut | None]:

@@ -27,7 +27,7 @@ from pilotlight.gateway.asgi import ClientGoneError, Headers, Receive, Scope, Se
 from pilotlight.gateway.directory import Directory
 from pilotlight.gateway.errors import QueueFullError
 from pilotlight.gateway.jobs.service import JobService
-from pilotlight.gateway.jobs.submission import Submission
+from pilotlight.gateway.jobs.submission import Submission, check_numbers
 from pilotlight.gateway.jobs.waiting import Gone, watched
 from pilotlight.gateway.openai_access import called_endpoint, caller_of
 from pilotlight.gateway.refusal import RequestRefusedError, anthropic_body
@@ -88,7 +88,8 @@ class JobOpenAI:
         body = await self._body(headers, receive)
         try:
             streamed = bool(body) and wants_stream(body)
-        except ValueError as error:
+            check_numbers(body)
+        except (ValueError, InvalidInputError) as error:
             raise RequestRefusedError(400, str(error)) from error
         submission = Submission(input=job_input(route, body))
         try:
@@ -102,13 +103,18 @@ class JobOpenAI:
         except StoreError as error:
             raise RequestRefusedError(503, str(error), retry_after_s=2) from error
         async with watched(scope, receive) as gone:
+            answered = False
             try:
                 if streamed:
                     await self._stream(endpoint, job, route, send, gone)
                 else:
                     await self._whole(endpoint, job, send, gone)
+                answered = True
+            except StoreError as error:
+                raise RequestRefusedError(503, str(error), retry_after_s=2) from error
             finally:
-                if gone.done():
+                # Nobody can ask for its result any more; one that has ended stays as it is.
+                if gone.done() or not answered:
                     await self._cancel(endpoint, job)
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes:
@@ -149,6 +155,12 @@ class JobOpenAI:
             except NotFoundError:
                 # Its time to live ended while it ran.
                 status, chunks = JobStatus.TIMED_OUT, ()
+            except StoreError as error:
+                if not begun:
+                    raise
+                await self._cancel(endpoint, job)
+                await _fail(send, route, Failure(status=503, message=str(error)), begun=begun)
+                return
             if chunks and not begun:
                 begun = True
                 await _begin(send, job)
@@ -172,6 +184,11 @@ class JobOpenAI:
             await _fail(
                 send, route, Failure(status=504, message="the job's time to live is over"), begun=begun
             )
+            return
+        except StoreError as error:
+            if not begun:
+                raise
+            await _fail(send, route, Failure(status=503, message=str(error)), begun=begun)
             return
         if done.status is not JobStatus.COMPLETED:
             await _fail(send, route, _failure(done), begun=begun)

@@ -20,6 +20,9 @@ _items = msgspec.json.Decoder(list[msgspec.Raw])
 _USAGE_BYTES_MAX = 4 * 1024 * 1024
 """Usage is looked for in items up to this size; reading a larger one would hold up everybody else."""
 
+_TOKENS_MAX = 2**63 - 1
+"""What a store can keep; anything near it is nonsense."""
+
 _FALSY = frozenset({b"null", b"false", b"0", b"0.0", b'""', b"[]", b"{}"})
 
 
@@ -141,7 +144,7 @@ def _usage_of_events(text: str) -> tuple[int | None, int | None] | None:
 def _tokens(usage: Mapping[str, object], *names: str) -> int | None:
     for name in names:
         value = usage.get(name)
-        if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _TOKENS_MAX:
             return value
     return None
 

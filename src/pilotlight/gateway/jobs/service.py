@@ -54,6 +54,9 @@ _STATUS_TTL_MIN_MS = 1_000
 _CANCELLED_STREAM_MS = 60_000
 """Python's stream loop never ends on CANCELLED by itself; after this long it is told 404 (§2.8)."""
 
+_RECOVERED_SLICE = 200
+"""Jobs given back in one go at the start."""
+
 _CANCELLED_STREAMS_MAX = 10_000
 
 _RETRYABLE = frozenset({JobStatus.FAILED, JobStatus.TIMED_OUT})
@@ -143,7 +146,7 @@ class JobService:
             clock=clock,
             settings=settings,
             entropy=entropy,
-            make_room=self.bounds.make_room,
+            bounds=self.bounds,
             wake=wake,
         )
         self._sight = Sight(store, slots, fleet)
@@ -469,8 +472,10 @@ class JobService:
             How many there were.
         """
         running = await self._store.running()
-        for job in running:
-            await self._ledger.apply(job.id, PlatformInterrupted(now_ms=self._clock.now_ms()))
+        event = PlatformInterrupted(now_ms=self._clock.now_ms())
+        for start in range(0, len(running), _RECOVERED_SLICE):
+            jobs = running[start : start + _RECOVERED_SLICE]
+            await self._ledger.apply_many([(job.id, event) for job in jobs])
         for endpoint in self._directory.endpoints():
             self._wake(endpoint.id)
         return len(running)

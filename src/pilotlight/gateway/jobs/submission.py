@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -30,6 +31,12 @@ IDEMPOTENCY_KEY_CHARS_MAX = 255
 
 ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
 """What ids of ours look like (§1); anything else is nobody's id, and need not trouble a store."""
+
+_DIGITS_MAX = 4300
+"""Digits of a whole number that Python's reader of JSON accepts (`sys.set_int_max_str_digits`)."""
+
+_DIGITS = b"0123456789"
+_LONG_NUMBER = re.compile(rb"[0-9]{4301}")
 
 _NULL = b"null"
 _NOT_JSON = "request body is not valid JSON"
@@ -72,6 +79,7 @@ def parse_submission(body: bytes) -> Submission:
             raise InvalidInputError(_NO_INPUT, field="input")
         # The Go client drops an empty input map while it serialises.
         job_input = b"{}"
+    check_numbers(job_input)
     policy = _policy(fields.get("policy", _NULL))
     return Submission(
         input=job_input,
@@ -215,12 +223,44 @@ def _half_characters(body: bytes) -> Mapping[str, bytes]:
     # The grammar of JSON allows an escaped half of a surrogate pair, such as a cut emoji, and clients send
     # them; msgspec refuses those, so what it refuses is read once more.
     try:
-        value = json.loads(body.decode(), parse_constant=_refuse)
+        value = json.loads(body.decode(), parse_constant=_refuse, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise InvalidInputError(_NOT_JSON) from error
     if not isinstance(value, dict):
         raise InvalidInputError(f"request body must be a JSON object; {_NO_INPUT}")
     return {str(name): json.dumps(item).encode() for name, item in value.items()}
+
+
+def check_numbers(body: bytes) -> None:
+    """Return when every whole number in a body can be read by workers.
+
+    Python's reader of JSON, which is that of all worker libraries, refuses more than 4300 digits, and with
+    the number all jobs that it was handed together with.
+
+    Raises:
+        InvalidInputError: One is longer.
+    """
+    # Whoever has that many digits in a row has one of them at a multiple of that distance.
+    marks = body[_DIGITS_MAX::_DIGITS_MAX]
+    if not any(mark in _DIGITS for mark in marks):
+        return
+    for place in range(_DIGITS_MAX, len(body), _DIGITS_MAX):
+        if body[place] in _DIGITS and _LONG_NUMBER.search(body, place - _DIGITS_MAX, place + _DIGITS_MAX + 1):
+            break
+    else:
+        return
+    # It may be text, which is not limited.
+    try:
+        json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise InvalidInputError(f"a whole number may have at most {_DIGITS_MAX} digits") from error
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{digits[:40]} is beyond what a number can be")
+    return value
 
 
 def _refuse(constant: str) -> object:

@@ -6,6 +6,7 @@ are gone.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import structlog
@@ -16,6 +17,7 @@ from pilotlight.domain.worker import Failure, Stage, Worker, WorkerState
 from pilotlight.errors import NotFoundError, StoreError
 from pilotlight.gateway.jobs.ledger import Ledger
 from pilotlight.gateway.jobs.links import WorkerLink
+from pilotlight.gateway.jobs.unbacked import Unbacked
 from pilotlight.ports.fleet import StageReport
 
 _log = structlog.get_logger()
@@ -33,6 +35,12 @@ _ALIVE = frozenset({WorkerState.READY, WorkerState.DRAINING})
 """States in which a worker program polls and sends heartbeats."""
 
 
+_OVERDUE_SLICE = 200
+_OVERDUE_SLICES_MAX = 20
+"""Jobs ended in one go, and how often that is done in one round: a million that expire together must hold up
+neither the store nor what else the reaper has to do."""
+
+
 class Upkeep:
     """Ends what is over.
 
@@ -46,22 +54,22 @@ class Upkeep:
         self._gone = gone
         self._unsettled: dict[str, str] = {}
         self._ending: set[str] = set()
+        self._unbacked = Unbacked(ledger)
         self._looked_ns = ledger.clock.monotonic_ns()
 
     async def end_overdue(self) -> None:
         """End jobs whose time to live or execution timeout has passed."""
         ledger = self._ledger
         now_ms = ledger.clock.now_ms()
-        for job in await ledger.store.due(now_ms=now_ms):
-            event: JobEvent = TtlReached(now_ms=now_ms)
-            if job.expires_ms > now_ms:
-                event = ExecutionTimedOut(now_ms=now_ms, attempt=job.attempt)
-            try:
-                applied = await ledger.apply(job.id, event)
-                if applied.finished and self._gone(applied.after):
-                    await ledger.store.shorten(job.id, now_ms=now_ms, ttl_ms=0)
-            except NotFoundError:
-                continue
+        for _ in range(_OVERDUE_SLICES_MAX):
+            due = await ledger.store.due(now_ms=now_ms, limit=_OVERDUE_SLICE)
+            changes = await ledger.apply_many([(job.id, _end_of(job, now_ms)) for job in due])
+            for applied in changes:
+                if applied is not None and applied.finished and self._gone(applied.after):
+                    with contextlib.suppress(NotFoundError):
+                        await ledger.store.shorten(applied.after.id, now_ms=now_ms, ttl_ms=0)
+            if len(due) < _OVERDUE_SLICE:
+                return
 
     async def lose_unconfirmed(self) -> None:
         """Requeue hand-outs that their worker has not shown to hold in time (worker-protocol.md §8)."""
@@ -70,7 +78,8 @@ class Upkeep:
         oldest_ns = ledger.clock.monotonic_ns() - confirm_s * 1_000_000_000
         for link in [*ledger.links.values()]:
             for hand_out in [*link.hand_outs.values()]:
-                if hand_out.confirmed or hand_out.posts or hand_out.at_ns > oldest_ns:
+                held = hand_out.confirmed or hand_out.posts or link.bodies
+                if held or hand_out.returning or hand_out.at_ns > oldest_ns:
                     continue
                 event = WorkerLost(
                     worker_id=link.worker_id,
@@ -81,12 +90,12 @@ class Upkeep:
                 try:
                     await ledger.apply(hand_out.job_id, event)
                 except NotFoundError:
-                    link.hand_outs.pop(hand_out.job_id, None)
                     continue
                 # Should it have arrived after all, the work would be done twice.
                 link.stop(hand_out.job_id, deadline_ns=ledger.stop_deadline_ns())
         for worker_id in [*self._unsettled]:
             await self._settle_ended(worker_id)
+        await self._unbacked.interrupt()
 
     async def kill_stuck(self) -> None:
         """End workers that hang, or go on with a stopped job and nothing else (worker-protocol.md §8)."""
@@ -111,7 +120,12 @@ class Upkeep:
             return
         deadline_ns, job_id = min(held)
         if self._has_other_work(link):
-            link.retiring = link.retiring or deadline_ns + _PATIENCE_NS <= now_ns
+            if not link.retiring and deadline_ns + _PATIENCE_NS <= now_ns:
+                link.retiring = True
+                # Its slots must not count as free, and the fleet has to start another one in its place.
+                reason = f"it goes on with job {job_id}, which has ended"
+                drain = self._ledger.fleet.drain(link.worker_id, reason=reason)
+                self._ledger.spawn(drain, f"drain-{link.worker_id}")
             return
         link.retiring = True
         self._ending.add(link.worker_id)
@@ -142,12 +156,14 @@ class Upkeep:
 
     async def _settle_ended(self, worker_id: str) -> None:
         ledger = self._ledger
-        reason = self._unsettled[worker_id]
+        reason = self._unsettled.get(worker_id)
+        if reason is None:
+            return
         for job in await ledger.store.running(worker_id=worker_id):
             now_ms = ledger.clock.now_ms()
             event: JobEvent = WorkerLost(worker_id=worker_id, now_ms=now_ms, reason=reason)
-            if ledger.closing:
-                # The gateway ends and took its workers with it: not the job's fault.
+            if ledger.closing or ledger.suspended:
+                # The gateway ends, or has lost the lead, and took its workers with it: not the job's fault.
                 event = PlatformInterrupted(now_ms=now_ms)
             try:
                 await ledger.apply(job.id, event)
@@ -190,3 +206,10 @@ class Upkeep:
     def _has_other_work(self, link: WorkerLink) -> bool:
         slots = self._ledger.slots.worker(link.worker_id)
         return bool(link.hand_outs) or (slots is not None and slots.requests > 0)
+
+
+def _end_of(job: Job, now_ms: int) -> JobEvent:
+    """How a job ends that is overdue."""
+    if job.expires_ms > now_ms:
+        return ExecutionTimedOut(now_ms=now_ms, attempt=job.attempt)
+    return TtlReached(now_ms=now_ms)

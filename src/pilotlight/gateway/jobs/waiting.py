@@ -40,6 +40,10 @@ class Signals:
         for event in self._watches.get(key, ()):
             event.set()
 
+    def keys(self) -> list[str]:
+        """The keys that somebody watches."""
+        return [*self._watches]
+
     def notify_all(self) -> None:
         """Wake everybody."""
         for key in self._watches:

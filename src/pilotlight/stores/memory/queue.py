@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -528,7 +528,24 @@ class MemoryQueue(MemoryRecords):
         """See `WebhookStore.dead_webhooks`."""
         self._check_open()
         found = [delivery for delivery in self._dead() if endpoint_id in {None, delivery.endpoint_id}]
-        return found[: max(0, limit)]
+        return [replace(each, body=b"", size=len(each.body)) for each in found[: max(0, limit)]]
+
+    async def trim_webhooks(self, *, host_bytes: int, all_bytes: int, before_ms: int) -> int:
+        """See `WebhookStore.trim_webhooks`."""
+        self._check_open()
+        kept: Counter[tuple[bool, str | None]] = Counter()
+        count = 0
+        latest = reversed([each for each in self._webhooks.values() if each.body])
+        for each in sorted(latest, key=lambda delivery: -delivery.created_ms):
+            dead = each.next_ms is None
+            kept[dead, each.host] += len(each.body)
+            kept[dead, None] += len(each.body)
+            too_many = kept[dead, each.host] > host_bytes or kept[dead, None] > all_bytes
+            if too_many or each.created_ms < before_ms:
+                error = each.last_error if dead else common.WEBHOOK_GIVEN_UP
+                await self.put_webhook(replace(each, body=b"", next_ms=None, last_error=error))
+                count += 1
+        return count
 
     def _dead(self) -> list[WebhookDelivery]:
         latest = reversed(self._webhooks.values())

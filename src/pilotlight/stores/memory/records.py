@@ -105,6 +105,11 @@ class MemoryRecords:
         self._check_open()
         self._workers[worker.id] = worker
 
+    async def worker(self, worker_id: str) -> Worker | None:
+        """See `WorkerStore.worker`."""
+        self._check_open()
+        return self._workers.get(worker_id)
+
     async def workers(self, *, endpoint_id: str | None = None, living: bool = True) -> Sequence[Worker]:
         """See `WorkerStore.workers`."""
         self._check_open()

@@ -96,12 +96,16 @@ async def finalize(transaction: Transaction, batch_id: str, template: Job) -> Ba
 
 async def cancel(transaction: Transaction, batch_id: str, now_ms: int) -> tuple[Batch, list[Applied]]:
     """Cancel the queued requests of a batch for good."""
+    # Jobs before batches, as everywhere. Once the batch is locked nothing of it is queued again, so what was
+    # queued again in between is found then.
+    rows = {row["seq"]: row for row in await transaction.rows("queued_jobs_of_batch", batch_id)}
     batch = await _lock(transaction, batch_id)
     if not batch.active or batch.cancel_ms is not None:
         return batch, []
     await transaction.run("mark_batch_cancelled", batch_id, now_ms)
+    rows |= {row["seq"]: row for row in await transaction.rows("queued_jobs_of_batch", batch_id)}
     changes = Changes()
-    ids = [changes.add(row).id for row in await transaction.rows("queued_jobs_of_batch", batch_id)]
+    ids = [changes.add(rows[seq]).id for seq in sorted(rows)]
     applied = [changes.apply(job_id, Cancelled(now_ms=now_ms)) for job_id in ids]
     await changes.write(transaction)
     return await find(transaction, batch_id), [each for each in applied if each is not None]

@@ -8,6 +8,7 @@ that commit at the same time each have a row of their own; their sum is exact at
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,6 +26,9 @@ COUNTERS = ("queued", "queued_low", "queued_bytes", "in_progress", "completed", 
 """Of an endpoint, as `CounterChange` names them and `write_jobs` takes them."""
 
 _BATCH_COUNTERS = ("queued", "in_progress", "completed", "failed", "cancelled")
+
+_WEBHOOKS_BYTES = 8 * 1024 * 1024
+"""Bytes of jobs whose deliveries are written at once; PostgreSQL takes no message of a gigabyte."""
 
 _NEVER_REQUEUE = (Taken, Confirmed, Progressed)
 
@@ -71,6 +75,7 @@ class _Entry:
     seq: int
     before: Job
     now: Job
+    writer: int
     requeued: bool = False
 
 
@@ -87,7 +92,7 @@ class Changes:
     def add(self, row: Any) -> Job:
         """A job that has been locked, from a row that begins like `job_records`."""
         job = job_of(row)
-        self.entries[job.id] = _Entry(row[27], job, job)
+        self.entries[job.id] = _Entry(row[27], job, job, row["writer"])
         return job
 
     def apply(self, job_id: str, event: JobEvent) -> Applied | None:
@@ -120,7 +125,8 @@ class Changes:
         changed = [entry for entry in self.entries.values() if entry.now is not entry.before]
         if not changed:
             return
-        await transaction.run("write_jobs", *_columns(changed), *self._counter_columns())
+        ours = secrets.randbits(62) + 1
+        await transaction.run("write_jobs", *_columns(changed), *self._counter_columns(), ours)
         requeued = [entry.seq for entry in changed if entry.requeued]
         if requeued:
             await transaction.run("delete_chunks", requeued)
@@ -129,20 +135,19 @@ class Changes:
         if self._batches:
             columns = [[change[name] for change in self._batches.values()] for name in _BATCH_COUNTERS]
             await transaction.run("change_batch_counters", list(self._batches), *columns)
-        expected = {entry.now.id: entry.now for entry in changed}
+        earlier = {entry.seq: entry.writer for entry in changed}
 
-        async def happened(later: Transaction) -> bool:
-            rows = await later.rows("jobs_by_ids", list(expected))
-            return {row[0]: job_of(row) for row in rows} == expected
+        async def happened(later: Transaction) -> bool | None:
+            # Others may have changed some of them since, or all: one that nobody else has touched tells.
+            writers = [(row[0], row[1]) for row in await later.rows("writers", list(earlier))]
+            if any(writer == ours for _, writer in writers):
+                return True
+            return False if any(writer == earlier[seq] for seq, writer in writers) else None
 
         transaction.happened = happened
 
     async def _leave_webhooks(self, transaction: Transaction) -> None:
-        inputs = dict(await _inputs(transaction, self._ended))
-        await put_webhooks(
-            transaction,
-            [common.webhook_delivery(job, inputs[seq]) for seq, jobs in self._ended.items() for job in jobs],
-        )
+        await leave_webhooks(transaction, [(seq, job) for seq, jobs in self._ended.items() for job in jobs])
 
     def _counter_columns(self) -> list[list[Any]]:
         counted = [(name, change) for name, change in self._counters.items() if change != CounterChange()]
@@ -206,8 +211,18 @@ async def put_webhooks(transaction: Transaction, deliveries: Sequence[WebhookDel
     )
 
 
-async def _inputs(transaction: Transaction, seqs: Iterable[int]) -> list[tuple[int, bytes]]:
-    return [(row[0], row[1]) for row in await transaction.rows("inputs", list(seqs))]
+async def leave_webhooks(transaction: Transaction, ended: Sequence[tuple[int, Job]]) -> None:
+    """Leave deliveries for ended jobs, given with their `seq`; as many at once as fit into a message."""
+    while ended:
+        number = size = 0
+        for _, job in ended:
+            size += job.input_bytes + len(job.output or b"")
+            if number and size > _WEBHOOKS_BYTES:
+                break
+            number += 1
+        part, ended = ended[:number], ended[number:]
+        inputs = {row[0]: row[1] for row in await transaction.rows("inputs", list({seq for seq, _ in part}))}
+        await put_webhooks(transaction, [common.webhook_delivery(job, inputs[seq]) for seq, job in part])
 
 
 _WRITTEN = (

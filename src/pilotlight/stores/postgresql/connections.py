@@ -36,7 +36,12 @@ LOST = (
     OSError,
     TimeoutError,
 )
-"""Those after which nobody knows what became of a commit under way."""
+"""Those after which nobody knows what became of a commit under way, `asyncpg.DataError` excepted."""
+
+
+class BadValueError(StoreError):
+    """The database does not take a value: the fault of what was asked for, not of the database."""
+
 
 _SERVER_SETTINGS = {
     "application_name": "pilotlight",
@@ -120,6 +125,9 @@ def check_url(url: str) -> None:
 def public_url(url: str) -> str:
     """The url for people: host and database, no user, no password, no options."""
     parts = urlsplit(url)
+    if "@" in parts.path + parts.query + parts.fragment:
+        # The password has a character that ends what comes before the path, so no part is known to be public.
+        return "postgresql://(not shown: write /, ?, # and @ in the password as %2F, %3F, %23 and %40)"
     hosts = parts.netloc.rpartition("@")[2]
     return f"postgresql://{hosts}{parts.path}"
 
@@ -183,9 +191,16 @@ async def connect(url: str) -> Any:
 
 
 def store_error(error: BaseException, what: str) -> StoreError:
-    """The error for a failure of the database; the driver's own text holds no values and no password."""
-    text = str(error) or type(error).__name__
-    failure = StoreError(f"{what}: {text}")
+    """The error for a failure of the database, without the server's details: they repeat values of rows."""
+    if type(error) is asyncpg.DataError:
+        # The driver's own, which repeats the value.
+        text = "a value is not one that its column can hold"
+    elif isinstance(error, asyncpg.PostgresError):
+        text = f"{error.args[0] if error.args else type(error).__name__} (SQLSTATE {error.sqlstate})"
+    else:
+        text = str(error) or type(error).__name__
+    bad = isinstance(error, asyncpg.DataError) or (getattr(error, "sqlstate", None) or "").startswith("22")
+    failure = (BadValueError if bad else StoreError)(f"{what}: {text}")
     failure.__cause__ = error
     return failure
 

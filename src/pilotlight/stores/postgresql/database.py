@@ -43,15 +43,24 @@ PENDING_MAX = 10_000
 _TRIES = 6
 """Times a transaction is begun at most when PostgreSQL ends it for the sake of another."""
 
+_PURGE_TRIES = 50
+"""Times a transaction is begun that wants the queue lock for itself: a dozen seconds in all."""
+
 _RESOLVE_S = 10.0
 """How long the outcome of a commit is inquired after; a server is back after a crash in a few seconds."""
 
 _RESOLVE_PAUSE_S = 0.1
 
+_FINISH_S = 30.0
+"""How long `close` waits for what was accepted."""
+
+_MIGRATION_TIMEOUT_S = 3600.0
+"""For the migration of a large database, and for another gateway's to end."""
+
 _ACQUIRE_TIMEOUT_S = 30.0
 """For a connection: longer than a queue of calls takes, so that nobody waits for ever behind a broken one."""
 
-_CONFLICTS = (asyncpg.SerializationError, asyncpg.DeadlockDetectedError)
+_CONFLICTS = (asyncpg.SerializationError, asyncpg.DeadlockDetectedError, asyncpg.LockNotAvailableError)
 
 
 class Begin(Enum):
@@ -59,7 +68,11 @@ class Begin(Enum):
 
     PLAIN = "BEGIN"
     JOBS = "BEGIN; SELECT pg_advisory_xact_lock_shared(1886220396, 1)"
-    PURGE = "BEGIN; SELECT pg_advisory_xact_lock(1886220396, 1)"
+    # Whoever waits for the lock keeps all others from it: not for long, but again and again.
+    PURGE = (
+        "BEGIN; SET LOCAL lock_timeout = '100ms'; SELECT pg_advisory_xact_lock(1886220396, 1);"
+        " SET LOCAL lock_timeout = 0"
+    )
     MIGRATION = "BEGIN; SELECT pg_advisory_xact_lock(1886220396, 2)"
     CONFIGURATION = "BEGIN; SELECT pg_advisory_xact_lock(1886220396, 4)"
     DEAD_LETTER = "BEGIN; SELECT pg_advisory_xact_lock(1886220396, 5)"
@@ -73,7 +86,8 @@ class Transaction:
     """What an operation works on: a connection inside a transaction, or outside one for a single read.
 
     Attributes:
-        happened: Tells later whether this transaction was committed; None where nothing can tell.
+        happened: Tells later whether this transaction was committed, or None when it cannot be told any more;
+            None where nothing can tell.
 
     Args:
         connection: The connection.
@@ -83,7 +97,7 @@ class Transaction:
 
     def __init__(self, connection: Any) -> None:
         self._connection = connection
-        self.happened: Callable[[Transaction], Awaitable[bool]] | None = None
+        self.happened: Callable[[Transaction], Awaitable[bool | None]] | None = None
 
     async def rows(self, query: str, *values: Any) -> Sequence[Any]:
         """All rows of a named query."""
@@ -105,7 +119,7 @@ class Transaction:
 
     async def script(self, text: str) -> None:
         """Run statements that we have written ourselves."""
-        await self._connection.execute(text)
+        await self._connection.execute(text, timeout=_MIGRATION_TIMEOUT_S)
 
 
 def _abandon(connection: Any) -> None:
@@ -126,10 +140,13 @@ class Database:
 
     Args:
         pool: Made by `connections.create_pool`.
+        writers: Connections that transactions may have at once; the others are left for reads, so that one
+            can look while all transactions wait for something.
     """
 
-    def __init__(self, pool: Any) -> None:
+    def __init__(self, pool: Any, *, writers: int) -> None:
         self._pool = pool
+        self._writers = asyncio.Semaphore(writers)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closing: asyncio.Task[None] | None = None
 
@@ -141,6 +158,15 @@ class Database:
     async def read(self, work: Work[T]) -> T:
         """The result of an operation that reads with a single query."""
         return await self.apart(self._read(work))
+
+    async def change(self, work: Work[T], done: T) -> T:
+        """The result of an operation that changes something with its first and only writing statement.
+
+        Args:
+            work: The operation.
+            done: Its result, should the answer to it be lost and it turn out to have happened.
+        """
+        return await self.apart(self._change(work, done))
 
     async def write(self, work: Work[T], *, begin: Begin = Begin.PLAIN) -> T:
         """The result of an operation, once it is committed."""
@@ -181,8 +207,15 @@ class Database:
         await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
-        while self._tasks:
-            await asyncio.wait(set(self._tasks))
+        deadline = asyncio.get_running_loop().time() + _FINISH_S
+        while self._tasks and (left_s := deadline - asyncio.get_running_loop().time()) > 0:
+            await asyncio.wait(set(self._tasks), timeout=left_s)
+        if self._tasks:
+            # A database that does not answer must not keep the gateway from ending.
+            self._pool.terminate()
+            for task in self._tasks:
+                task.cancel()
+            return
         try:
             async with asyncio.timeout(5):
                 await self._pool.close()
@@ -195,6 +228,8 @@ class Database:
         async with self._pool.acquire(timeout=_ACQUIRE_TIMEOUT_S) as connection:
             try:
                 yield connection
+            except asyncpg.DataError:
+                raise
             except LOST:
                 _abandon(connection)
                 raise
@@ -206,13 +241,30 @@ class Database:
         except FAILURES as error:
             raise translated(error) from error
 
+    async def _change(self, work: Work[T], done: T) -> T:
+        transaction: Transaction | None = None
+        try:
+            async with self._connection() as connection:
+                transaction = Transaction(connection)
+                return await work(transaction)
+        except LOST as error:
+            if transaction is None or transaction.happened is None:
+                raise translated(error) from error
+            lost = error
+        except FAILURES as error:
+            raise translated(error) from error
+        await self._resolve(transaction, lost)
+        return done
+
     async def transact(self, work: Work[T], *, begin: Begin) -> T:
         """Run an operation in a transaction; see the module for what may go wrong."""
-        for tries in range(1, _TRIES + 1):
+        tries_max = _PURGE_TRIES if begin is Begin.PURGE else _TRIES
+        for tries in range(1, tries_max + 1):
             try:
-                return await self._once(work, begin)
+                async with self._writers:
+                    return await self._once(work, begin)
             except _CONFLICTS as error:
-                if tries == _TRIES:
+                if tries == tries_max:
                     raise translated(error) from error
                 await asyncio.sleep(0.005 * tries)
             except FAILURES as error:
@@ -223,11 +275,13 @@ class Database:
         async with self._connection() as connection:
             transaction = Transaction(connection)
             try:
-                await connection.execute(begin.value)
+                await connection.execute(
+                    begin.value, timeout=_MIGRATION_TIMEOUT_S if begin is Begin.MIGRATION else None
+                )
                 value = await work(transaction)
-            except LOST:
-                raise
-            except BaseException:
+            except BaseException as error:
+                if isinstance(error, LOST) and not isinstance(error, asyncpg.DataError):
+                    raise
                 with contextlib.suppress(*FAILURES):
                     await connection.execute("ROLLBACK")
                 raise
@@ -250,12 +304,15 @@ class Database:
                 async with self._connection() as connection:
                     # While the lost session still works on its commit, it has the queue lock; with it to
                     # ourselves we see what became of it.
-                    await connection.execute(Begin.PURGE.value)
                     try:
-                        if await happened(Transaction(connection)):
-                            return
+                        await connection.execute(Begin.PURGE.value)
+                        answer = await happened(Transaction(connection))
                     finally:
                         await connection.execute("ROLLBACK")
+                if answer:
+                    return
+                if answer is None:
+                    break
                 raise store_error(lost, "the connection was lost before the commit, nothing was changed")
             except PilotlightError:
                 raise

@@ -74,6 +74,12 @@ async def put_worker(transaction: Transaction, worker: Worker) -> None:
     await transaction.run("put_worker", *rows.worker_row(worker))
 
 
+async def worker(transaction: Transaction, worker_id: str) -> Worker | None:
+    """One worker; None when unknown."""
+    found = await transaction.rows("worker", worker_id)
+    return rows.worker_of(found[0]) if found else None
+
+
 async def workers(transaction: Transaction, endpoint_id: str | None, living: bool) -> list[Worker]:
     """Workers of one endpoint or of all."""
     return [rows.worker_of(row) for row in await transaction.rows("workers", endpoint_id, living)]

@@ -12,7 +12,8 @@ import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Generic, TypeVar
 
-from pilotlight.errors import StoreError
+from pilotlight.errors import PilotlightError, StoreError
+from pilotlight.stores.postgresql.connections import BadValueError
 from pilotlight.stores.postgresql.database import PENDING_MAX, Database
 
 Item = TypeVar("Item")
@@ -69,22 +70,20 @@ class Group(Generic[Item, Answer]):
             raise StoreError(
                 f"the store is overloaded: {len(self._pending)} changes wait for the database; try again"
             )
+        if self._running < self._lanes:
+            # First, because it may be refused: what is refused must not be done with the next group.
+            self._database.spawn(self._run())
+            self._running += 1
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._pending.append((item, size, future))
         self._pending_bytes += size
-        if self._running < self._lanes:
-            self._database.spawn(self._run())
-            self._running += 1
         return future
 
     async def _run(self) -> None:
         try:
             while self._pending:
                 group = self._next()
-                try:
-                    answers = await self._commit([item for item, _, _ in group])
-                except Exception as error:  # noqa: BLE001 - handed to those who asked
-                    answers = [error] * len(group)
+                answers = await self._answers([item for item, _, _ in group])
                 for (_, _, future), answer in zip(group, answers, strict=True):
                     if future.done():
                         continue
@@ -94,6 +93,16 @@ class Group(Generic[Item, Answer]):
                         future.set_result(answer)
         finally:
             self._running -= 1
+
+    async def _answers(self, items: Sequence[Item]) -> Sequence[Answer | Exception]:
+        try:
+            return await self._commit(items)
+        except Exception as error:  # noqa: BLE001 - handed to those who asked
+            ours = not isinstance(error, PilotlightError) or isinstance(error, BadValueError)
+            if not ours or len(items) == 1:
+                return [error] * len(items)
+        # A value or a defect that one of them brings must not harm the others.
+        return [answer for item in items for answer in await self._answers([item])]
 
     def _next(self) -> list[tuple[Item, int, asyncio.Future[Answer]]]:
         number = size = 0

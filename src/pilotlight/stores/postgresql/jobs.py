@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -13,8 +14,8 @@ from pilotlight.stores.postgresql.changes import (
     Changes,
     apply_events,
     job_of,
+    leave_webhooks,
     lock,
-    put_webhooks,
 )
 from pilotlight.stores.postgresql.database import Transaction
 
@@ -100,8 +101,16 @@ async def append_chunk(
     limit_bytes: int,
 ) -> ChunkFate:
     """Store a chunk with a single statement, which is a transaction of its own."""
-    if await transaction.run("append_chunk", job_id, worker_id, attempt, now_ms, body, limit_bytes):
+    ours = secrets.randbits(62) + 1
+
+    async def happened(later: Transaction) -> bool:
+        seq = await later.value("hold_job", job_id)
+        return seq is not None and bool(await later.value("chunk_of", seq, ours))
+
+    transaction.happened = happened
+    if await transaction.run("append_chunk", job_id, worker_id, attempt, now_ms, body, limit_bytes, ours):
         return ChunkFate.STORED
+    transaction.happened = None
     job = await find(transaction, job_id)
     return ChunkFate.FULL if common.holds(job, worker_id, attempt) else ChunkFate.OTHER_ATTEMPT
 
@@ -138,6 +147,14 @@ async def drain(
         await transaction.run("mark_drained", row["seq"], found[-1][0] + 1, size)
     elif not job.chunk_read:
         await transaction.run("mark_read", row["seq"])
+    last = found[-1][0]
+
+    async def happened(later: Transaction) -> bool:
+        # What another reader has drained since includes what was drained here.
+        now = await later.row("chunks_read", row["seq"])
+        return now is not None and now["chunk_read"] and (cursor is not None or now["chunks_read"] > last)
+
+    transaction.happened = happened
     chunks = [Chunk(sequence=sequence, body=body) for sequence, body in found]
     return replace(job, chunk_read=True), chunks
 
@@ -208,14 +225,13 @@ async def delete_purged(transaction: Transaction, now_ms: int, limit: int) -> in
     rows = await transaction.rows("purged_jobs", max(0, limit))
     if not rows:
         return 0
-    deliveries = []
+    ended: list[tuple[int, Job]] = []
     for row in rows:
         job = job_of(row)
         if job.webhook is not None:
-            ended = common.apply(job, Cancelled(now_ms=now_ms), batch_cancelled=False).after
-            deliveries.append(common.webhook_delivery(ended, row["input"]))
-    if deliveries:
-        await put_webhooks(transaction, deliveries)
+            after = common.apply(job, Cancelled(now_ms=now_ms), batch_cancelled=False).after
+            ended.append((row["seq"], after))
+    await leave_webhooks(transaction, ended)
     return await transaction.run("delete_jobs", [row["seq"] for row in rows])
 
 

@@ -28,6 +28,11 @@ _CHANNEL = "pilotlight"
 RESYNC_S = 5.0
 """Between two looks at everything, for news that got lost."""
 
+_PROBE_S = 10.0
+"""After this long without a message the connection is asked for a sign of life."""
+
+_SEND_TIMEOUT_S = 5.0
+
 _PAYLOAD_MAX = 7_000
 """Bytes; PostgreSQL refuses 8,000 and more."""
 
@@ -67,6 +72,7 @@ class News:
         self._wake = asyncio.Event()
         self._closing = False
         self._task = asyncio.create_task(self._run(), name="store-news")
+        self._resyncing = asyncio.create_task(self._resync_often(), name="store-resync")
 
     def listen(self, listener: StoreListener) -> None:
         """Tell a listener from now on."""
@@ -99,6 +105,7 @@ class News:
         """Send what was gathered, if it can be sent, and end; idempotent."""
         self._closing = True
         self._wake.set()
+        self._resyncing.cancel()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(2):
                 await asyncio.shield(self._task)
@@ -138,18 +145,25 @@ class News:
         # What others did before this connection listened is unknown, and what we told while there was none
         # may not have arrived.
         self._tell_resync()
-        loop = asyncio.get_running_loop()
-        resync_at = loop.time() + RESYNC_S
         while not connection.is_closed():
             await self._send(connection)
             if self._closing and not self._anything():
                 return
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(resync_at):
+                async with asyncio.timeout(_PROBE_S):
                     await self._wake.wait()
-            if loop.time() >= resync_at:
-                resync_at = loop.time() + RESYNC_S
+                    continue
+            # Only a connection that is used tells that it is dead.
+            await connection.execute("SELECT 1", timeout=_SEND_TIMEOUT_S)
+
+    async def _resync_often(self) -> None:
+        """Look at everything now and then, whatever the connection does."""
+        while True:
+            await asyncio.sleep(RESYNC_S)
+            try:
                 self._tell_resync()
+            except Exception:  # noqa: BLE001 - nobody else would ever look again
+                _log.exception("resync_failed")
 
     def _anything(self) -> bool:
         return bool(self._jobs or self._queues or self._configuration or self._resync)
@@ -168,7 +182,9 @@ class News:
             try:
                 for message in messages:
                     payload = msgspec.json.encode(message).decode()
-                    await connection.execute("SELECT pg_notify($1, $2)", _CHANNEL, payload)
+                    await connection.execute(
+                        "SELECT pg_notify($1, $2)", _CHANNEL, payload, timeout=_SEND_TIMEOUT_S
+                    )
             except BaseException:
                 self._resync = True
                 raise

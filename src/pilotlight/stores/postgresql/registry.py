@@ -84,6 +84,10 @@ class PostgresqlRegistry:
         """See `WorkerStore.put_worker`."""
         await self._database.write(lambda transaction: endpoints.put_worker(transaction, worker))
 
+    async def worker(self, worker_id: str) -> Worker | None:
+        """See `WorkerStore.worker`."""
+        return await self._database.read(lambda transaction: endpoints.worker(transaction, worker_id))
+
     async def workers(self, *, endpoint_id: str | None = None, living: bool = True) -> Sequence[Worker]:
         """See `WorkerStore.workers`."""
         return await self._database.read(

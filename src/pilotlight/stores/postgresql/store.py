@@ -18,9 +18,10 @@ from pilotlight.core.lifecycle import Applied, JobEvent, PlatformInterrupted, Pr
 from pilotlight.domain.batch import Batch, BatchDraft
 from pilotlight.domain.job import Idempotency, Job, JobCounts, JobStatus, QueueDemand
 from pilotlight.domain.webhook import WebhookDelivery
-from pilotlight.errors import PilotlightError, StoreError
+from pilotlight.errors import StoreError
 from pilotlight.ports.store import Chunk, ChunkFate, StoreListener
 from pilotlight.stores import common
+from pilotlight.stores.folder import FolderLock
 from pilotlight.stores.postgresql import batches, changes, jobs, webhooks
 from pilotlight.stores.postgresql.connections import check_url, create_pool, public_url
 from pilotlight.stores.postgresql.database import Begin, Database, Transaction
@@ -29,12 +30,14 @@ from pilotlight.stores.postgresql.lead import Lead
 from pilotlight.stores.postgresql.migrate import migrate
 from pilotlight.stores.postgresql.news import News
 from pilotlight.stores.postgresql.registry import PostgresqlRegistry
-from pilotlight.stores.sqlite.folder import FolderLock
 
 T = TypeVar("T")
 
 CONNECTIONS = 10
 """Of one gateway, besides one for news and one for the lead."""
+
+_READERS = 2
+"""Of those, kept free of transactions."""
 
 _APPLY_LANES = 2
 """Groups of events under way at once: one is prepared while the other is committed."""
@@ -66,7 +69,8 @@ async def open_postgresql_store(
             lock = FolderLock(folder)
             lock.acquire()
             undo.callback(lock.release)
-        database = Database(await create_pool(url, size=connections))
+        pool = await create_pool(url, size=connections)
+        database = Database(pool, writers=max(1, connections - _READERS))
         undo.push_async_callback(database.close)
         await migrate(database, public_url(url))
         return PostgresqlStore(database, News(url), Lead(url), undo.pop_all())
@@ -176,7 +180,9 @@ class PostgresqlStore(PostgresqlRegistry):
         try:
             taken = await asyncio.shield(task)
         except asyncio.CancelledError:
-            self._database.spawn(self._give_back(task, now_ms))
+            # Refused, they stay handed out and unconfirmed.
+            with contextlib.suppress(StoreError):
+                self._database.spawn(self._give_back(task, now_ms))
             raise
         self._news.jobs_changed(job.id for job in taken)
         return taken
@@ -214,18 +220,7 @@ class PostgresqlStore(PostgresqlRegistry):
         return await asyncio.shield(self._events.add(tuple(events), size=size))
 
     async def _apply_group(self, group: Sequence[_Events]) -> Sequence[list[Applied | None] | Exception]:
-        try:
-            applied = await self._apply_events([event for events in group for event in events])
-        except PilotlightError:
-            raise
-        except Exception as error:
-            # A defect that one of them brings to light must not harm the others.
-            if len(group) == 1:
-                raise
-            alone = await asyncio.gather(
-                *(self._apply_events(events) for events in group), return_exceptions=True
-            )
-            return [each if not isinstance(each, BaseException) else _own(each, error) for each in alone]
+        applied = await self._apply_events([event for events in group for event in events])
         answers: list[list[Applied | None] | Exception] = []
         for events in group:
             answers.append(applied[: len(events)])
@@ -268,10 +263,11 @@ class PostgresqlStore(PostgresqlRegistry):
         self, job_id: str, worker_id: str, body: bytes, *, attempt: int | None, now_ms: int, limit_bytes: int
     ) -> ChunkFate:
         """See `JobStore.append_chunk`."""
-        fate = await self._database.read(
+        fate = await self._database.change(
             lambda transaction: jobs.append_chunk(
                 transaction, job_id, worker_id, body, attempt, now_ms, limit_bytes
-            )
+            ),
+            ChunkFate.STORED,
         )
         if fate is ChunkFate.STORED:
             self._news.jobs_changed([job_id])
@@ -427,12 +423,14 @@ class PostgresqlStore(PostgresqlRegistry):
         """See `WebhookStore.webhook`."""
         return await self._database.read(lambda transaction: webhooks.find(transaction, delivery_id))
 
+    async def trim_webhooks(self, *, host_bytes: int, all_bytes: int, before_ms: int) -> int:
+        """See `WebhookStore.trim_webhooks`."""
+        return await self._database.write(
+            lambda transaction: webhooks.trim(transaction, host_bytes, all_bytes, before_ms)
+        )
+
     async def dead_webhooks(
         self, *, endpoint_id: str | None = None, limit: int = 100
     ) -> Sequence[WebhookDelivery]:
         """See `WebhookStore.dead_webhooks`."""
         return await self._database.read(lambda transaction: webhooks.dead(transaction, endpoint_id, limit))
-
-
-def _own(error: BaseException, first: Exception) -> Exception:
-    return error if isinstance(error, Exception) else first

@@ -48,7 +48,15 @@ async def find(transaction: Transaction, delivery_id: str) -> WebhookDelivery:
     return WebhookDelivery(**dict(row))
 
 
+async def trim(transaction: Transaction, host_bytes: int, all_bytes: int, before_ms: int) -> int:
+    """Take their bodies from deliveries that are too old or too many, and give them up."""
+    count = await transaction.run("trim_webhooks", common.WEBHOOK_GIVEN_UP, host_bytes, all_bytes, before_ms)
+    if count:
+        await transaction.run("drop_dead_webhooks", common.DEAD_WEBHOOKS_KEPT)
+    return count
+
+
 async def dead(transaction: Transaction, endpoint_id: str | None, limit: int) -> list[WebhookDelivery]:
-    """Dead letters, newest first."""
+    """Dead letters without their bodies, newest first."""
     rows = await transaction.rows("dead_webhooks", endpoint_id, max(0, limit))
     return [WebhookDelivery(**dict(row)) for row in rows]

@@ -70,6 +70,12 @@ def put_worker(transaction: Transaction, worker: Worker) -> None:
     transaction.execute("put_worker", rows.worker_row(worker))
 
 
+def worker(transaction: Transaction, worker_id: str) -> Worker | None:
+    """One worker; None when unknown."""
+    row = transaction.execute("worker", (worker_id,)).fetchone()
+    return None if row is None else rows.worker_of(row)
+
+
 def workers(transaction: Transaction, endpoint_id: str | None, living: bool) -> list[Worker]:
     """Workers of one endpoint or of all."""
     return [rows.worker_of(row) for row in transaction.execute("workers", (endpoint_id, living))]

@@ -24,9 +24,9 @@ from pilotlight.domain.worker import Worker
 from pilotlight.errors import StoreError
 from pilotlight.ports.store import Chunk, ChunkFate, StoreListener
 from pilotlight.stores import common
+from pilotlight.stores.folder import DATABASE_FILE, FolderLock, create_database_file
 from pilotlight.stores.sqlite import batches, chunks, endpoints, jobs, webhooks
 from pilotlight.stores.sqlite import records as logs
-from pilotlight.stores.sqlite.folder import DATABASE_FILE, FolderLock, create_database_file
 from pilotlight.stores.sqlite.migrate import SYNCHRONOUS, connect_reader, connect_writer
 from pilotlight.stores.sqlite.threads import DatabaseThread
 
@@ -146,6 +146,10 @@ class SqliteStore:
         """See `WorkerStore.put_worker`."""
         await self._writer.call(lambda transaction: endpoints.put_worker(transaction, worker))
 
+    async def worker(self, worker_id: str) -> Worker | None:
+        """See `WorkerStore.worker`."""
+        return await self._reader.call(lambda transaction: endpoints.worker(transaction, worker_id))
+
     async def workers(self, *, endpoint_id: str | None = None, living: bool = True) -> Sequence[Worker]:
         """See `WorkerStore.workers`."""
         return await self._reader.call(
@@ -170,7 +174,9 @@ class SqliteStore:
         """See `JobStore.submit`."""
         if job.input_bytes != len(job.input):
             job = replace(job, input_bytes=len(job.input))
-        submission = self._writer.submit_item(jobs.SUBMIT, (job, idempotency), size=len(job.input))
+        submission = self._writer.submit_item(
+            jobs.SUBMIT, (job, idempotency), size=len(job.input), new_work=True
+        )
         if announce is not None:
             # The writer keeps the order: a take asked for from now on comes after this, in the same
             # group or a later one, and is answered after the commit of both.
@@ -306,13 +312,17 @@ class SqliteStore:
     async def add_batch(self, batch: Batch, drafts: Sequence[BatchDraft]) -> None:
         """See `BatchStore.add_batch`."""
         await self._writer.call(
-            lambda transaction: batches.add(transaction, batch, drafts), size=_draft_bytes(drafts)
+            lambda transaction: batches.add(transaction, batch, drafts),
+            size=_draft_bytes(drafts),
+            new_work=True,
         )
 
     async def add_batch_requests(self, batch_id: str, drafts: Sequence[BatchDraft]) -> Batch:
         """See `BatchStore.add_batch_requests`."""
         return await self._writer.call(
-            lambda transaction: batches.add_requests(transaction, batch_id, drafts), size=_draft_bytes(drafts)
+            lambda transaction: batches.add_requests(transaction, batch_id, drafts),
+            size=_draft_bytes(drafts),
+            new_work=True,
         )
 
     async def remove_batch_request(self, batch_id: str, request_id: str) -> Batch:
@@ -390,6 +400,12 @@ class SqliteStore:
     ) -> Sequence[WebhookDelivery]:
         """See `WebhookStore.dead_webhooks`."""
         return await self._reader.call(lambda transaction: webhooks.dead(transaction, endpoint_id, limit))
+
+    async def trim_webhooks(self, *, host_bytes: int, all_bytes: int, before_ms: int) -> int:
+        """See `WebhookStore.trim_webhooks`."""
+        return await self._writer.call(
+            lambda transaction: webhooks.trim(transaction, host_bytes, all_bytes, before_ms)
+        )
 
     # Usage, requests, starts
 

@@ -48,10 +48,13 @@ GROUP_MAX = 512
 """Operations in one transaction; bounds how long the first of them waits for the last."""
 
 PENDING_MAX = 10_000
-"""Operations that may wait; beyond it callers are refused. At 20,000/s that is half a second of work."""
+"""Operations that may wait; beyond it new work is refused. At 20,000/s that is half a second of work."""
 
 PENDING_BYTES_MAX = 512 * 1024 * 1024
 """Bytes of inputs and outputs that may wait in memory for the disk."""
+
+HEADROOM = 2
+"""How many times as much may wait before what finishes accepted work is refused, too."""
 
 
 class Transaction:
@@ -232,7 +235,9 @@ class DatabaseThread:
             await self.join()
             raise
 
-    def submit(self, run: Callable[[Transaction], T], *, size: int = 0) -> asyncio.Future[T]:
+    def submit(
+        self, run: Callable[[Transaction], T], *, size: int = 0, new_work: bool = False
+    ) -> asyncio.Future[T]:
         """A future of the operation's result; done only after the commit.
 
         An operation whose future is cancelled before its turn is left out; later it happens unseen.
@@ -240,31 +245,35 @@ class DatabaseThread:
         Args:
             run: The operation.
             size: Bytes it carries, for the bound on memory.
+            new_work: Whether it brings what can be refused without harm. What finishes accepted work, such as
+                a result, has more room: refusing it would do the work twice.
 
         Raises:
             StoreError: Closed, broken, or too much is waiting; nothing was done.
         """
-        return self._enqueue(Operation(run, self._loop.create_future(), size)).future
+        return self._enqueue(Operation(run, self._loop.create_future(), size), new_work=new_work).future
 
-    def submit_item(self, bulk: Bulk[I, T], item: I, *, size: int = 0) -> Operation:
+    def submit_item(self, bulk: Bulk[I, T], item: I, *, size: int = 0, new_work: bool = False) -> Operation:
         """Like `submit`, for an item of a bulk, and for `withdraw`."""
-        return self._enqueue(Operation(None, self._loop.create_future(), size, bulk, item))
+        operation = Operation(None, self._loop.create_future(), size, bulk, item)
+        return self._enqueue(operation, new_work=new_work)
 
-    def _enqueue(self, operation: Operation) -> Operation:
+    def _enqueue(self, operation: Operation, *, new_work: bool) -> Operation:
         if self._stopping:
             raise StoreError("the store is closed")
         waiting, size = self._inbox.qsize(), operation.size
-        if waiting >= PENDING_MAX or (
-            waiting and self._bytes_in - self._bytes_out + size > PENDING_BYTES_MAX
+        share = 1 if new_work else HEADROOM
+        if waiting >= PENDING_MAX * share or (
+            waiting and self._bytes_in - self._bytes_out + size > PENDING_BYTES_MAX * share
         ):
             raise StoreError(f"the store is overloaded: {waiting} operations wait for the disk; try again")
         self._bytes_in += size
         self._inbox.put(operation)
         return operation
 
-    async def call(self, run: Callable[[Transaction], T], *, size: int = 0) -> T:
+    async def call(self, run: Callable[[Transaction], T], *, size: int = 0, new_work: bool = False) -> T:
         """The result of an operation, see `submit`."""
-        return await self.submit(run, size=size)
+        return await self.submit(run, size=size, new_work=new_work)
 
     def withdraw(self, operation: Operation) -> bool:
         """Leave an operation out, if it has not had its turn; its future is cancelled then."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -66,8 +67,18 @@ def get(transaction: Transaction, delivery_id: str) -> WebhookDelivery:
 
 
 def dead(transaction: Transaction, endpoint_id: str | None, limit: int) -> list[WebhookDelivery]:
-    """Dead letters, newest first."""
-    return [_delivery(row) for row in transaction.execute("dead_webhooks", (endpoint_id, max(0, limit)))]
+    """Dead letters without their bodies, newest first."""
+    found = transaction.execute("dead_webhooks", (endpoint_id, max(0, limit)))
+    return [replace(_delivery(row), size=row[10]) for row in found]
+
+
+def trim(transaction: Transaction, host_bytes: int, all_bytes: int, before_ms: int) -> int:
+    """Take their bodies from deliveries that are too old or too many, and give them up."""
+    place = (common.WEBHOOK_GIVEN_UP, host_bytes, all_bytes, before_ms)
+    count = transaction.execute("trim_webhooks", place).rowcount
+    if count:
+        transaction.execute("drop_dead_webhooks", (common.DEAD_WEBHOOKS_KEPT,))
+    return count
 
 
 def _json_array(texts: Collection[str]) -> str:

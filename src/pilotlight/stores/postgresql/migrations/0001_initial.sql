@@ -80,7 +80,8 @@ CREATE TABLE queues (
 
 -- Jobs. `epoch`: life of the queue in which it was queued. `rank`: see common.rank. `deadline_ms`: see
 -- common.deadline_ms. `chunks`: number of its next stream chunk. `chunks_read`: number after the last chunk that
--- was drained. `unread_bytes`: chunks from there on. `attempts` is a JSON array.
+-- was drained. `unread_bytes`: chunks from there on. `attempts` is a JSON array. `writer`: random number of the
+-- transaction that last changed its state.
 CREATE TABLE jobs (
     seq BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     id TEXT COLLATE "C" NOT NULL UNIQUE,
@@ -116,6 +117,7 @@ CREATE TABLE jobs (
     chunks INTEGER NOT NULL DEFAULT 0,
     chunks_read INTEGER NOT NULL DEFAULT 0,
     unread_bytes BIGINT NOT NULL DEFAULT 0,
+    writer BIGINT NOT NULL DEFAULT 0,
     rank SMALLINT NOT NULL GENERATED ALWAYS AS (
         CASE WHEN low_priority THEN 4 WHEN batch_id IS NOT NULL THEN 2 ELSE 0 END
         + CASE WHEN attempt = 0 THEN 1 ELSE 0 END
@@ -131,8 +133,9 @@ CREATE TABLE jobs (
     CHECK (status <> 'IN_PROGRESS' OR (worker_id IS NOT NULL AND started_ms IS NOT NULL))
 );
 
--- The queue in the order of service, one life after the other, so that what was purged is not even passed by.
-CREATE INDEX jobs_queue ON jobs (endpoint_id, epoch, rank, queued_ms, seq) WHERE status = 'IN_QUEUE';
+-- The queue in the order of service, one life after the other, so that what was purged is not even passed by; with
+-- the end of each job's time, so that what has none left is passed by within the index.
+CREATE INDEX jobs_queue ON jobs (endpoint_id, epoch, rank, queued_ms, seq, expires_ms) WHERE status = 'IN_QUEUE';
 
 -- The jobs of a worker.
 CREATE INDEX jobs_running ON jobs (worker_id) WHERE status = 'IN_PROGRESS';
@@ -143,6 +146,7 @@ CREATE INDEX jobs_ended ON jobs (deadline_ms, seq) WHERE finished_ms IS NOT NULL
 
 -- Lists, newest first.
 CREATE INDEX jobs_created ON jobs (endpoint_id, created_ms, id);
+CREATE INDEX jobs_created_by_status ON jobs (endpoint_id, status, created_ms, id);
 
 -- The jobs of an endpoint that have not ended, for its deletion.
 CREATE INDEX jobs_living ON jobs (endpoint_id, created_ms, seq) WHERE finished_ms IS NULL;
@@ -159,7 +163,7 @@ SELECT
     id, endpoint_id, key_id, input_bytes, status, sync, low_priority, created_ms, queued_ms, expires_ms,
     execution_timeout_ms, retention_ms, attempt, retries, retries_max, worker_id, started_ms, confirmed_ms,
     first_output_ms, chunk_read, finished_ms, output, error, webhook, s3_config, batch_id, attempts, seq, rank,
-    deadline_ms, epoch, chunks, chunks_read, unread_bytes
+    deadline_ms, epoch, chunks, chunks_read, unread_bytes, writer
 FROM jobs
 WHERE status <> 'IN_QUEUE'
     OR epoch >= coalesce((SELECT queues.epoch FROM queues WHERE queues.endpoint_id = jobs.endpoint_id), 0);
@@ -173,12 +177,14 @@ SELECT
     seq
 FROM job_records;
 
--- Stream chunks, by attempt; those of an attempt that was queued again are dropped.
+-- Stream chunks, by attempt; those of an attempt that was queued again are dropped. `writer`: random number of the
+-- call that stored it.
 CREATE TABLE job_chunks (
     job_seq BIGINT NOT NULL REFERENCES jobs (seq) ON DELETE CASCADE,
     attempt INTEGER NOT NULL,
     sequence INTEGER NOT NULL,
     body BYTEA NOT NULL,
+    writer BIGINT NOT NULL,
     PRIMARY KEY (job_seq, attempt, sequence)
 );
 

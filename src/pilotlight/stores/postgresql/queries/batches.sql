@@ -52,12 +52,12 @@ UPDATE batches SET finalized_ms = $2 WHERE id = $1;
 UPDATE batches SET cancel_ms = $2 WHERE id = $1;
 
 -- name: queued_jobs_of_batch
--- Locks the queued requests of a batch, in their order.
-SELECT * FROM job_records WHERE batch_id = $1 AND status = 'IN_QUEUE' ORDER BY seq FOR UPDATE;
+-- Locks the queued requests of a batch, in the order of their ids like all that lock jobs.
+SELECT * FROM job_records WHERE batch_id = $1 AND status = 'IN_QUEUE' ORDER BY id FOR UPDATE;
 
 -- name: lock_batch
--- Locks a batch, so that neither its requests nor its cancellation change.
-SELECT id FROM batches WHERE id = $1 FOR UPDATE;
+-- Locks a batch, so that neither its requests nor its cancellation change; its counters may.
+SELECT id FROM batches WHERE id = $1 FOR NO KEY UPDATE;
 
 -- name: batch
 -- One batch with its counters.

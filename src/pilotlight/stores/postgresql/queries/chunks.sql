@@ -13,8 +13,16 @@ WITH accepted AS (
         AND unread_bytes + length($5::BYTEA) <= $6
     RETURNING seq, attempt, chunks - 1 AS sequence
 )
-INSERT INTO job_chunks (job_seq, attempt, sequence, body)
-SELECT seq, attempt, sequence, $5 FROM accepted;
+INSERT INTO job_chunks (job_seq, attempt, sequence, body, writer)
+SELECT seq, attempt, sequence, $5, $7 FROM accepted;
+
+-- name: hold_job
+-- Waits for whoever is changing a job, and keeps it from changing.
+SELECT seq FROM jobs WHERE id = $1 FOR SHARE;
+
+-- name: chunk_of
+-- Whether a call has stored its chunk.
+SELECT EXISTS (SELECT 1 FROM job_chunks WHERE job_seq = $1 AND writer = $2);
 
 -- name: chunks
 -- Chunks of an attempt from a number on, in order, as many as fit into a number of bytes, but at least one.
@@ -44,6 +52,10 @@ WHERE id = $1;
 -- name: mark_drained
 -- Remembers the last chunk that was drained, and that the stream has a reader.
 UPDATE jobs SET chunk_read = TRUE, chunks_read = $2, unread_bytes = unread_bytes - $3 WHERE seq = $1;
+
+-- name: chunks_read
+-- How far a job's chunks have been drained.
+SELECT chunk_read, chunks_read FROM jobs WHERE seq = $1;
 
 -- name: mark_read
 -- Remembers that the stream has a reader.

@@ -110,7 +110,7 @@ SELECT
     jobs.created_ms, jobs.queued_ms, jobs.expires_ms, jobs.execution_timeout_ms, jobs.retention_ms, jobs.attempt,
     jobs.retries, jobs.retries_max, jobs.worker_id, jobs.started_ms, jobs.confirmed_ms, jobs.first_output_ms,
     jobs.chunk_read, jobs.finished_ms, jobs.output, jobs.error, jobs.webhook, jobs.s3_config, jobs.batch_id,
-    jobs.attempts, jobs.seq, CASE WHEN jobs.webhook IS NOT NULL THEN jobs.input END AS input
+    jobs.attempts, jobs.seq
 FROM queues
 JOIN jobs ON jobs.endpoint_id = queues.endpoint_id AND jobs.status = 'IN_QUEUE' AND jobs.epoch < queues.epoch
 LIMIT $1

@@ -69,7 +69,8 @@ ON CONFLICT (endpoint_id, key_id, idempotency_key) DO NOTHING;
 SELECT
     id, endpoint_id, key_id, input_bytes, status, sync, low_priority, created_ms, queued_ms, expires_ms,
     execution_timeout_ms, retention_ms, attempt, retries, retries_max, worker_id, started_ms, confirmed_ms,
-    first_output_ms, chunk_read, finished_ms, output, error, webhook, s3_config, batch_id, attempts, seq, input
+    first_output_ms, chunk_read, finished_ms, output, error, webhook, s3_config, batch_id, attempts, seq, input,
+    writer
 FROM jobs
 WHERE endpoint_id = $1
     AND status = 'IN_QUEUE'
@@ -123,6 +124,7 @@ UPDATE jobs SET
     error = new.error,
     s3_config = new.s3_config,
     attempts = new.attempts,
+    writer = $27,
     chunks_read = CASE WHEN new.requeued THEN jobs.chunks ELSE jobs.chunks_read END,
     unread_bytes = CASE WHEN new.requeued THEN 0 ELSE jobs.unread_bytes END,
     epoch = coalesce((SELECT queues.epoch FROM queues WHERE queues.endpoint_id = jobs.endpoint_id), 0)
@@ -148,9 +150,9 @@ SELECT seq, input FROM jobs WHERE seq = ANY($1::BIGINT[]);
 -- One job by its id.
 SELECT * FROM job_records WHERE id = $1;
 
--- name: jobs_by_ids
--- Some jobs by their ids.
-SELECT * FROM job_records WHERE id = ANY($1::TEXT[]);
+-- name: writers
+-- Which transactions last changed some jobs.
+SELECT seq, writer FROM jobs WHERE seq = ANY($1::BIGINT[]);
 
 -- name: jobs_newest
 -- Jobs of an endpoint, newest first.

@@ -48,9 +48,33 @@ FROM webhooks
 WHERE id = $1;
 
 -- name: dead_webhooks
--- Dead letters of one endpoint, or (without an id) of all, newest first.
-SELECT id, job_id, endpoint_id, url, body, created_ms, tries, next_ms, last_status, last_error
+-- Dead letters of one endpoint, or (without an id) of all, newest first; a length instead of the body.
+SELECT
+    id, job_id, endpoint_id, url, ''::BYTEA AS body, created_ms, tries, next_ms, last_status, last_error,
+    octet_length(body) AS size
 FROM webhooks
 WHERE next_ms IS NULL AND ($1::TEXT IS NULL OR endpoint_id = $1)
 ORDER BY created_ms DESC, seq DESC
 LIMIT $2;
+
+-- name: trim_webhooks
+-- Takes their bodies from the oldest deliveries beyond bounds for a host, in all, and in age; all are dead then.
+UPDATE webhooks SET
+    body = '',
+    next_ms = NULL,
+    last_error = CASE WHEN next_ms IS NULL THEN last_error ELSE $1::TEXT END
+WHERE seq IN (
+    SELECT seq FROM (
+        SELECT
+            seq, created_ms,
+            sum(octet_length(body)) OVER (
+                PARTITION BY next_ms IS NULL, host ORDER BY created_ms DESC, seq DESC ROWS UNBOUNDED PRECEDING
+            ) AS of_host,
+            sum(octet_length(body)) OVER (
+                PARTITION BY next_ms IS NULL ORDER BY created_ms DESC, seq DESC ROWS UNBOUNDED PRECEDING
+            ) AS of_all
+        FROM webhooks
+        WHERE octet_length(body) > 0
+    ) AS kept
+    WHERE of_host > $2::BIGINT OR of_all > $3::BIGINT OR created_ms < $4::BIGINT
+);

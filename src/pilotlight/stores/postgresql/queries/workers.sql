@@ -20,6 +20,14 @@ ON CONFLICT (id) DO UPDATE SET
     state_ms = excluded.state_ms,
     ended_ms = excluded.ended_ms;
 
+-- name: worker
+-- One worker, living or ended.
+SELECT
+    id, endpoint_id, version, state, stage, key_hash, devices, memory_bytes, process, failure, created_ms,
+    ready_ms, state_ms, ended_ms
+FROM workers
+WHERE id = $1;
+
 -- name: workers
 -- Workers oldest first, of one endpoint or (without an id) of all, with or without ended ones.
 SELECT

@@ -42,8 +42,9 @@ FROM webhooks
 WHERE id = ?;
 
 -- name: dead_webhooks
--- Dead letters of one endpoint, or (without an id) of all, newest first.
-SELECT id, job_id, endpoint_id, url, body, created_ms, tries, next_ms, last_status, last_error
+-- Dead letters of one endpoint, or (without an id) of all, newest first; a length instead of the body.
+SELECT
+    id, job_id, endpoint_id, url, x'', created_ms, tries, next_ms, last_status, last_error, length(body)
 FROM webhooks
 WHERE next_ms IS NULL AND (?1 IS NULL OR endpoint_id = ?1)
 ORDER BY created_ms DESC, seq DESC
@@ -53,4 +54,26 @@ LIMIT ?2;
 -- Forgets all but the newest dead letters.
 DELETE FROM webhooks WHERE seq IN (
     SELECT seq FROM webhooks WHERE next_ms IS NULL ORDER BY created_ms DESC, seq DESC LIMIT -1 OFFSET ?
+);
+
+-- name: trim_webhooks
+-- Takes their bodies from the oldest deliveries beyond bounds for a host, in all, and in age; all are dead then.
+UPDATE webhooks SET
+    body = x'',
+    next_ms = NULL,
+    last_error = CASE WHEN next_ms IS NULL THEN last_error ELSE ?1 END
+WHERE seq IN (
+    SELECT seq FROM (
+        SELECT
+            seq, created_ms,
+            sum(length(body)) OVER (
+                PARTITION BY next_ms IS NULL, host ORDER BY created_ms DESC, seq DESC ROWS UNBOUNDED PRECEDING
+            ) AS of_host,
+            sum(length(body)) OVER (
+                PARTITION BY next_ms IS NULL ORDER BY created_ms DESC, seq DESC ROWS UNBOUNDED PRECEDING
+            ) AS of_all
+        FROM webhooks
+        WHERE length(body) > 0
+    )
+    WHERE of_host > ?2 OR of_all > ?3 OR created_ms < ?4
 );

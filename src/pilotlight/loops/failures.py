@@ -1,0 +1,81 @@
+"""Recent failures of endpoints' workers, and until when none is started; kept by the fleet alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pilotlight.core.supervision import CRASH_WINDOW_MS, BackoffSettings, decide_retry_at
+from pilotlight.domain.worker import Failure
+from pilotlight.ports.clock import Clock
+from pilotlight.ports.fleet import Health
+from pilotlight.settings import WorkerSettings
+
+_CRASHES_KEPT = 100
+
+
+@dataclass(slots=True)
+class _Record:
+    """Recent failures of one endpoint."""
+
+    start_failures: int = 0
+    crashes_ms: list[int] = field(default_factory=list)
+    failure: Failure | None = None
+    last_ms: int = 0
+    throttled: str | None = None
+
+
+class FailureLog:
+    """Counts failures and tells what follows from them.
+
+    Args:
+        clock: Time.
+        settings: Pauses after failures.
+    """
+
+    def __init__(self, clock: Clock, settings: WorkerSettings) -> None:
+        self._clock = clock
+        self._backoff = BackoffSettings(
+            start_failures_max=settings.start_failures_max,
+            backoff_ms=settings.backoff_s * 1000,
+            backoff_max_ms=settings.backoff_max_s * 1000,
+        )
+        self._records: dict[str, _Record] = {}
+
+    def health(self, endpoint_id: str) -> Health:
+        """The endpoint's recent starts, and until when no worker is started."""
+        record = self._records.get(endpoint_id)
+        if record is None:
+            return Health()
+        since = self._clock.now_ms() - CRASH_WINDOW_MS
+        return Health(
+            failures=record.start_failures or sum(moment > since for moment in record.crashes_ms),
+            failure=record.failure,
+            retry_ms=decide_retry_at(record.start_failures, record.crashes_ms, record.last_ms, self._backoff),
+            throttled=record.throttled,
+        )
+
+    def forgive(self, endpoint_id: str) -> None:
+        """Forget an endpoint's failures."""
+        self._records.pop(endpoint_id, None)
+
+    def note(self, endpoint_id: str, failure: Failure, *, started: bool) -> None:
+        """Count a failure: of a worker that had been ready (`started`), or of a start."""
+        record = self._record(endpoint_id)
+        record.failure = failure
+        record.last_ms = self._clock.now_ms()
+        if started:
+            record.crashes_ms = [*record.crashes_ms, record.last_ms][-_CRASHES_KEPT:]
+        else:
+            record.start_failures += 1
+
+    def note_start(self, endpoint_id: str) -> None:
+        """A worker has become ready: earlier starts that failed count no more."""
+        record = self._record(endpoint_id)
+        record.start_failures, record.failure = 0, None
+
+    def throttle(self, endpoint_id: str, message: str | None) -> None:
+        """Remember why there is no room for the endpoint's next worker; None for room."""
+        self._record(endpoint_id).throttled = message
+
+    def _record(self, endpoint_id: str) -> _Record:
+        return self._records.setdefault(endpoint_id, _Record())
