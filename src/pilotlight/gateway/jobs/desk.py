@@ -17,6 +17,7 @@ from pilotlight.core.lifecycle import (
     Confirmed,
     Effect,
     JobEvent,
+    PlatformInterrupted,
     Progressed,
     ResultPosted,
     WorkerLost,
@@ -416,7 +417,7 @@ class WorkerDesk:
 
     def _final(
         self, link: WorkerLink, hand_out: HandOut, posted: PostedResult | None, size: int, *, too_large: bool
-    ) -> ResultPosted | Outsize:
+    ) -> ResultPosted | PlatformInterrupted | Outsize:
         now_ms, job_id = self._ledger.clock.now_ms(), hand_out.job_id
         worker_id, attempt = link.worker_id, hand_out.attempt
         limits = self._limits
@@ -435,6 +436,10 @@ class WorkerDesk:
         if error_text is not None and len(error_text) > limit // 4:
             # UTF-8 takes up to four bytes per character.
             error_text = error_text[: limit // 4]
+        if posted.retryable and (self._ledger.closing or self._ledger.suspended):
+            # It was us who ended the worker: not the job's fault, and not its retry.
+            reason = "the gateway ended its worker"
+            return PlatformInterrupted(now_ms=now_ms, reason=reason, worker_id=worker_id, attempt=attempt)
         return ResultPosted(
             worker_id=worker_id,
             now_ms=now_ms,

@@ -121,6 +121,7 @@ class Dispatcher:
     def reopen(self) -> None:
         """Hand out again; the queues are looked into anew."""
         self._closed = False
+        self._closing.clear()
         for endpoint_id, line in [*self._lines.items()]:
             line.believed = _UNKNOWN
             self.serve(endpoint_id)
