@@ -26,7 +26,7 @@ _log = structlog.get_logger()
 PAYLOAD_TOO_LARGE = "payload_too_large"
 """Value of `code` with an oversize body; the status is 400 because old clients test for it (§2.13)."""
 
-_RETRY_AFTER_STORE_S = 2
+RETRY_AFTER_STORE_S = 2
 """Arbitrary: a busy disk has usually recovered by then."""
 
 
@@ -107,7 +107,7 @@ def native_error_of(error: PilotlightError) -> Response:
         case RateLimitedError(retry_after_s=seconds):
             return native_error(429, text, {"Retry-After": str(seconds)})
         case StoreError() | ClusterError():
-            return native_error(503, text, {"Retry-After": str(_RETRY_AFTER_STORE_S)})
+            return native_error(503, text, {"Retry-After": str(RETRY_AFTER_STORE_S)})
         case _:
             _log.error("unexpected_error", kind=type(error).__name__, error=text)
             return native_error(500, "internal server error")

@@ -1,4 +1,4 @@
-"""How the SQL stores write endpoints, keys, workers, usage, requests and starts into rows, and back.
+"""How the SQL stores turn endpoints, keys, workers, jobs, usage, requests and starts into rows, and back.
 
 The order of the values is that of the columns in the stores' queries of the same things.
 """
@@ -12,11 +12,15 @@ from typing import Any
 import msgspec
 
 from pilotlight.domain.endpoint import Endpoint, EndpointKind, Revision, ScalerType
+from pilotlight.domain.job import Attempt, Job, JobStatus, OpenJob, close
 from pilotlight.domain.key import ApiKey, Scope
 from pilotlight.domain.usage import Outcome, RequestRecord, Road, StartRecord, UsageInterval
 from pilotlight.domain.worker import Failure, ProcessIdentity, Stage, Worker, WorkerState
 
 Row = Sequence[Any]
+
+_attempts = msgspec.json.Decoder(tuple[Attempt, ...])
+_STATUS = {status.value: status for status in JobStatus}
 
 
 def settings_row(endpoint: Endpoint) -> tuple[Any, ...]:
@@ -238,6 +242,40 @@ def start_of(row: Row) -> StartRecord:
         stages=msgspec.json.decode(row[4], type=tuple[tuple[str, int], ...]),
         outcome=row[5],
     )
+
+
+def job_of(row: Row, job_input: bytes = b"") -> Job:
+    """A job, from a row that begins like the view `job_records`; with the input where that was read, too."""
+    job: Any = OpenJob()
+    job.id = row[0]
+    job.endpoint_id = row[1]
+    job.key_id = row[2]
+    job.input = job_input
+    job.input_bytes = row[3]
+    job.status = _STATUS[row[4]]
+    job.sync = row[5] != 0
+    job.low_priority = row[6] != 0
+    job.created_ms = row[7]
+    job.queued_ms = row[8]
+    job.expires_ms = row[9]
+    job.execution_timeout_ms = row[10]
+    job.retention_ms = row[11]
+    job.attempt = row[12]
+    job.retries = row[13]
+    job.retries_max = row[14]
+    job.worker_id = row[15]
+    job.started_ms = row[16]
+    job.confirmed_ms = row[17]
+    job.first_output_ms = row[18]
+    job.chunk_read = row[19] != 0
+    job.finished_ms = row[20]
+    job.output = row[21]
+    job.error = row[22]
+    job.webhook = row[23]
+    job.s3_config = row[24]
+    job.batch_id = row[25]
+    job.attempts = _attempts.decode(row[26]) if row[26] else ()
+    return close(job)
 
 
 def _json(value: Any) -> str:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-
 import msgspec
 
 from pilotlight.core.rate_limits import OperationGroup
-from pilotlight.domain.batch import Batch, BatchDraft
+from pilotlight.domain.batch import Batch, BatchDraft, BatchStatus
 from pilotlight.domain.job import Job
 from pilotlight.errors import InvalidInputError
 from pilotlight.gateway.asgi import Response
 from pilotlight.gateway.directory import Directory
-from pilotlight.gateway.errors import PayloadTooLargeError, native_error
+from pilotlight.gateway.errors import native_error
 from pilotlight.gateway.jobs.batches import BatchService, RequestPage
 from pilotlight.gateway.jobs.http import Call, Handler, Operation, SegmentRoute, json_answer
 from pilotlight.gateway.jobs.rates import RateTable
 from pilotlight.gateway.jobs.routes import authorize, limited
+from pilotlight.gateway.jobs.views import moment
 from pilotlight.settings import LimitSettings
 
 PAGE = (50, 100)
@@ -103,11 +102,7 @@ class _BatchApi:
         return json_answer(b"{}")
 
     async def _body(self, call: Call) -> bytes:
-        limit = self._limits.batch_body_bytes
-        body, _ = await call.body(limit=limit)
-        if body is None:
-            raise PayloadTooLargeError(f"request body exceeds {limit / 1_048_576:g} MB limit")
-        return body
+        return await call.whole_body(limit=self._limits.batch_body_bytes)
 
 
 def summary(batch: Batch) -> dict[str, object]:
@@ -143,22 +138,17 @@ def _page(page: RequestPage) -> bytes:
 
 def _request(request: Job | BatchDraft) -> dict[str, object]:
     if isinstance(request, BatchDraft):
-        return {"id": request.id, "status": "DRAFT"}
+        return {"id": request.id, "status": BatchStatus.DRAFT}
     view: dict[str, object] = {"id": request.id, "status": request.status}
     if request.output is not None:
         view["output"] = msgspec.Raw(request.output)
     if request.error is not None:
         view["error"] = request.error
     if request.started_ms is not None:
-        view["startedAt"] = _moment(request.started_ms)
+        view["startedAt"] = moment(request.started_ms)
     if request.finished_ms is not None:
-        view["completedAt"] = _moment(request.finished_ms)
+        view["completedAt"] = moment(request.finished_ms)
     return view
-
-
-def _moment(moment_ms: int) -> str:
-    text = datetime.fromtimestamp(moment_ms / 1000, UTC).isoformat(timespec="milliseconds")
-    return text.replace("+00:00", "Z")
 
 
 def _number(call: Call, name: str, *, default: int, lowest: int, highest: int) -> int:

@@ -16,7 +16,7 @@ import structlog
 from pilotlight.domain.endpoint import RESERVED_ENDPOINT_IDS
 from pilotlight.errors import PilotlightError
 from pilotlight.gateway.asgi import JSON, ClientGoneError, Receive, Response, Scope, Send
-from pilotlight.gateway.errors import BodyTimeoutError, native_error, native_error_of
+from pilotlight.gateway.errors import BodyTimeoutError, PayloadTooLargeError, native_error, native_error_of
 from pilotlight.gateway.protocol import EXTENSION, ClientStream
 
 _log = structlog.get_logger()
@@ -87,6 +87,19 @@ class Call:
                 return await self._read(limit)
         except TimeoutError as error:
             raise BodyTimeoutError(f"the request body did not arrive within {self._body_s} s") from error
+
+    async def whole_body(self, *, limit: int) -> bytes:
+        """The body of a client's request.
+
+        Raises:
+            PayloadTooLargeError: It is over the limit (serverless-api.md §2.13).
+            ClientGoneError: The client went away before the end.
+            BodyTimeoutError: It did not send all of it within `body_s`.
+        """
+        body, _ = await self.body(limit=limit)
+        if body is None:
+            raise PayloadTooLargeError(f"request body exceeds {limit / 1_048_576:g} MB limit")
+        return body
 
     async def _read(self, limit: int) -> tuple[bytes | None, int]:
         chunks: list[bytes] = []

@@ -25,7 +25,7 @@ from pilotlight.domain.job import Job, JobStatus
 from pilotlight.errors import InvalidInputError, NotFoundError, StoreError
 from pilotlight.gateway.asgi import ClientGoneError, Headers, Receive, Scope, Send, read_body, send_json
 from pilotlight.gateway.directory import Directory
-from pilotlight.gateway.errors import QueueFullError
+from pilotlight.gateway.errors import RETRY_AFTER_STORE_S, QueueFullError
 from pilotlight.gateway.jobs.service import JobService
 from pilotlight.gateway.jobs.submission import Submission, check_numbers
 from pilotlight.gateway.jobs.waiting import Gone, watched
@@ -101,7 +101,7 @@ class JobOpenAI:
         except QueueFullError as error:
             raise RequestRefusedError(429, str(error), retry_after_s=error.retry_after_s) from error
         except StoreError as error:
-            raise RequestRefusedError(503, str(error), retry_after_s=2) from error
+            raise RequestRefusedError(503, str(error), retry_after_s=RETRY_AFTER_STORE_S) from error
         async with watched(scope, receive) as gone:
             answered = False
             try:
@@ -111,7 +111,7 @@ class JobOpenAI:
                     await self._whole(endpoint, job, send, gone)
                 answered = True
             except StoreError as error:
-                raise RequestRefusedError(503, str(error), retry_after_s=2) from error
+                raise RequestRefusedError(503, str(error), retry_after_s=RETRY_AFTER_STORE_S) from error
             finally:
                 # Nobody can ask for its result any more; one that has ended stays as it is.
                 if gone.done() or not answered:

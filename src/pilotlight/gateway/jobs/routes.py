@@ -15,7 +15,6 @@ from pilotlight.gateway.asgi import Response
 from pilotlight.gateway.directory import Directory, secret_of
 from pilotlight.gateway.errors import (
     AccessDeniedError,
-    PayloadTooLargeError,
     RateLimitedError,
     UnauthorizedError,
 )
@@ -252,9 +251,7 @@ class _JobApi:
         limit = self._limits.body_bytes if sync else self._limits.run_body_bytes
         given_ms = _wait(call, 0) if sync else 0
         try:
-            body, _ = await call.body(limit=limit)
-            if body is None:
-                raise PayloadTooLargeError(f"request body exceeds {limit / 1_048_576:g} MB limit")
+            body = await call.whole_body(limit=limit)
             repeatable = parse_idempotency_key(call.headers.get(b"idempotency-key"))
             return await self._service.submit(
                 endpoint, key, body, sync=sync, wait_ms=given_ms, idempotency_key=repeatable

@@ -15,8 +15,9 @@ from pilotlight.domain.batch import Batch, BatchDraft
 from pilotlight.domain.job import Job
 from pilotlight.stores import common
 from pilotlight.stores.postgresql import jobs
-from pilotlight.stores.postgresql.changes import Changes, job_of
+from pilotlight.stores.postgresql.changes import Changes
 from pilotlight.stores.postgresql.database import Transaction
+from pilotlight.stores.rows import job_of
 
 _SLICE_BYTES = 8 * 1024 * 1024
 """Inputs that a finalization has in memory at a time."""

@@ -16,11 +16,12 @@ from typing import Any
 import msgspec
 
 from pilotlight.core.lifecycle import Applied, Confirmed, JobEvent, Progressed, Taken
-from pilotlight.domain.job import Attempt, Job, JobStatus
+from pilotlight.domain.job import Job
 from pilotlight.domain.webhook import WebhookDelivery
 from pilotlight.stores import common
 from pilotlight.stores.common import CounterChange
 from pilotlight.stores.postgresql.database import Transaction
+from pilotlight.stores.rows import job_of
 
 COUNTERS = ("queued", "queued_low", "queued_bytes", "in_progress", "completed", "failed", "retried")
 """Of an endpoint, as `CounterChange` names them and `write_jobs` takes them."""
@@ -31,41 +32,6 @@ _WEBHOOKS_BYTES = 8 * 1024 * 1024
 """Bytes of jobs whose deliveries are written at once; PostgreSQL takes no message of a gigabyte."""
 
 _NEVER_REQUEUE = (Taken, Confirmed, Progressed)
-
-_attempts = msgspec.json.Decoder(tuple[Attempt, ...])
-
-
-def job_of(row: Any) -> Job:
-    """The job in a row that begins like `job_records`."""
-    return Job(
-        id=row[0],
-        endpoint_id=row[1],
-        key_id=row[2],
-        input_bytes=row[3],
-        status=JobStatus(row[4]),
-        sync=row[5],
-        low_priority=row[6],
-        created_ms=row[7],
-        queued_ms=row[8],
-        expires_ms=row[9],
-        execution_timeout_ms=row[10],
-        retention_ms=row[11],
-        attempt=row[12],
-        retries=row[13],
-        retries_max=row[14],
-        worker_id=row[15],
-        started_ms=row[16],
-        confirmed_ms=row[17],
-        first_output_ms=row[18],
-        chunk_read=row[19],
-        finished_ms=row[20],
-        output=row[21],
-        error=row[22],
-        webhook=row[23],
-        s3_config=row[24],
-        batch_id=row[25],
-        attempts=_attempts.decode(row[26]) if row[26] else (),
-    )
 
 
 @dataclass(slots=True)

@@ -13,11 +13,11 @@ from pilotlight.stores import common
 from pilotlight.stores.postgresql.changes import (
     Changes,
     apply_events,
-    job_of,
     leave_webhooks,
     lock,
 )
 from pilotlight.stores.postgresql.database import Transaction
+from pilotlight.stores.rows import job_of
 
 _PAGES = {
     (False, False): "jobs_newest",

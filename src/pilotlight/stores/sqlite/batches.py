@@ -13,7 +13,8 @@ from pilotlight.core.lifecycle import Applied, Cancelled
 from pilotlight.domain.batch import Batch, BatchDraft
 from pilotlight.domain.job import Job
 from pilotlight.stores import common
-from pilotlight.stores.sqlite.changes import JobChanges, job_of
+from pilotlight.stores.rows import job_of
+from pilotlight.stores.sqlite.changes import JobChanges
 from pilotlight.stores.sqlite.threads import Transaction
 
 

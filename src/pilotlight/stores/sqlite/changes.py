@@ -12,8 +12,9 @@ from typing import Any
 import msgspec
 
 from pilotlight.core.lifecycle import Applied, JobEvent
-from pilotlight.domain.job import Attempt, Job, JobStatus, OpenJob, close
+from pilotlight.domain.job import Job, JobStatus
 from pilotlight.stores import common
+from pilotlight.stores.rows import job_of
 from pilotlight.stores.sqlite import webhooks
 from pilotlight.stores.sqlite.threads import Transaction
 
@@ -24,9 +25,6 @@ SEQ = 27
 
 INPUT = 34
 """Position of the input where a query has it behind `job_records`."""
-
-_attempts = msgspec.json.Decoder(tuple[Attempt, ...])
-_STATUS = {status.value: status for status in JobStatus}
 
 
 class JobChanges:
@@ -150,40 +148,6 @@ def _update(job: Job, seq: int, purges: int) -> Row:
         purges,
         seq,
     )
-
-
-def job_of(row: Row, job_input: bytes = b"") -> Job:
-    """The job of a record."""
-    job: Any = OpenJob()
-    job.id = row[0]
-    job.endpoint_id = row[1]
-    job.key_id = row[2]
-    job.input = job_input
-    job.input_bytes = row[3]
-    job.status = _STATUS[row[4]]
-    job.sync = row[5] != 0
-    job.low_priority = row[6] != 0
-    job.created_ms = row[7]
-    job.queued_ms = row[8]
-    job.expires_ms = row[9]
-    job.execution_timeout_ms = row[10]
-    job.retention_ms = row[11]
-    job.attempt = row[12]
-    job.retries = row[13]
-    job.retries_max = row[14]
-    job.worker_id = row[15]
-    job.started_ms = row[16]
-    job.confirmed_ms = row[17]
-    job.first_output_ms = row[18]
-    job.chunk_read = row[19] != 0
-    job.finished_ms = row[20]
-    job.output = row[21]
-    job.error = row[22]
-    job.webhook = row[23]
-    job.s3_config = row[24]
-    job.batch_id = row[25]
-    job.attempts = _attempts.decode(row[26]) if row[26] else ()
-    return close(job)
 
 
 def _batch_cancelled(transaction: Transaction, batch_id: str) -> bool:

@@ -11,7 +11,8 @@ from dataclasses import replace
 from pilotlight.domain.job import Job, JobStatus
 from pilotlight.ports.store import Chunk, ChunkFate
 from pilotlight.stores import common
-from pilotlight.stores.sqlite.changes import SEQ, job_of, load
+from pilotlight.stores.rows import job_of
+from pilotlight.stores.sqlite.changes import SEQ, load
 from pilotlight.stores.sqlite.threads import Transaction
 
 _CHUNKS_READ = 32

@@ -15,7 +15,8 @@ from pilotlight.core.lifecycle import Applied, Cancelled, JobEvent, PlatformInte
 from pilotlight.domain.job import Idempotency, Job, JobCounts, JobStatus, QueueDemand
 from pilotlight.errors import PilotlightError
 from pilotlight.stores import common
-from pilotlight.stores.sqlite.changes import SEQ, JobChanges, Row, find_many, job_of, load, notify
+from pilotlight.stores.rows import job_of
+from pilotlight.stores.sqlite.changes import SEQ, JobChanges, Row, find_many, load, notify
 from pilotlight.stores.sqlite.threads import Bulk, Transaction
 
 _CREATED, _RANK = 7, 28
