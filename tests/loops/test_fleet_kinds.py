@@ -133,6 +133,31 @@ async def test_a_worker_that_was_scaled_down_is_resumed_under_its_id(world):
     assert sum(each.duration_ms for each in usage) == 1500
 
 
+async def test_a_worker_whose_end_is_still_being_recorded_is_resumed_after_that(world, monkeypatch):
+    """Its process is gone and no list shows it, so a caller may well ask for it at this moment."""
+    endpoint = deploy(world, EndpointKind.LOAD_BALANCER)
+    worker = await world.fleet.start(endpoint)
+    await world.fleet.reported(worker.id, ROUTABLE)
+    await world.fleet.drain(worker.id, reason="idle_timeout")
+    put, may_write = world.store.put_worker, asyncio.Event()
+
+    async def slow(record):
+        if record.state is WorkerState.STOPPED:
+            await may_write.wait()
+        await put(record)
+
+    monkeypatch.setattr(world.store, "put_worker", slow)
+    world.cluster.end(worker.id)
+    assert world.fleet.worker(worker.id) is None
+    resuming = asyncio.create_task(world.fleet.resume(endpoint, worker.id))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not resuming.done()
+    may_write.set()
+    assert (await resuming).state is WorkerState.STARTING
+    assert (await world.store.worker(worker.id)).state is WorkerState.STARTING
+
+
 async def test_what_failed_or_never_was_is_not_resumed(world):
     endpoint = deploy(world, EndpointKind.LOAD_BALANCER)
     worker = await world.fleet.start(endpoint)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from pilotlight.core.supervision import CRASH_WINDOW_MS, BackoffSettings, decide_retry_at
-from pilotlight.domain.worker import Failure
+from pilotlight.domain.worker import Failure, Worker
 from pilotlight.ports.clock import Clock
 from pilotlight.ports.fleet import Health
 from pilotlight.settings import WorkerSettings
@@ -79,3 +79,26 @@ class FailureLog:
 
     def _record(self, endpoint_id: str) -> _Record:
         return self._records.setdefault(endpoint_id, _Record())
+
+
+def exit_failure(
+    worker: Worker, code: int | None, *, endpoint_name: str | None = None, line: str = ""
+) -> Failure:
+    """What is to be said of a worker whose process ended without a report.
+
+    Args:
+        worker: Which.
+        code: Its exit status, -N for signal N; None when unknown.
+        endpoint_name: For a program that is not ours, whose log is the only place to look.
+        line: The last line that it wrote; "" for none.
+    """
+    how = f"signal {-code}" if code is not None and code < 0 else f"exit status {code}"
+    cause = f"worker ended with {how} in stage {worker.stage}"
+    if endpoint_name is None:
+        return Failure(kind="exited", cause=cause)
+    return Failure(
+        kind="exited",
+        cause=cause if line else f"{cause}, without a word",
+        advice=f"see `pilotlight logs {endpoint_name}`",
+        line=line,
+    )

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -29,7 +29,7 @@ from pilotlight.domain.usage import StartRecord
 from pilotlight.domain.worker import Failure, ProcessIdentity, Registration, Stage, Worker, WorkerState
 from pilotlight.errors import ClusterError, NotFoundError, StoreError
 from pilotlight.loops.account import UsageAccount
-from pilotlight.loops.failures import FailureLog
+from pilotlight.loops.failures import FailureLog, exit_failure
 from pilotlight.loops.leftovers import end_leftovers
 from pilotlight.ports.clock import Clock
 from pilotlight.ports.cluster import Cluster, WorkerExit, WorkerSpec
@@ -113,6 +113,8 @@ class WorkerFleet:
         self._account = UsageAccount(store)
         self._tasks: set[asyncio.Task[None]] = set()
         self._resuming: dict[tuple[str, str], asyncio.Task[Worker]] = {}
+        # Workers whose process is gone and whose end is still being recorded.
+        self._ending: dict[str, asyncio.Task[None]] = {}
         self._refusal: str | None = None
         self._closing = False
 
@@ -273,6 +275,9 @@ class WorkerFleet:
             _log.info("worker_not_resumed", endpoint=place[0], worker=place[1], error=str(error))
 
     async def _resume(self, endpoint: Endpoint, worker_id: str) -> Worker:
+        if (ending := self._ending.get(worker_id)) is not None:
+            await asyncio.wait({ending})
+        await self._account.flush()
         past = await self._store.worker(worker_id)
         if past is None or past.endpoint_id != endpoint.id or past.state is not WorkerState.STOPPED:
             raise NotFoundError(f"endpoint {endpoint.id} has no worker {worker_id} that could be resumed")
@@ -426,8 +431,8 @@ class WorkerFleet:
 
     def slots_idle(self, endpoint_id: str) -> None:
         """A worker of the endpoint has no slot in use any more: a draining one may go now."""
-        for live in list(self._live.values()):
-            if live.worker.endpoint_id == endpoint_id and live.worker.state is WorkerState.DRAINING:
+        for live in self._live.values():
+            if live.worker.state is WorkerState.DRAINING and live.worker.endpoint_id == endpoint_id:
                 self._spawn(self._stop_if_free(live), f"stop-{live.worker.id}")
 
     async def _stop_if_free(self, live: _Live) -> None:
@@ -472,7 +477,9 @@ class WorkerFleet:
     def _exited(self, gone: WorkerExit) -> None:
         live = self._live.pop(gone.worker_id, None)
         if live is not None:
-            self._spawn(self._ended(live, gone.code), f"ended-{gone.worker_id}")
+            ending = self._spawn(self._ended(live, gone.code), f"ended-{gone.worker_id}")
+            self._ending[gone.worker_id] = ending
+            ending.add_done_callback(lambda _: self._ending.pop(gone.worker_id))
 
     async def _ended(self, live: _Live, code: int | None) -> None:
         worker = live.worker
@@ -502,17 +509,10 @@ class WorkerFleet:
             self.on_change(worker.endpoint_id)
 
     async def _exit_failure(self, live: _Live, code: int | None) -> Failure:
-        how = f"signal {-code}" if code is not None and code < 0 else f"exit status {code}"
-        cause = f"worker ended with {how} in stage {live.worker.stage}"
         if live.endpoint.kind is EndpointKind.VLLM or self._last_line is None:
-            return Failure(kind="exited", cause=cause)
+            return exit_failure(live.worker, code)
         line = await self._last_line(live.worker.id)
-        return Failure(
-            kind="exited",
-            cause=cause if line else f"{cause}, without a word",
-            advice=f"see `pilotlight logs {live.endpoint.name}`",
-            line=line,
-        )
+        return exit_failure(live.worker, code, endpoint_name=live.endpoint.name, line=line)
 
     # Accounting.
 
@@ -584,15 +584,14 @@ class WorkerFleet:
                 await asyncio.gather(*waiting, return_exceptions=True)
             await self._account.flush()
 
-    def _spawn(self, work: object, name: str) -> None:
-        assert asyncio.iscoroutine(work)
+    def _spawn(self, work: Coroutine[object, object, None], name: str) -> asyncio.Task[None]:
         task = asyncio.create_task(_logged(work, name), name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
 
-async def _logged(work: object, name: str) -> None:
-    assert asyncio.iscoroutine(work)
+async def _logged(work: Coroutine[object, object, None], name: str) -> None:
     try:
         await work
     except Exception:  # noqa: BLE001 - the end of a task: nobody above could know
