@@ -40,7 +40,7 @@ from pilotlight.gateway.app import Gateway, OpenAIRoad
 from pilotlight.gateway.asgi import App
 from pilotlight.gateway.data_path import DataPath, StartFailedError
 from pilotlight.gateway.directory import Directory
-from pilotlight.gateway.elsewhere import Elsewhere, JobsElsewhere, follower_answer
+from pilotlight.gateway.elsewhere import Elsewhere, FleetElsewhere, JobsElsewhere, follower_answer
 from pilotlight.gateway.jobs import JobService, job_routes
 from pilotlight.gateway.jobs.batch_routes import batch_routes
 from pilotlight.gateway.jobs.buckets import Buckets
@@ -49,8 +49,8 @@ from pilotlight.gateway.jobs.openai import JobOpenAI
 from pilotlight.gateway.jobs.openapi import describe
 from pilotlight.gateway.listener import FleetListener
 from pilotlight.gateway.load_balancer import LoadBalancer
-from pilotlight.gateway.load_balancer_checks import check_health
-from pilotlight.gateway.load_balancer_tunnel import WebSocketTunnel
+from pilotlight.gateway.load_balancer.checks import check_health
+from pilotlight.gateway.load_balancer.tunnel import WebSocketTunnel
 from pilotlight.gateway.openai_rates import LimitedOpenAI
 from pilotlight.gateway.protocol import GatewayProtocol
 from pilotlight.gateway.recorder import RequestRecorder
@@ -113,10 +113,8 @@ class Installation:
         self.clock: Clock = SystemClock()
         self.directory = Directory(store)
         self.recorder = RequestRecorder(store)
-        self.slots = SlotTable(
-            self.clock,
-            AdmissionLimits(requests=settings.limits.hold_requests, bytes=settings.limits.hold_bytes),
-        )
+        held = AdmissionLimits(requests=settings.limits.hold_requests, bytes=settings.limits.hold_bytes)
+        self.slots = SlotTable(self.clock, held)
         self.pool = UpstreamPool(idle_s=settings.limits.upstream_idle_s)
         self.run_folder = RunFolder(settings.home)
         self.secret = secret
@@ -126,6 +124,7 @@ class Installation:
         self._listener = FleetListener(self.slots, self.pool, self.run_folder, self.ports)
         self.cluster = self._cluster()
         self.fleet = self._fleet()
+        self.roster = FleetElsewhere(self.fleet, store, leads=lambda: self.leadership.leading)
         self.autoscaler = Autoscaler(
             endpoint=self.directory.endpoint,
             store=store,
@@ -137,7 +136,7 @@ class Installation:
         self.jobs = JobService(
             store=store,
             slots=self.slots,
-            fleet=self.fleet,
+            fleet=self.roster,
             directory=self.directory,
             clock=self.clock,
             settings=settings,
@@ -166,6 +165,7 @@ class Installation:
             changed=self.endpoint_changed,
             deleted=self._endpoint_deleted_elsewhere,
             served=lambda: {worker.endpoint_id for worker in self.fleet.workers()},
+            fleet=self.roster,
             webhook_due=self.webhooks.wake,
         )
         self.app = Gateway(
@@ -373,18 +373,18 @@ class Installation:
         self._listener.balanced = balancer.pool
         return balancer
 
-    def _job_road(self) -> App:
+    def _job_road(self) -> JobRoad:
         limits = self.settings.limits
-        for_clients = job_routes(self.jobs, self.directory, slots=self.slots, fleet=self.fleet, limits=limits)
-        for_workers = worker_routes(self.jobs, self.fleet, limits=limits)
-        for_batches = batch_routes(self.jobs.batches, self.directory, limits=limits, rates=self.jobs.rates)
-        return JobRoad([*for_clients, *for_workers, *for_batches], body_s=limits.body_s)
+        clients = job_routes(self.jobs, self.directory, slots=self.slots, fleet=self.roster, limits=limits)
+        workers = worker_routes(self.jobs, self.fleet, limits=limits)
+        batches = batch_routes(self.jobs.batches, self.directory, limits=limits, rates=self.jobs.rates)
+        return JobRoad([*clients, *workers, *batches], body_s=limits.body_s)
 
     def _management(self) -> App:
         service = EndpointService(
             store=self.store,
             directory=self.directory,
-            fleet=self.fleet,
+            fleet=self.roster,
             settings=self.settings,
             clock=self.clock,
             entropy=os.urandom,

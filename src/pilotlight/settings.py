@@ -79,7 +79,8 @@ class LimitSettings(_Section):
     queue_bytes: Positive = 8 * 1024 * 1024 * 1024
     """Bytes of inputs queued per endpoint; beyond that 429."""
     stream_bytes: Positive = 256 * 1024 * 1024
-    """Bytes of a job's stream chunks that wait for a reader; one more chunk fails the job."""
+    """Bytes of a job's stream chunks that wait for a reader; one more chunk fails the job. Of what was read,
+    about as much is kept for readers with a cursor."""
     batches: Positive = 10
     """Batches of an endpoint that may be under way at once (serverless-api.md §2.16)."""
     batch_requests: Positive = 5_000

@@ -16,7 +16,7 @@ CREATE INDEX jobs_ended ON jobs (deadline_ms) WHERE finished_ms IS NOT NULL;
 
 CREATE INDEX jobs_listed ON jobs (endpoint_id, status, created_ms);
 
-CREATE INDEX jobs_queue ON jobs (endpoint_id, purges, rank, queued_ms, seq, expires_ms)
+CREATE INDEX jobs_queue ON jobs (endpoint_id, purges, rank, place, seq, queued_ms, expires_ms)
 WHERE status = 'IN_QUEUE';
 
 CREATE INDEX jobs_running ON jobs (worker_id) WHERE status = 'IN_PROGRESS';
@@ -168,7 +168,9 @@ CREATE TABLE "jobs" (
             WHEN status = 'IN_PROGRESS' THEN min(expires_ms, started_ms + execution_timeout_ms)
             ELSE expires_ms
         END
-    ) VIRTUAL,
+    ) VIRTUAL, place INTEGER NOT NULL GENERATED ALWAYS AS (
+    CASE WHEN attempt = 0 THEN 0 ELSE queued_ms END
+) VIRTUAL,
     CHECK ((finished_ms IS NULL) = (status IN ('IN_QUEUE', 'IN_PROGRESS'))),
     CHECK (status <> 'IN_PROGRESS' OR (worker_id IS NOT NULL AND started_ms IS NOT NULL))
 ) STRICT;

@@ -356,3 +356,18 @@ class TestPrune:
         assert await store.prune_batches(ended_before_ms=3, limit=2) == 1
         assert await store.prune_batches(ended_before_ms=3) == 0
         assert len(await store.batches(E1)) == 2
+
+    async def test_drafts_of_deleted_endpoints_are_forgotten(self, store, queue, new_endpoint) -> None:
+        """Nobody can finalize or read them any more; a draft of a living endpoint waits for ever."""
+        for endpoint in ("endpoint1", "endpoint2"):
+            await store.add_endpoint(new_endpoint(endpoint))
+            drafts = [BatchDraft(id=f"{endpoint}_{n}", input=b"{}") for n in range(3)]
+            await store.add_batch(Batch(id=f"of_{endpoint}", endpoint_id=endpoint, created_ms=1), drafts)
+            await store.add_batch(Batch(id=f"empty_{endpoint}", endpoint_id=endpoint, created_ms=1), [])
+        await queue.batch("req_1", id="queued", at=1)
+        await store.delete_endpoint("endpoint1", now_ms=2)
+        forgotten = [await store.prune_batches(ended_before_ms=1, limit=2) for _ in range(4)]
+        assert sum(forgotten) == 2
+        assert [batch.id for batch in await store.batches("endpoint1")] == ["queued"]
+        assert {batch.total for batch in await store.batches("endpoint2")} == {3, 0}
+        assert len(await store.batch_requests("of_endpoint2", offset=0, limit=9)) == 3

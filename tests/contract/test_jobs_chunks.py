@@ -103,6 +103,51 @@ class TestBound:
         assert await queue.read("a") == [b"x" * 10] * 10
 
 
+class TestTrimming:
+    """A long stream that is read all the time must not grow what is kept without bound, either."""
+
+    async def test_only_what_was_read_and_the_oldest_first(self, queue, store) -> None:
+        await queue.running("a")
+        for number in range(6):
+            await queue.chunk("a", b"%d" % number)
+        assert await store.trim_chunks("a") == 0
+        assert await queue.read("a", limit=4, cursor=0) == [b"0", b"1", b"2", b"3"]
+        assert await store.trim_chunks("a") == 0
+        assert await queue.read("a", limit=4) == [b"0", b"1", b"2", b"3"]
+        assert await store.trim_chunks("a", limit=0) == 0
+        assert await store.trim_chunks("a", limit=1) == 1
+        assert await queue.read("a", cursor=0) == [b"1", b"2", b"3", b"4", b"5"]
+        assert [await store.trim_chunks("a", limit=2) for _ in range(3)] == [2, 1, 0]
+        assert await queue.read("a", cursor=0) == [b"4", b"5"]
+        await queue.chunk("a", b"6")
+        assert await queue.read("a") == [b"4", b"5", b"6"]
+        assert await store.trim_chunks("a") == 3
+        assert not await store.has_chunks("a", cursor=0)
+
+    async def test_the_bound_on_what_nobody_read_stays(self, queue, store) -> None:
+        await queue.running("a")
+        assert await queue.chunk("a", b"x" * 60, limit=100) is STORED
+        await queue.read("a")
+        assert await queue.chunk("a", b"y" * 60, limit=100) is STORED
+        assert await store.trim_chunks("a") == 1
+        assert await queue.chunk("a", b"z" * 41, limit=100) is FULL
+        assert await queue.chunk("a", b"z" * 40, limit=100) is STORED
+
+    async def test_other_jobs_and_later_attempts_keep_theirs(self, queue, store) -> None:
+        await queue.running("a", "b")
+        for job_id in ("a", "b"):
+            await queue.chunk(job_id)
+            await queue.read(job_id)
+        await queue.fail("a")
+        await store.apply("a", Retried(now_ms=4_000, expires_ms=10**9))
+        await queue.take("w2", now_ms=5_000)
+        await queue.chunk("a", b"again", "w2")
+        assert await store.trim_chunks("a") == 0
+        assert await store.trim_chunks("nobody") == 0
+        assert await queue.read("a", cursor=0) == [b"again"]
+        assert await queue.read("b", cursor=0) == [b"x"]
+
+
 class TestReading:
     async def test_once_and_in_order(self, store, queue) -> None:
         await queue.running("a")

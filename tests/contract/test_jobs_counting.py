@@ -46,17 +46,17 @@ class TestLists:
         assert [job.status for job in await store.jobs(E1)] == [JobStatus.FAILED, JobStatus.COMPLETED]
 
     async def test_running_of_one_worker_or_of_all_in_the_order_of_submission(self, store, queue) -> None:
-        await queue.submit("j0", "j1", "j2", "j3", at=5)
+        await queue.submit("j0", at=5, low_priority=True)
+        await queue.submit("j1", "j2", at=5)
         await queue.submit("other", at=1, endpoint_id=E2)
-        await queue.submit("first", at=1)
-        await queue.take("w1", count=3)
-        await queue.take("w2")
+        assert await queue.take("w1", count=3) == ["j1", "j2", "j0"]
+        await queue.running("last", worker="w2", at=1)
         await queue.take("w3", endpoint=E2)
-        assert ids(await store.running(worker_id="w1")) == ["j0", "j1", "first"]
-        assert ids(await store.running()) == ["j0", "j1", "j2", "other", "first"]
+        assert ids(await store.running(worker_id="w1")) == ["j0", "j1", "j2"]
+        assert ids(await store.running()) == ["j0", "j1", "j2", "other", "last"]
         assert ids(await store.running(worker_id="nobody")) == []
-        await queue.finish("j0")
-        assert ids(await store.running(worker_id="w1")) == ["j1", "first"]
+        await queue.finish("j1")
+        assert ids(await store.running(worker_id="w1")) == ["j0", "j2"]
 
     async def test_due_are_living_jobs_past_ttl_or_execution_timeout(self, store, queue) -> None:
         await queue.submit("running", at=1, execution_timeout_ms=500)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace
 
 from pilotlight.core.lifecycle import Cancelled, PlatformInterrupted, Progressed, Retried
 from pilotlight.domain.job import Idempotency, JobCounts, JobStatus, QueueDemand
@@ -190,6 +190,37 @@ class TestIdempotency:
         await queue.finish("a")
         assert await store.prune_jobs(now_ms=10**12) == 1
         assert (await store.submit(new_job("b"), idempotency=same(fingerprint=b"2"))).id == "b"
+
+    async def test_a_record_past_its_retention_makes_room_before_it_is_pruned(
+        self, store, queue, new_job
+    ) -> None:
+        """serverless-api.md §2.4: a repetition finds the record, and there is none any more."""
+        await store.submit(new_job("a", retention_ms=1_000), idempotency=same())
+        await queue.take()
+        await queue.finish("a", now_ms=3_000)
+        assert (await store.submit(new_job("b", 3_999), idempotency=same())).id == "a"
+        later = (new_job(job_id, 4_000) for job_id in ("c", "d"))
+        stored = await asyncio.gather(
+            *(store.submit(job, idempotency=same(fingerprint=b"2")) for job in later)
+        )
+        assert [job.id for job in stored] == ["c", "c"]
+        assert await store.prune_jobs(now_ms=4_000) == 1
+        assert (await store.submit(new_job("e", 4_001), idempotency=same(fingerprint=b"2"))).id == "c"
+        assert await store.counts(E1) == JobCounts(queued=1, completed=1)
+        assert await store.purge(E1, now_ms=5_000) == 1
+        assert (await store.submit(new_job("f", 5_001), idempotency=same())).id == "f"
+
+    async def test_what_a_submission_would_find(self, store, queue, new_job) -> None:
+        assert await store.earlier(new_job("b"), same()) is None
+        await store.submit(new_job("a", retention_ms=1_000), idempotency=same())
+        assert await store.earlier(new_job("b"), same()) == await store.job("a")
+        assert await store.earlier(new_job("b"), same("other")) is None
+        assert await store.earlier(new_job("b", key_id="k2"), same()) is None
+        with pytest.raises(ConflictError, match="again"):
+            await store.earlier(new_job("b"), same(fingerprint=b"2"))
+        await queue.take()
+        await queue.finish("a", now_ms=3_000)
+        assert await store.earlier(new_job("b", 4_000), same(fingerprint=b"2")) is None
 
     async def test_a_purge_ends_the_record(self, store, new_job) -> None:
         """From the return of `purge` on its jobs are unknown to every call."""

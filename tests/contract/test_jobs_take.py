@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace
 
 from pilotlight.core.lifecycle import PlatformInterrupted, Retried
 from pilotlight.domain.job import JobCounts, JobStatus
@@ -16,12 +16,27 @@ E1, E2 = "endpoint1", "endpoint2"
 
 
 class TestTake:
-    async def test_first_in_first_out_by_queued_ms(self, queue) -> None:
-        for job_id, at in (("c", 30), ("a", 10), ("b", 20), ("b2", 20)):
+    async def test_first_in_first_out(self, queue) -> None:
+        for job_id, at in (("a", 10), ("b", 20), ("b2", 20), ("c", 30)):
             await queue.submit(job_id, at=at)
         assert await queue.take(count=3) == ["a", "b", "b2"]
         assert await queue.take(count=3) == ["c"]
         assert await queue.take(count=3) == []
+
+    async def test_a_clock_that_is_set_back_lets_nobody_pass(self, queue, store) -> None:
+        """Submission orders what was never handed out, not the clock: set back, it would starve what waits."""
+        for job_id, at in (("a", 1_000_000), ("b", 2_000_000), ("c", 500), ("d", 1_500_000), ("e", 400)):
+            await queue.submit(job_id, at=at)
+        await queue.batch("req_1", at=300)
+        await queue.batch("req_2", id="batch_2", at=200)
+        order = ["a", "b", "c", "d", "e", "req_1", "req_2"]
+        assert [await store.ahead(job_id) for job_id in order] == [0, 1, 2, 3, 4, 5, 6]
+        demand = await store.demand(E1, overdue_before_ms=501)
+        assert (demand.oldest_ms, demand.overdue) == (200, 4)
+        assert await queue.take(count=2, now_ms=2_000_000) == ["a", "b"]
+        await queue.lose("b", now_ms=450)
+        assert await store.ahead("c") == 1
+        assert await queue.take(count=99, now_ms=600) == ["b", *order[2:]]
 
     async def test_a_taken_job_is_in_progress(self, store, queue) -> None:
         await queue.submit("a")

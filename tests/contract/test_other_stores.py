@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import msgspec
 import pytest
 
 from pilotlight.domain.endpoint import Endpoint, ScalerType
@@ -215,7 +216,7 @@ class TestRequests:
         )
 
     async def test_newest_first_and_once(self, store: Store) -> None:
-        full = replace(
+        full = msgspec.structs.replace(
             self.record("full", 5),
             road=Road.JOB,
             worker_id="w",
@@ -229,7 +230,7 @@ class TestRequests:
         )
         a, b, other = self.record("a", 1), self.record("b", 5), self.record("x", 9, "e2")
         await store.add_requests([full, a])
-        await store.add_requests([b, other, replace(a, status=500)])
+        await store.add_requests([b, other, msgspec.structs.replace(a, status=500)])
         assert list(await store.requests()) == [other, b, full, a]
         assert list(await store.requests(endpoint_id="e1", limit=2)) == [b, full]
 

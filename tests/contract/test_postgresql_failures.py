@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import asyncpg
 import pytest
 
 from pilotlight.core.lifecycle import Cancelled, PlatformInterrupted, ResultPosted
-from pilotlight.domain.job import Job, JobStatus
+from pilotlight.domain.batch import Batch
+from pilotlight.domain.job import Idempotency, Job, JobStatus
 from pilotlight.errors import NotFoundError, StoreError
 from pilotlight.ports.store import ChunkFate, Store
 from pilotlight.stores import open_postgresql_store
@@ -276,6 +278,70 @@ async def test_what_is_refused_is_not_done_later(
             await store.submit(new_job("refused"))
     await store.submit(new_job("taken"))
     assert [job.id for job in await store.jobs(E1)] == ["taken"]
+    await store.close()
+
+
+async def _held(postgresql_url: str) -> Any:
+    """A connection that keeps all changes of jobs waiting."""
+    other = await asyncpg.connect(postgresql_url)
+    await other.execute("BEGIN; SELECT pg_advisory_xact_lock(1886220396, 1)")
+    return other
+
+
+async def test_overloaded_it_refuses_new_work_first(
+    postgresql_url: str, new_job: NewJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What finishes accepted work has more room: refusing it would do the work twice."""
+    store = await open_postgresql_store(postgresql_url)
+    await store.submit(new_job("a"))
+    await store.take(E1, "w", count=1, now_ms=2_000)
+    other = await _held(postgresql_url)
+    monkeypatch.setattr(database, "PENDING_MAX", 5)
+    # The runner of the group is a call itself.
+    waiting = [asyncio.create_task(store.submit(new_job(f"w{number}"))) for number in range(4)]
+    await asyncio.sleep(0)
+    for refused in (
+        store.submit(new_job("refused")),
+        store.submit(new_job("refused"), idempotency=Idempotency(key="k", fingerprint=b"f")),
+        store.add_batch(Batch(id="b", endpoint_id=E1, created_ms=1), []),
+        store.job("a"),
+    ):
+        with pytest.raises(StoreError, match="overloaded: 5 calls"):
+            await refused
+    done = asyncio.create_task(store.apply("a", ResultPosted(worker_id="w", now_ms=2_001, output=b"1")))
+    await asyncio.sleep(0)
+    await other.close()
+    assert (await done).finished
+    await asyncio.gather(*waiting)
+    # Nothing is counted any more of what is over.
+    for number in range(20):
+        await store.submit(new_job(f"x{number}"))
+    await store.close()
+
+
+async def test_overloaded_by_bytes(
+    postgresql_url: str, new_job: NewJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = await open_postgresql_store(postgresql_url)
+    await store.submit(new_job("a"))
+    await store.take(E1, "w", count=1, now_ms=2_000)
+    other = await _held(postgresql_url)
+    monkeypatch.setattr(database, "PENDING_BYTES_MAX", 1_000)
+    waiting = asyncio.create_task(store.submit(new_job("w", input=b"x" * 900)))
+    await asyncio.sleep(0)
+    with pytest.raises(StoreError, match="overloaded"):
+        await store.submit(new_job("refused", input=b"x" * 200))
+
+    def result(size: int) -> ResultPosted:
+        return ResultPosted(worker_id="w", now_ms=2_001, output=b"1" * size)
+
+    done = asyncio.create_task(store.apply("a", result(200)))
+    await asyncio.sleep(0)
+    with pytest.raises(StoreError, match="overloaded"):
+        await store.apply("a", result(1_000))
+    await other.close()
+    assert (await done).finished
+    await waiting
     await store.close()
 
 

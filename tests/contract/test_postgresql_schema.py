@@ -27,6 +27,8 @@ PACKAGE = Path(str(importlib.resources.files("pilotlight.stores.postgresql")))
 RELEASED = {
     "0001_initial.sql": "e1d119f2b45253474122afbec1a9bc7c95e84de80a5391c56e3a622067762974",
     "versions/0001_initial.py": "2cd71fb4cd4430e080b570e11f1ea3c4ad37473fb92563c4b69c51e539443958",
+    "0002_order.sql": "b1c2f99610516d2181ca468d093bfd6ac45991d4dfdefe559a414fd26cf1beb6",
+    "versions/0002_order.py": "e27f11b4cae007f8bde974c9476f0f99b353041aab624d742e0afab67ce19517",
 }
 """SHA-256 of every migration that users may have run. Add to it, never change it: a database that has
 run a migration will not run it again."""

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace
 
 from pilotlight.core.lifecycle import Cancelled, PlatformInterrupted, ResultPosted, WorkerLost
+from pilotlight.domain.batch import Batch, BatchDraft
 from pilotlight.domain.job import Idempotency, Job, JobCounts, JobStatus
 from pilotlight.domain.key import ApiKey, Scope
 from pilotlight.errors import ConflictError, StoreError
 from pilotlight.ports.store import ChunkFate, Store
 from pilotlight.stores import open_postgresql_store
+from pilotlight.stores.postgresql import changes
 from pilotlight.stores.postgresql import news as news_module
 
 NewJob = Callable[..., Job]
@@ -148,6 +150,51 @@ async def test_equal_submissions_through_both_make_one_job(
     assert (await pair[0].counts(E1)).queued == 1
     with pytest.raises(ConflictError, match="Idempotency-Key 'k'"):
         await pair[1].submit(new_job("other"), idempotency=replace(equal, fingerprint=b"g"))
+
+
+async def test_a_cancelled_batch_and_requests_that_go_back(
+    pair: tuple[Store, Store], new_job: NewJob
+) -> None:
+    """One gateway cancels while the other loses workers: nothing waits for ever, nothing is queued again."""
+    for number in range(8):
+        batch_id = f"batch_{number}"
+        ids = [f"req_{number}_{request}" for request in range(12)]
+        drafts = [BatchDraft(id=each, input=b"{}") for each in ids]
+        await pair[0].add_batch(Batch(id=batch_id, endpoint_id=E1, created_ms=1_000), drafts)
+        await pair[1].finalize_batch(batch_id, new_job("", batch_id=batch_id))
+        taken = [job.id for job in await pair[0].take(E1, "w", count=9, now_ms=2_000)]
+        lost = WorkerLost(worker_id="w", now_ms=2_001, reason="gone")
+        await asyncio.gather(
+            *(pair[request % 2].apply_many([(job_id, lost)]) for request, job_id in enumerate(taken)),
+            pair[1].cancel_batch(batch_id, now_ms=2_002),
+        )
+        batch = await pair[0].batch(batch_id)
+        assert (batch.queued, batch.in_progress, batch.cancelled) == (0, 0, 12)
+    assert (await pair[1].counts(E1)).queued == 0
+
+
+async def test_deliveries_are_written_a_few_at_a_time(
+    pair: tuple[Store, Store], new_job: NewJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many large bodies in one message would be more than the server takes."""
+    monkeypatch.setattr(changes, "_WEBHOOKS_BYTES", 250)
+    put, sizes = changes.put_webhooks, []
+
+    async def counting(transaction, deliveries) -> None:
+        sizes.append(len(deliveries))
+        await put(transaction, deliveries)
+
+    monkeypatch.setattr(changes, "put_webhooks", counting)
+    store = pair[0]
+    for endpoint_id in (E1, "purged"):
+        for number in range(5):
+            values = {"endpoint_id": endpoint_id, "webhook": "https://example.com/", "input": b"1" * 100}
+            await store.submit(new_job(f"{endpoint_id}-{number}", **values))
+    assert len(await store.cancel_all(E1, Cancelled(now_ms=2_000))) == 5
+    await store.purge("purged", now_ms=2_000)
+    assert await store.delete_purged(now_ms=2_000) == 5
+    assert len(await store.due_webhooks(now_ms=10**15)) == 10
+    assert sizes == [2, 2, 1] * 2
 
 
 class TestNews:

@@ -11,11 +11,11 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import uvloop
+from msgspec.structs import replace
 
 from pilotlight.core.lifecycle import Cancelled, ResultPosted
 from pilotlight.domain.batch import Batch, BatchDraft

@@ -25,6 +25,8 @@ RELEASED = {
     "versions/0001_initial.py": "e9030c217cf4989a7a8b8f24f98bd8dc1dbc1ff916db47ac27701f0775b1563d",
     "0002_queue.sql": "946ce4b607cd3ba5018a940978c1be3a03d8c554c1a6c47e514970e41437e480",
     "versions/0002_queue.py": "310db59a2069a016fab9b678ccf35a6546134e3a2f06d5bff1a1fd545278bbd0",
+    "0003_order.sql": "f3bbaaeae5e9b23a1040798f079eecd90279aebad56326d1b00f959b4a47a789",
+    "versions/0003_order.py": "559cd31fa4b4e06e9c806f4250a4d1e6b070715140a3ac1fc0d5283be1ce8772",
 }
 """SHA-256 of every migration that users may have run. Add to it, never change it: a database that has
 run a migration will not run it again."""

@@ -330,6 +330,25 @@ def test_requests_in_hand_are_finished_before_a_worker_ends(deploy, tools, tmp_p
     tools.until(lambda: not endpoint.installation.processes(), "no process is left")
 
 
+def test_a_worker_that_drains_is_resumed_when_it_has_ended(deploy, tools, tmp_path):
+    """serverless-api.md §3: `strict-resume` restarts what was scaled down, and waits until it is."""
+    endpoint = deploy(
+        "load-balancer", HTTP_WORKER, env={"FLAGS": str(tmp_path), "HEALTH_CHECK_PATH": "/healthz"}
+    )
+    asking = endpoint.installation.background(lambda: endpoint.get("/until/go"))
+    (worker,) = tools.until(lambda: [each for each in endpoint.workers() if each["occupied"]], "it is busy")
+    settings = f"/pilotlight/v1/endpoints/{endpoint.id}"
+    endpoint.api.patch(settings, json={"max": 0})
+    tools.until(lambda: [each for each in endpoint.workers() if each["state"] == "draining"], "it drains")
+    # What is in hand there may start a second one.
+    endpoint.api.patch(settings, json={"max": 2})
+    pin = f"strict-resume {worker['id']}"
+    again = endpoint.installation.background(lambda: endpoint.get("/again", x_runpod_worker_id=pin))
+    (tmp_path / "go").touch()
+    assert asking.result(30).text == f"{worker['id']} /until/go"
+    assert again.result(30).text == f"{worker['id']} /again"
+
+
 def test_load_adds_workers_with_ports_of_their_own(deploy, tools, tmp_path):
     """REQUEST_COUNT: five requests at two a worker need three workers, side by side on one machine."""
     endpoint = deploy(

@@ -96,6 +96,11 @@ def status(gateway: LiveInstallation, endpoint_id: str, job_id: str) -> str:
     return gateway.api.get(f"/v2/{endpoint_id}/status/{job_id}").json()["status"]
 
 
+def worker_ids(gateway: LiveInstallation, endpoint_id: str) -> list[str]:
+    answer = gateway.api.get(f"/v2/serverless/{endpoint_id}/workers").json()
+    return [worker["id"] for worker in answer["workers"]]
+
+
 def stream(gateway: LiveInstallation, endpoint_id: str, job_id: str) -> list[object]:
     """Everything a client of `/stream` sees (serverless-api.md §2.8)."""
     values: list[object] = []
@@ -115,7 +120,9 @@ def test_a_job_submitted_to_one_is_run_by_the_other_and_streamed_from_the_first(
     go = tmp_path / "go"
     job_id = submit(follower, endpoint_id, go)
     until(lambda: status(follower, endpoint_id, job_id) == "IN_PROGRESS")
-    assert leader.api.get(f"/v2/serverless/{endpoint_id}/workers").json()
+    assert worker_ids(leader, endpoint_id)
+    # The follower has none of its own, and shows those of the leader.
+    until(lambda: worker_ids(follower, endpoint_id) == worker_ids(leader, endpoint_id))
     go.touch()
     assert stream(follower, endpoint_id, job_id) == [0, 1, 2]
     assert status(leader, endpoint_id, job_id) == status(follower, endpoint_id, job_id) == "COMPLETED"

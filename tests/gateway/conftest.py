@@ -87,9 +87,15 @@ class NoFleet:
         return []
 
 
-async def not_here(scope, receive, send):
-    await send({"type": "http.response.start", "status": 418, "headers": []})
-    await send({"type": "http.response.body", "body": b""})
+class NotHere:
+    """Stands for a part of the gateway that is not under test."""
+
+    async def __call__(self, scope, receive, send):
+        await send({"type": "http.response.start", "status": 418, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    def serve_whole(self, request, connection, gone):
+        return None
 
 
 class Rig:
@@ -120,8 +126,8 @@ class Rig:
         )
         self.app = Gateway(
             openai=lambda _: data_path,
-            jobs=not_here,
-            management=not_here,
+            jobs=NotHere(),
+            management=NotHere(),
             balancer=LoadBalancer(
                 directory=self.directory,
                 slots=self.slots,
@@ -173,7 +179,7 @@ class Rig:
 async def serving(app, path):
     """Uvicorn on a Unix socket, as `bootstrap` configures it."""
     config = uvicorn.Config(
-        app, uds=str(path), http=GatewayProtocol, ws="none", lifespan="off", log_config=None, access_log=False,
+        app, uds=str(path), http=GatewayProtocol, proxy_headers=False, ws="none", lifespan="off", log_config=None, access_log=False,
         server_header=False, timeout_graceful_shutdown=1,
     )  # fmt: skip
     server = uvicorn.Server(config)

@@ -127,6 +127,19 @@ async def test_held_requests_get_the_reason_of_a_failed_start_and_new_ones_are_s
     assert slots.admit("e", 1)[0].verdict is Verdict.QUEUE
 
 
+async def test_slots_of_jobs_that_are_about_to_end(slots):
+    """They may be taken again at once, unless a request is held, which comes first."""
+    slots.open_worker("e", "w", capacity=2, registration=REGISTRATION)
+    assert slots.reserve_jobs("w", 2) == 2
+    assert slots.reserve_jobs("w", 2, leaving=1) == 1
+    slots.release_jobs("w")
+    assert (slots.worker("w").jobs, slots.worker("w").free) == (2, 0)
+    (task,) = await held(slots, 1)
+    assert slots.reserve_jobs("w", 2, leaving=1) == 0
+    slots.release_jobs("w")
+    slots.release_request(await task)
+
+
 async def test_a_closed_worker_gives_nothing_and_an_ended_one_is_forgotten(slots):
     slots.open_worker("e", "w", capacity=2, registration=REGISTRATION)
     taken = slots.admit("e", 1)[1]
@@ -175,3 +188,20 @@ async def test_a_request_for_one_worker_is_told_when_that_ends_before_it_was_rea
     others.cancel()
     await asyncio.gather(others, return_exceptions=True)
     assert not slots._pinned
+
+
+async def test_who_waits_for_the_end_of_a_worker_takes_a_place_and_is_no_demand(slots, events):
+    waiting = [asyncio.create_task(slots.wait_end("e", "w")) for _ in range(2)]
+    while slots.admit("e", 1)[0].verdict is not Verdict.SHED:
+        await asyncio.sleep(0)
+    assert (await slots.traffic("e", overdue_before_ms=0)).held == 0
+    assert events == []
+    waiting[0].cancel()
+    await asyncio.wait(waiting[:1])
+    assert slots.admit("e", 1)[0].verdict is Verdict.QUEUE
+    slots.drop_worker("another")
+    slots.close_worker("w")
+    assert not waiting[1].done()
+    slots.drop_worker("w")
+    await waiting[1]
+    assert slots._ends == {}

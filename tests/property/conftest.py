@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -85,7 +86,7 @@ class ModelJob:
 
     @property
     def order(self) -> tuple[int, bool, int, int]:
-        return (self.lane, self.attempts == 0, self.queued, self.number)
+        return (self.lane, self.attempts == 0, self.queued if self.attempts else 0, self.number)
 
 
 @dataclass
@@ -160,6 +161,9 @@ class StoreMachine(RuleBasedStateMachine):
         del self.jobs[job.id]
         self.ended.pop(job.id, None)
         self.keys = {key: entry for key, entry in self.keys.items() if entry[0] != job.id}
+
+    def forgotten(self, job: ModelJob) -> bool:
+        return not job.living and job.finished + job.retention <= self.now
 
     def pick(self, number: int, *, running: bool = False) -> ModelJob:
         jobs = [job for job in self.jobs.values() if job.running or not running]
@@ -238,6 +242,8 @@ class StoreMachine(RuleBasedStateMachine):
 
         answers = self.run(both())
         known = self.keys.get((endpoint, key))
+        if known is not None and self.forgotten(self.jobs[known[0]]):
+            known = None
         if known is not None and known[1] != fingerprint:
             assert all(isinstance(answer, ConflictError) for answer in answers), answers
             return
@@ -419,7 +425,7 @@ class StoreMachine(RuleBasedStateMachine):
             job.expires = min(job.expires, self.now + ttl)
         else:
             job.retention = min(job.retention, max(0, self.now + ttl - job.finished))
-            self.ended[job.id] = replace(self.ended[job.id], retention_ms=job.retention)
+            self.ended[job.id] = msgspec.structs.replace(self.ended[job.id], retention_ms=job.retention)
 
     @rule(endpoint=endpoints)
     def purge(self, endpoint: str) -> None:
@@ -535,7 +541,7 @@ class StoreMachine(RuleBasedStateMachine):
             if job.status.terminal:
                 if job_id not in self.ended:
                     self.ended[job_id] = self.run(self.store.job(job_id))
-                assert job == replace(self.ended[job_id], output=None)
+                assert job == msgspec.structs.replace(self.ended[job_id], output=None)
 
     @invariant()
     def every_end_has_one_webhook(self) -> None:

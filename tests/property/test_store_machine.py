@@ -14,10 +14,11 @@ import shutil
 from pathlib import Path
 
 from hypothesis import HealthCheck, settings
-from hypothesis.stateful import run_state_machine_as_test
+from hypothesis.stateful import invariant, run_state_machine_as_test
 
 from pilotlight.ports.store import Store
 from pilotlight.stores import MemoryStore, open_postgresql_store, open_sqlite_store
+from pilotlight.stores.sqlite import jobs
 
 # On a developer's machine every run tries something new; in CI a run is repeatable.
 PROFILE = settings(
@@ -52,6 +53,16 @@ def test_sqlite(store_machine, tmp_path: Path) -> None:
             Machine.lives += 1
             self.home = tmp_path / str(Machine.lives)
             return await open_sqlite_store(self.home)
+
+        @invariant()
+        def what_the_writer_knows_is_true(self) -> None:
+            if not hasattr(self, "store"):
+                return
+            for job_id, (known, _) in self.store._known._jobs.items():
+                read = self.store._reader.call(
+                    lambda transaction, job_id=job_id: jobs.job(transaction, job_id)
+                )
+                assert known == self.run(read)
 
         async def reopen(self) -> Store:
             await self.store.close()

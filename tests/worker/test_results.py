@@ -20,6 +20,8 @@ class Platform:
         self.status = status
         self.singles = []
         self.lists = []
+        self.wanted = []
+        self.knows_no_takes = False
         self.refused = set()
         self.gate = asyncio.Event()
         self.gate.set()
@@ -29,14 +31,18 @@ class Platform:
         await self.gate.wait()
         return job_id not in self.refused
 
-    async def many(self, body):
+    async def many(self, body, wanted):
         items = json.loads(body)
         self.lists.append(items)
+        self.wanted.append(wanted)
         await self.gate.wait()
         if self.status != 200:
             return self.status, b"{}"
         answer = [{"id": item["id"], "status": 400 if item["id"] in self.refused else 200} for item in items]
-        return 200, msgspec.json.encode(answer)
+        if not wanted or self.knows_no_takes:
+            return 200, msgspec.json.encode(answer)
+        jobs = [{"id": f"next-{number}"} for number in range(wanted)]
+        return 200, msgspec.json.encode({"results": answer, "jobs": jobs})
 
 
 @pytest.fixture
@@ -103,10 +109,50 @@ async def test_platform_without_the_route(log, status, again):
     assert [name for name, _ in platform.singles] == [*"abc"] * 2
 
 
+async def test_jobs_come_with_the_answer(log):
+    """As many as there is room for, before the result counts as handed in; a single result asks, too."""
+    platform, taken, room = Platform(), [], [2, 0, 1]
+    poster = ResultPoster(platform.one, platform.many, log)
+    poster.room, poster.taken = lambda _: room.pop(0), taken.append
+    assert await poster.post("a", b"{}")
+    assert [json.loads(jobs) for jobs in taken] == [[{"id": "next-0"}, {"id": "next-1"}]]
+    assert await poster.post("b", b"{}")
+    assert [name for name, _ in platform.singles] == ["b"]
+    platform.knows_no_takes = True
+    assert await poster.post("c", b"{}")
+    assert (platform.wanted, len(taken)) == ([2, 1], 1)
+
+
+async def test_room_is_asked_for_when_earlier_results_are_handed_in(log):
+    platform, running, asked = Platform(), {"a", "b"}, []
+
+    def room(results):
+        asked.append((results, set(running)))
+        return 1
+
+    poster = ResultPoster(platform.one, platform.many, log)
+    poster.room = room
+
+    async def run(name):
+        await poster.post(name, b"{}")
+        running.discard(name)
+
+    platform.gate.clear()
+    first = asyncio.create_task(run("a"))
+    while not platform.lists:
+        await asyncio.sleep(0)
+    second = asyncio.create_task(run("b"))
+    while not poster._waiting:
+        await asyncio.sleep(0)
+    platform.gate.set()
+    await asyncio.gather(first, second)
+    assert asked == [(1, {"a", "b"}), (1, {"b"})]
+
+
 async def test_given_up(log):
     platform = Platform()
 
-    async def lost(_):
+    async def lost(*_):
         return None, b""
 
     poster = ResultPoster(platform.one, lost, log)

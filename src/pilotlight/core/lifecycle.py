@@ -22,11 +22,13 @@ gateway, which remembers what it handed to whom, names the attempt for them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
 
-from pilotlight.domain.job import ATTEMPTS_KEPT, WIPED, Attempt, Job, JobStatus, changed
+import msgspec
+from msgspec.structs import replace
+
+from pilotlight.domain.job import ATTEMPTS_KEPT, WIPED, Attempt, Job, JobStatus
 from pilotlight.domain.worker import WorkerState
 
 EXECUTION_TIMEOUT_ERROR = "executionTimeout exceeded"
@@ -39,16 +41,14 @@ class InvalidTransitionError(AssertionError):
     """A programmer's error: a state change that the table does not allow."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Taken:
+class Taken(msgspec.Struct, frozen=True, kw_only=True):
     """A worker took the job."""
 
     worker_id: str
     now_ms: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Confirmed:
+class Confirmed(msgspec.Struct, frozen=True, kw_only=True):
     """The worker has shown that it holds the job (worker-protocol.md §5)."""
 
     worker_id: str
@@ -56,8 +56,7 @@ class Confirmed:
     attempt: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progressed:
+class Progressed(msgspec.Struct, frozen=True, kw_only=True):
     """The worker posted a progress value; `output` is raw JSON."""
 
     worker_id: str
@@ -66,8 +65,7 @@ class Progressed:
     attempt: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ResultPosted:
+class ResultPosted(msgspec.Struct, frozen=True, kw_only=True):
     """A final result arrived: raw JSON `output`, `error` text, or both (serverless-api.md §2.9).
 
     `retryable` is the worker's word that the failure was the engine's and not the request's.
@@ -81,8 +79,7 @@ class ResultPosted:
     attempt: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerLost:
+class WorkerLost(msgspec.Struct, frozen=True, kw_only=True):
     """The attempt cannot finish any more: worker dead, hand-out never confirmed, result lost."""
 
     worker_id: str
@@ -91,8 +88,7 @@ class WorkerLost:
     attempt: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlatformInterrupted:
+class PlatformInterrupted(msgspec.Struct, frozen=True, kw_only=True):
     """We ended the attempt ourselves (restart, worker hung up before it got the job); uses up no retry."""
 
     now_ms: int
@@ -101,30 +97,26 @@ class PlatformInterrupted:
     attempt: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cancelled:
+class Cancelled(msgspec.Struct, frozen=True, kw_only=True):
     """The client cancelled."""
 
     now_ms: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExecutionTimedOut:
+class ExecutionTimedOut(msgspec.Struct, frozen=True, kw_only=True):
     """The attempt ran longer than allowed."""
 
     now_ms: int
     attempt: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TtlReached:
+class TtlReached(msgspec.Struct, frozen=True, kw_only=True):
     """The job's time to live is over."""
 
     now_ms: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Retried:
+class Retried(msgspec.Struct, frozen=True, kw_only=True):
     """The client wants a job that failed to run again, with a new time to live (serverless-api.md §2.15)."""
 
     now_ms: int
@@ -202,8 +194,10 @@ class Effect(StrEnum):
     """A retry of a job whose s3Config has been deleted: it would run, and have nowhere to put its result."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Applied:
+_CHANGED = Effect.CHANGED
+
+
+class Applied(msgspec.Struct, frozen=True, kw_only=True):
     """The answer to one event.
 
     Attributes:
@@ -219,26 +213,22 @@ class Applied:
     @property
     def changed(self) -> bool:
         """Whether the job is different now."""
-        return self.effect is Effect.CHANGED
+        return self.effect is _CHANGED
 
     @property
     def requeued(self) -> bool:
         """Whether the job went back to the queue."""
-        return self.changed and self.after.status is JobStatus.IN_QUEUE
+        return self.effect is _CHANGED and self.after.status is _QUEUED
 
     @property
     def finished(self) -> bool:
         """Whether this event made the job terminal."""
-        return self.changed and self.after.status.terminal
+        return self.effect is _CHANGED and self.after.status.terminal
 
     @property
     def freed_worker_id(self) -> str | None:
         """The worker whose slot this event freed, if any."""
-        if (
-            self.changed
-            and self.before.status is JobStatus.IN_PROGRESS
-            and self.after.status is not JobStatus.IN_PROGRESS
-        ):
+        if self.effect is _CHANGED and self.before.status is _RUNNING and self.after.status is not _RUNNING:
             return self.before.worker_id
         return None
 
@@ -257,27 +247,27 @@ def apply(job: Job, event: JobEvent) -> Applied:
     if targets is None:
         effect = Effect.IGNORED_TERMINAL if job.status.terminal else Effect.IGNORED_STATE
         return Applied(before=job, after=job, effect=effect)
-    if job.status is JobStatus.IN_PROGRESS and not _holds(job, event):
+    if job.status is _RUNNING and not _holds(job, event):
         return Applied(before=job, after=job, effect=Effect.IGNORED_OTHER_ATTEMPT)
     after = _next(job, event)
     if isinstance(after, Effect):
         return Applied(before=job, after=job, effect=after)
     if after.status not in targets:
         raise InvalidTransitionError(f"job {job.id}: {job.status} -> {after.status} by {event}")
-    return Applied(before=job, after=after, effect=Effect.CHANGED)
+    return Applied(before=job, after=after, effect=_CHANGED)
 
 
 def _holds(job: Job, event: JobEvent) -> bool:
     """Whether an event speaks of the running attempt; one that names neither worker nor attempt does."""
     worker_id, attempt = getattr(event, "worker_id", None), getattr(event, "attempt", None)
-    return worker_id in {None, job.worker_id} and attempt in {None, job.attempt}
+    return (worker_id is None or worker_id == job.worker_id) and (attempt is None or attempt == job.attempt)
 
 
 def _next(job: Job, event: JobEvent) -> Job | Effect:
     """The job after an event that `JOB_TRANSITIONS` has for its status, and that speaks of its attempt."""
     match event:
         case Taken(worker_id=worker_id, now_ms=now):
-            return changed(
+            return replace(
                 job,
                 status=JobStatus.IN_PROGRESS,
                 attempt=job.attempt + 1,
@@ -289,10 +279,10 @@ def _next(job: Job, event: JobEvent) -> Job | Effect:
                 error=None,
             )
         case Confirmed(now_ms=now):
-            return Effect.IGNORED_STATE if job.confirmed_ms is not None else changed(job, confirmed_ms=now)
+            return Effect.IGNORED_STATE if job.confirmed_ms is not None else replace(job, confirmed_ms=now)
         case Progressed(now_ms=now, output=output):
             confirmed_ms = now if job.confirmed_ms is None else job.confirmed_ms
-            return changed(job, output=output, confirmed_ms=confirmed_ms)
+            return replace(job, output=output, confirmed_ms=confirmed_ms)
         case ResultPosted():
             return _after_result(job, event)
         case WorkerLost(now_ms=now, reason=reason):
@@ -340,7 +330,7 @@ def _after_retry(job: Job, event: Retried) -> Job | Effect:
         return Effect.IGNORED_WIPED
     reason = f"{RETRIED_BY_CLIENT} {job.status}: {job.error or 'no reason'}"
     again = _requeue(job, event.now_ms, reason, retries=0)
-    return changed(again, expires_ms=event.expires_ms, finished_ms=None, chunk_read=False)
+    return replace(again, expires_ms=event.expires_ms, finished_ms=None, chunk_read=False)
 
 
 _REASON_MAX = 500
@@ -359,7 +349,7 @@ def _requeue(job: Job, now_ms: int, reason: str, *, retries: int) -> Job:
         reason=reason[:_REASON_MAX],
     )
     # delayTime is recomputed from the requeue (serverless-api.md §2.9).
-    return changed(
+    return replace(
         job,
         status=JobStatus.IN_QUEUE,
         queued_ms=now_ms,
@@ -377,7 +367,7 @@ def _requeue(job: Job, now_ms: int, reason: str, *, retries: int) -> Job:
 def _finish(
     job: Job, status: JobStatus, now_ms: int, *, output: bytes | None = None, error: str | None = None
 ) -> Job:
-    return changed(
+    return replace(
         job,
         status=status,
         finished_ms=now_ms,

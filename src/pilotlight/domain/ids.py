@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import uuid
-
 from pilotlight.domain.key import KEY_PREFIX
 
 _ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz"
 _JOB_SUFFIX = "u1"
+
+_UUID_FREE = ~(0xF << 76 | 0x3 << 62)
+_UUID_FIXED = 0x4 << 76 | 0x2 << 62
+"""Bits of a UUID that say nothing of its form, and those that say: version 4, of the usual variant."""
 
 
 def short_id(entropy: bytes, length: int = 14) -> str:
@@ -33,9 +35,11 @@ def job_id(entropy: bytes, *, sync: bool, created_ms: int) -> str:
         sync: Whether the job is a synchronous one.
         created_ms: When it was submitted.
     """
-    number = uuid.UUID(bytes=created_ms.to_bytes(6, "big") + entropy[6:16], version=4)
-    text = f"{number}-{_JOB_SUFFIX}"
-    return f"sync-{text}" if sync else text
+    # By hand, as `uuid.UUID` takes five times as long. The 4 is the version; the variant is 8, 9, a or b.
+    digits = (created_ms << 80 | int.from_bytes(entropy[6:16], "big")) & _UUID_FREE | _UUID_FIXED
+    text = f"{digits:032x}"
+    form = f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}-{_JOB_SUFFIX}"
+    return f"sync-{form}" if sync else form
 
 
 def api_key_secret(entropy: bytes) -> str:

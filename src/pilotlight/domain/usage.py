@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+import msgspec
+
 from pilotlight.domain.worker import WorkerState
 
 
@@ -51,8 +53,7 @@ class Road(StrEnum):
     JOB = "job"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestRecord:
+class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One row of the request log; holds no prompt, completion, header or key.
 
     Attributes:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Protocol
 from urllib.parse import unquote
 
@@ -22,11 +22,14 @@ import msgspec
 
 from pilotlight import __version__
 from pilotlight.domain.endpoint import RESERVED_ENDPOINT_IDS
-from pilotlight.gateway.asgi import App, Message, Receive, Scope, Send, send_json
+from pilotlight.gateway.asgi import App, Message, Receive, Response, Scope, Send, send_json
 from pilotlight.gateway.elsewhere import FOLLOWER_RETRY_S, FOLLOWS, follower_body
+from pilotlight.gateway.jobs.http import JobRoad
 from pilotlight.gateway.load_balancer import LoadBalancer
-from pilotlight.gateway.load_balancer_tunnel import TUNNEL
+from pilotlight.gateway.load_balancer.tunnel import TUNNEL
+from pilotlight.gateway.protocol import ClientStream
 from pilotlight.gateway.refusal import openai_body
+from pilotlight.gateway.repeated import WholeRequest
 from pilotlight.gateway.worker_protocol import WORKER_OPERATIONS
 
 _SLASHES = re.compile(rb"/{2,}")
@@ -58,7 +61,7 @@ class Gateway:
         self,
         *,
         openai: Callable[[str], OpenAIRoad],
-        jobs: App,
+        jobs: JobRoad,
         management: App,
         balancer: LoadBalancer,
         leads: Callable[[], bool] = lambda: True,
@@ -103,6 +106,14 @@ class Gateway:
             await send_json(send, 200, msgspec.json.encode(about))
         else:
             await send_json(send, 404, b'{"error":"not found","detail":"not found"}')
+
+    def serve_whole(
+        self, request: WholeRequest, connection: ClientStream, gone: Callable[[], asyncio.Future[None]]
+    ) -> Awaitable[Response] | None:
+        """Begin to answer a request of the job road; None leaves any other to `__call__`."""
+        if self.closing or self._balancer.serves_host(request.headers.get(b"host", b"")) is not None:
+            return None
+        return self._jobs.serve_whole(request, connection, gone)
 
     def _balanced(self, scope: Scope) -> tuple[str, str] | None:
         """The load-balancing endpoint that a request is for, and what of its path is not the worker's."""

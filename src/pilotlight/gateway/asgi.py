@@ -59,7 +59,7 @@ class Response:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI
         """Send it (ASGI)."""
         answer: Answer | None = (scope.get("extensions") or {}).get(ANSWER)
-        if answer is not None and answer(self._head(), self.body):
+        if answer is not None and answer(self.head(), self.body):
             return
         await send(
             {"type": "http.response.start", "status": self.status_code, "headers": self._raw_headers()}
@@ -76,8 +76,8 @@ class Response:
             raw.append((name.lower().encode("latin-1"), value.encode("latin-1")))
         return raw
 
-    def _head(self) -> bytes:
-        """Status line and headers without the empty line that ends them."""
+    def head(self) -> bytes:
+        """Status line and headers, as they are sent, without the empty line that ends them."""
         if self.status_code == 200 and not self.headers and self.media_type == JSON:
             return _JSON_200 % len(self.body)
         head = _STATUS_LINES[self.status_code]

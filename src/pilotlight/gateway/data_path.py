@@ -20,7 +20,7 @@ import structlog
 from pilotlight.core.admission import AdmissionReason, Verdict
 from pilotlight.core.openai_routes import RouteDecision, RouteKind, check_route
 from pilotlight.domain.endpoint import Endpoint
-from pilotlight.domain.usage import Outcome, RequestRecord, Road
+from pilotlight.domain.usage import Outcome, RequestRecord
 from pilotlight.domain.worker import Registration
 from pilotlight.errors import InvalidInputError
 from pilotlight.gateway.asgi import (
@@ -36,6 +36,7 @@ from pilotlight.gateway.asgi import (
 from pilotlight.gateway.body import BodyPlan, plan_body
 from pilotlight.gateway.directory import Directory
 from pilotlight.gateway.events import EventStream, TokenCount
+from pilotlight.gateway.exchange import Exchange
 from pilotlight.gateway.openai_access import called_endpoint, caller_of
 from pilotlight.gateway.protocol import EXTENSION, ClientStream
 from pilotlight.gateway.refusal import RequestRefusedError, anthropic_body, openai_body
@@ -87,22 +88,18 @@ class StartFailedError(Exception):
 
 
 @dataclass(slots=True)
-class _Exchange:
-    """One request on its way through: what the request log will say of it."""
+class _OpenAIExchange(Exchange):
+    """One call of an OpenAI or Anthropic route.
 
-    request_id: str
-    endpoint_id: str
-    route: str
-    arrival_ms: int
-    started_ns: int
-    key_id: str = ""
-    worker_id: str = ""
-    status: int = 0
-    outcome: Outcome = Outcome.FAILED
-    wait_ns: int = 0
-    first_byte_ns: int | None = None
+    Attributes:
+        client_gone: Whether the client left before the end of the answer.
+        streaming: Whether the answer is a stream of events, whose last one may be an error.
+        body_sent: Whether the answer is complete, so that the client may leave.
+        count: Tokens.
+        estimated: Whether the tokens were counted by us.
+    """
+
     client_gone: bool = False
-    head_sent: bool = False
     streaming: bool = False
     body_sent: bool = False
     count: TokenCount = field(default_factory=TokenCount)
@@ -161,13 +158,7 @@ class DataPath:
             endpoint_id: From the path.
             path: What follows `/openai`, percent-encoded, with the query.
         """
-        exchange = _Exchange(
-            request_id=self._entropy(16).hex(),
-            endpoint_id=endpoint_id,
-            route=path.partition("?")[0],
-            arrival_ms=self._clock.now_ms(),
-            started_ns=self._clock.monotonic_ns(),
-        )
+        exchange = _OpenAIExchange.begin(endpoint_id, path, clock=self._clock, entropy=self._entropy)
         try:
             await self._serve(exchange, scope, receive, send, path)
         except RequestRefusedError as refusal:
@@ -186,7 +177,7 @@ class DataPath:
             self._finish(exchange)
 
     async def _serve(
-        self, exchange: _Exchange, scope: Scope, receive: Receive, send: Send, path: str
+        self, exchange: _OpenAIExchange, scope: Scope, receive: Receive, send: Send, path: str
     ) -> None:
         headers = Headers(scope["headers"])
         key = caller_of(self._directory, headers)
@@ -237,7 +228,7 @@ class DataPath:
 
     async def _with_slot(
         self,
-        exchange: _Exchange,
+        exchange: _OpenAIExchange,
         endpoint: Endpoint,
         decision: RouteDecision,
         scope: Scope,
@@ -263,7 +254,7 @@ class DataPath:
 
     async def _exchange(
         self,
-        exchange: _Exchange,
+        exchange: _OpenAIExchange,
         decision: RouteDecision,
         scope: Scope,
         headers: Headers,
@@ -333,7 +324,7 @@ class DataPath:
 
     async def _ask(
         self,
-        exchange: _Exchange,
+        exchange: _OpenAIExchange,
         decision: RouteDecision,
         scope: Scope,
         headers: Headers,
@@ -360,7 +351,7 @@ class DataPath:
         )
 
     async def _answer(
-        self, exchange: _Exchange, response: UpstreamResponse, scope: Scope, plan: BodyPlan, send: Send
+        self, exchange: _OpenAIExchange, response: UpstreamResponse, scope: Scope, plan: BodyPlan, send: Send
     ) -> None:
         content_type = next((value for name, value in response.headers if name == b"content-type"), b"")
         events = None
@@ -385,7 +376,7 @@ class DataPath:
 
     async def _pass_events(
         self,
-        exchange: _Exchange,
+        exchange: _OpenAIExchange,
         response: UpstreamResponse,
         events: EventStream,
         client: ClientStream,
@@ -410,7 +401,7 @@ class DataPath:
         await send({"type": "http.response.body", "body": events.rest(), "more_body": False})
 
     async def _pass_whole(
-        self, exchange: _Exchange, response: UpstreamResponse, content_type: bytes, send: Send
+        self, exchange: _OpenAIExchange, response: UpstreamResponse, content_type: bytes, send: Send
     ) -> None:
         kept: list[bytes] = []
         size = 0
@@ -426,7 +417,7 @@ class DataPath:
         exchange.body_sent = True
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _models(self, exchange: _Exchange, endpoint: Endpoint, path: str, send: Send) -> None:
+    async def _models(self, exchange: _OpenAIExchange, endpoint: Endpoint, path: str, send: Send) -> None:
         cards = [
             {
                 "id": name,
@@ -449,13 +440,15 @@ class DataPath:
             send, 200, msgspec.json.encode(answer), [(b"x-request-id", exchange.request_id.encode())]
         )
 
-    async def _refuse(self, exchange: _Exchange, send: Send, refusal: RequestRefusedError) -> None:
+    async def _refuse(self, exchange: _OpenAIExchange, send: Send, refusal: RequestRefusedError) -> None:
         exchange.status, exchange.head_sent = refusal.status, True
         headers = [(b"x-request-id", exchange.request_id.encode()), *refusal.headers]
         body = refusal.anthropic_body() if exchange.speaks_anthropic else refusal.body()
         await send_json(send, refusal.status, body, headers)
 
-    async def _fail(self, exchange: _Exchange, send: Send, status: int, message: str, type_: str) -> None:
+    async def _fail(
+        self, exchange: _OpenAIExchange, send: Send, status: int, message: str, type_: str
+    ) -> None:
         """Tell the client of a failure: by its status while that can be set, else as a last event.
 
         A body that is not a stream has no place for it: it stays incomplete, and the server closes the
@@ -473,33 +466,18 @@ class DataPath:
             event = b"data: " + openai_body(status, message, type=type_) + b"\n\n"
         await send({"type": "http.response.body", "body": event, "more_body": False})
 
-    def _finish(self, exchange: _Exchange) -> None:
-        if not exchange.key_id:
-            return  # Strangers write no rows: they could push out everybody else's.
-        ended_ns = self._clock.monotonic_ns()
-        first = exchange.first_byte_ns
-        self._record(
-            RequestRecord(
-                id=exchange.request_id,
-                road=Road.DATA,
-                endpoint_id=exchange.endpoint_id[:64],
-                key_id=exchange.key_id,
-                worker_id=exchange.worker_id,
-                route=exchange.route[:256],
-                status=exchange.status,
-                outcome=exchange.outcome,
-                arrival_ms=exchange.arrival_ms,
-                wait_ms=exchange.wait_ns // 1_000_000,
-                first_token_ms=None if first is None else (first - exchange.started_ns) // 1_000_000,
-                duration_ms=(ended_ns - exchange.started_ns) // 1_000_000,
-                tokens_in=exchange.count.tokens_in,
-                tokens_out=exchange.count.tokens_out,
-                estimated=exchange.estimated,
-            )
+    def _finish(self, exchange: _OpenAIExchange) -> None:
+        row = exchange.row(
+            self._clock.monotonic_ns(),
+            tokens_in=exchange.count.tokens_in,
+            tokens_out=exchange.count.tokens_out,
+            estimated=exchange.estimated,
         )
+        if row is not None:
+            self._record(row)
 
 
-async def _watch(receive: Receive, exchange: _Exchange, task: asyncio.Task[object]) -> None:
+async def _watch(receive: Receive, exchange: _OpenAIExchange, task: asyncio.Task[object]) -> None:
     await wait_disconnect(receive)
     if not exchange.body_sent:
         exchange.client_gone = True

@@ -13,12 +13,15 @@ from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 import structlog
 
 from pilotlight.domain.endpoint import Endpoint
+from pilotlight.domain.worker import Worker
 from pilotlight.errors import StoreError
 from pilotlight.gateway.asgi import Receive, Scope, Send, send_json
 from pilotlight.gateway.directory import Directory
 from pilotlight.gateway.jobs.ledger import Ledger
 from pilotlight.gateway.jobs.links import HandOut, WorkerLink
 from pilotlight.gateway.refusal import openai_body
+from pilotlight.ports.fleet import Fleet
+from pilotlight.ports.store import WorkerStore
 
 _log = structlog.get_logger()
 
@@ -140,6 +143,40 @@ class JobsElsewhere:
         return {(job.id, job.attempt) for job in jobs}
 
 
+class FleetElsewhere:
+    """A fleet as clients see it, on whichever gateway they ask: one that follows shows the leader's workers.
+
+    They are those of the last resync, some seconds ago. What they are busy with only the leader knows, and
+    whoever changes a worker speaks to the fleet of this gateway, which has none while another one leads.
+
+    Args:
+        fleet: The fleet of this gateway.
+        store: Where the leader writes its workers down.
+        leads: Whether this gateway leads.
+    """
+
+    def __init__(self, fleet: Fleet, store: WorkerStore, leads: Callable[[], bool]) -> None:
+        self._fleet = fleet
+        self._store = store
+        self._leads = leads
+        self._workers: dict[str, list[Worker]] = {}
+        self.worker, self.authenticate = fleet.worker, fleet.authenticate
+        self.stages, self.health = fleet.stages, fleet.health
+        self.reported, self.took = fleet.reported, fleet.took
+        self.resume, self.drain, self.kill = fleet.resume, fleet.drain, fleet.kill
+
+    def workers(self, endpoint_id: str) -> Sequence[Worker]:
+        """See `Fleet.workers`."""
+        return self._fleet.workers(endpoint_id) if self._leads() else self._workers.get(endpoint_id, ())
+
+    async def refresh(self) -> None:
+        """Read the leader's workers. StoreError when they cannot be read; those known before stay."""
+        found: dict[str, list[Worker]] = {}
+        for worker in () if self._leads() else await self._store.workers():
+            found.setdefault(worker.endpoint_id, []).append(worker)
+        self._workers = found
+
+
 class Elsewhere:
     """Listens to a shared store (port `StoreListener`).
 
@@ -149,6 +186,7 @@ class Elsewhere:
         changed: Called with the id of an endpoint that was made or changed elsewhere.
         deleted: Awaited with the id of one that was deleted elsewhere.
         served: Ids of the endpoints that have workers here.
+        fleet: Read anew with every resync.
         webhook_due: Called when a job may have ended that has a webhook.
     """
 
@@ -160,6 +198,7 @@ class Elsewhere:
         changed: Callable[[str], None],
         deleted: Callable[[str], Awaitable[None]],
         served: Callable[[], Collection[str]],
+        fleet: FleetElsewhere,
         webhook_due: Callable[[], None],
     ) -> None:
         self._jobs = jobs
@@ -167,6 +206,7 @@ class Elsewhere:
         self._changed = changed
         self._deleted = deleted
         self._served = served
+        self._fleet = fleet
         self._acted_on: dict[str, Endpoint] = {}
         self._webhook_due = webhook_due
         self._reading: asyncio.Task[None] | None = None
@@ -216,6 +256,7 @@ class Elsewhere:
     async def _read(self) -> None:
         while self._read_again:
             self._read_again = False
+            await self._fleet.refresh()
             # Others read the directory anew, too: what is new is told by what was acted on here. A worker
             # whose endpoint is gone is ended even when nobody here ever knew that endpoint.
             known = self._acted_on.keys() | set(self._served())

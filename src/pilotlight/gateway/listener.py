@@ -49,7 +49,8 @@ class FleetListener:
 
     def withdrawn(self, worker: Worker) -> None:
         """Close its slots, for good only if it is going to end."""
-        self._slots.close_worker(worker.id, for_good=worker.state is not WorkerState.READY)
+        ending = worker.state not in {WorkerState.STARTING, WorkerState.READY}
+        self._slots.close_worker(worker.id, for_good=ending)
 
     def closed(self, worker: Worker) -> None:
         """Close its slots and answer its polls."""

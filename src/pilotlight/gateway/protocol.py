@@ -8,17 +8,22 @@ from the callback in which they arrive.
 The second door is for whole answers (`gateway.asgi.Response`): one write instead of two, and no walk over
 headers that were made a moment ago by ourselves. And whoever holds a request open is told when its client
 goes, without a task that waits for it.
+
+And there is a way past all of it: a request that needs no parser (`gateway.repeated`) is offered to the
+application's `serve_whole`, without a scope, events and the bookkeeping of a body that is still to come.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from pilotlight.gateway.asgi import ANSWER, GONE
+from pilotlight.gateway.asgi import ANSWER, GONE, Response
+from pilotlight.gateway.repeated import KnownFields, WholeRequest
 
 _HEAD_MAX = 64 * 1024
 """Received of a head, or of a trailer, before it is refused: the parser keeps it whole until its end."""
@@ -65,6 +70,13 @@ class ClientStream:
         await self._flow.drain()
 
 
+ServeWhole = Callable[
+    [WholeRequest, ClientStream, Callable[[], "asyncio.Future[None]"]], Awaitable[Response] | None
+]
+"""Begins to answer a request, given its connection and what makes a future that is done when the client goes;
+None leaves the request to ASGI. An application offers this as its method `serve_whole`."""
+
+
 class GatewayProtocol(HttpToolsProtocol):
     """One client connection; a head that is too large or too slow ends it."""
 
@@ -75,23 +87,106 @@ class GatewayProtocol(HttpToolsProtocol):
         self._stream = ClientStream(transport, self.flow)
         self._gone: asyncio.Future[None] | None = None
         self._pent = 0
+        self._messages = 0
         self._in_head = True
+        self._in_message = False
         self._head_timer: asyncio.TimerHandle | None = self.loop.call_later(HEAD_S, self._end)
+        # Requests that are answered without parser and ASGI, one at a time.
+        self._serve: ServeWhole | None = getattr(self.app, "serve_whole", None)
+        self._known = KnownFields()
+        self._serving: asyncio.Task[None] | None = None
+        self._later = b""
+        self._last = False
+        self._idle_since_s = 0.0
 
     def data_received(self, data: bytes) -> None:
-        """Feed the parser (asyncio)."""
+        """Answer a request that needs no parser, or feed the parser (asyncio)."""
+        if self._serving is not None:
+            self._later += data
+            if len(self._later) > _HEAD_MAX:
+                self.flow.pause_reading()
+            return
+        between = not self._in_message and (self.cycle is None or self.cycle.response_complete)
+        if between and self._serve is not None:
+            request = self._known.read(data)
+            answering = None if request is None else self._serve(request, self._stream, self._gone_future)
+            if answering is not None:
+                self._serving = self.loop.create_task(self._answer_whole(answering))
+                self.tasks.add(self._serving)
+                return
         # Set back by whatever the parser lets go of, so that it counts what the parser keeps.
         self._pent += len(data)
+        messages = self._messages
         super().data_received(data)
         if self._pent > _HEAD_MAX:
             self._end(_TOO_LARGE)
-        elif self._in_head and self._head_timer is None and not self.transport.is_closing():
-            self._head_timer = self.loop.call_later(HEAD_S, self._end)
+        elif self._in_head:
+            if self._head_timer is None and not self.transport.is_closing():
+                self._head_timer = self.loop.call_later(HEAD_S, self._end)
+        elif between and self._messages == messages + 1 and self._stays_open():
+            # It began with this data, and nothing else did.
+            self._known.learn(data, self.headers)
+
+    def _stays_open(self) -> bool:
+        """Whether the request that was parsed last leaves the connection open, by the rules of HTTP/1.1."""
+        kept = self.cycle is not None and self.cycle.keep_alive and not self.transport.is_closing()
+        return kept and self.scope["http_version"] == "1.1"
+
+    async def _answer_whole(self, answering: Awaitable[Response]) -> None:
+        """Answer one request; whatever came meanwhile has its turn then."""
+        try:
+            response = await answering
+            if self.flow.write_paused:
+                await self.flow.drain()
+            if self.transport.is_closing():
+                return
+            end = b"connection: close\r\n\r\n" if self._last else b"\r\n"
+            common = _common.encoded(self.server_state.default_headers)
+            self.transport.write(b"".join((response.head(), common, end, response.body)))
+            self.server_state.total_requests += 1
+            if self._last:
+                self.transport.close()
+        finally:
+            assert self._serving is not None
+            self.tasks.discard(self._serving)
+            self._serving = None
+        self._idle_since_s = self.loop.time()
+        if self.timeout_keep_alive_task is None:
+            self._watch_idleness(self.timeout_keep_alive)
+        if self._later:
+            data, self._later = self._later, b""
+            self.flow.resume_reading()
+            self.data_received(data)
+
+    def _watch_idleness(self, delay_s: float) -> None:
+        self.timeout_keep_alive_task = self.loop.call_later(delay_s, self.timeout_keep_alive_handler)
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Close a connection that was idle for so long; it may have been used since (Uvicorn)."""
+        left_s = self._idle_since_s + self.timeout_keep_alive - self.loop.time()
+        if self._serving is not None:
+            left_s = self.timeout_keep_alive
+        if left_s > 0:
+            self._watch_idleness(left_s)
+        else:
+            super().timeout_keep_alive_handler()
+
+    def shutdown(self) -> None:
+        """Close once what is being answered is answered (Uvicorn)."""
+        if self._serving is None:
+            super().shutdown()
+        self._last = True
 
     def on_message_begin(self) -> None:
         """Begin to count (httptools)."""
         super().on_message_begin()
-        self._pent, self._in_head = 0, True
+        self._messages += 1
+        self._pent, self._in_head, self._in_message = 0, True, True
+
+    def on_message_complete(self) -> None:
+        """Be ready for the next (httptools)."""
+        super().on_message_complete()
+        self._in_message = False
 
     def on_body(self, body: bytes) -> None:
         """Count anew (httptools)."""
@@ -113,6 +208,7 @@ class GatewayProtocol(HttpToolsProtocol):
         """Tell whoever watches (asyncio)."""
         super().connection_lost(exc)
         self._stop_head_timer()
+        self._unset_keepalive_if_required()
         if self._gone is not None and not self._gone.done():
             self._gone.set_result(None)
 
@@ -132,7 +228,7 @@ class GatewayProtocol(HttpToolsProtocol):
         self.flow.resume_reading()
         if self._gone is None:
             self._gone = self.loop.create_future()
-            if self.cycle.disconnected:
+            if self.transport.is_closing():
                 self._gone.set_result(None)
         return self._gone
 

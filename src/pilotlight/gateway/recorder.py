@@ -14,7 +14,9 @@ from pilotlight.ports.store import RequestLog
 _log = structlog.get_logger()
 
 _INTERVAL_S = 1.0
-_BATCH_MAX = 5000
+_BATCH_MAX = 200
+"""Rows written at a time: results and takes wait meanwhile, where one thread does all the writing."""
+
 _PENDING_MAX = 100_000
 """Rows kept while the store cannot write; beyond it the oldest are dropped, counted and reported."""
 

@@ -76,6 +76,7 @@ class _EndpointSlots:
     workers: OrderedDict[str, WorkerSlots] = field(default_factory=OrderedDict)
     held: OrderedDict[int, _Held] = field(default_factory=OrderedDict)
     held_bytes: int = 0
+    awaiting_ends: int = 0
     retry_ms: int | None = None
 
 
@@ -109,6 +110,7 @@ class SlotTable:
         self._workers: dict[str, WorkerSlots] = {}
         # By worker, which may not have slots yet.
         self._pinned: dict[str, dict[int, _Held]] = {}
+        self._ends: dict[str, asyncio.Event] = {}
         self._ticket = 0
 
     def open_worker(
@@ -157,12 +159,16 @@ class SlotTable:
     def drop_worker(self, worker_id: str) -> None:
         """Forget a worker that has ended; releases of its slots become harmless."""
         self._fail_pinned(worker_id)
+        end = self._ends.pop(worker_id, None)
+        if end is not None:
+            end.set()
         slots = self._workers.pop(worker_id, None)
         if slots is not None:
             slots.open = False
             endpoint = self._endpoint(slots.endpoint_id)
             endpoint.workers.pop(worker_id, None)
-            if not endpoint.workers and not endpoint.held and endpoint.retry_ms is None:
+            unused = not endpoint.workers and not endpoint.held and not endpoint.awaiting_ends
+            if unused and endpoint.retry_ms is None:
                 del self._endpoints[slots.endpoint_id]
 
     def worker(self, worker_id: str) -> WorkerSlots | None:
@@ -185,7 +191,7 @@ class SlotTable:
             AdmissionSnapshot(
                 ready_workers=len(candidates),
                 free_slots=sum(slots.free for slots in candidates),
-                held=sum(not held.future.done() for held in endpoint.held.values()),
+                held=endpoint.awaiting_ends + sum(not held.future.done() for held in endpoint.held.values()),
                 held_bytes=endpoint.held_bytes,
                 body_bytes=body_bytes,
                 retry_ms=endpoint.retry_ms,
@@ -248,6 +254,19 @@ class SlotTable:
             if worker_id is not None:
                 self._unpin(worker_id, ticket)
 
+    async def wait_end(self, endpoint_id: str, worker_id: str) -> None:
+        """Wait until a worker that is going to end has ended, for a request that wants it started again.
+
+        The request has its place in the hold meanwhile, but is no demand: no other worker would do.
+        """
+        end = self._ends.setdefault(worker_id, asyncio.Event())
+        endpoint = self._endpoint(endpoint_id)
+        endpoint.awaiting_ends += 1
+        try:
+            await end.wait()
+        finally:
+            endpoint.awaiting_ends -= 1
+
     def fail_held(self, endpoint_id: str, error: Exception, *, retry_ms: int | None = None) -> None:
         """Give all held requests of an endpoint an error; shed new ones until `retry_ms` if given."""
         endpoint = self._endpoint(endpoint_id)
@@ -268,12 +287,20 @@ class SlotTable:
         assert slots.requests >= 0, f"worker {slots.worker_id}: more requests released than taken"
         self._released(slots)
 
-    def reserve_jobs(self, worker_id: str, count: int) -> int:
-        """Take up to `count` slots for jobs; returns how many were free. Held requests come first."""
+    def reserve_jobs(self, worker_id: str, count: int, *, leaving: int = 0) -> int:
+        """Take up to `count` slots for jobs; returns how many were free. Held requests come first.
+
+        Args:
+            worker_id: Whose.
+            count: How many at most.
+            leaving: Jobs whose slots are about to be given back; these are free already for who asks.
+        """
         slots = self._workers.get(worker_id)
-        if slots is None:
+        if slots is None or not slots.open or slots.suspended:
             return 0
-        granted = min(count, slots.free)
+        if leaving and self._endpoints[slots.endpoint_id].held:
+            leaving = 0
+        granted = max(0, min(count, slots.capacity - slots.requests - slots.jobs + leaving))
         slots.jobs += granted
         return granted
 
@@ -363,7 +390,8 @@ class SlotTable:
     def _released(self, slots: WorkerSlots) -> None:
         if not slots.occupied:
             slots.idle_since_ms = self._clock.now_ms()
-        self._serve_held(slots.endpoint_id)
+        if self._endpoint(slots.endpoint_id).held:
+            self._serve_held(slots.endpoint_id)
         if slots.free:
             self.on_free(slots.endpoint_id)
         if not slots.occupied:

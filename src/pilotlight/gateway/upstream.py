@@ -1,10 +1,10 @@
 """Pooled HTTP/1.1 connections to engines and listeners, on Unix sockets or TCP.
 
-The data path is the only caller. Responses are parsed by httptools for their head and framing; bodies
-are handed on as they come and never decoded. Reading is paused when the reader falls behind, so a slow
-client slows the engine and does not fill our memory. Idle connections are closed well before the
-engine closes them, and a request whose reused connection turns out to be dead is sent once more on a
-new one, provided that no byte of an answer had come.
+The data path and the load balancer call it. Responses are parsed by httptools for their head and
+framing; bodies are handed on as they come and never decoded. Reading is paused when the reader falls
+behind, so a slow client slows the engine and does not fill our memory. Idle connections are closed well
+before the engine closes them, and a request whose reused connection turns out to be dead is sent once
+more on a new one, provided that no byte of an answer had come.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ _BUFFER_LOW = 64 * 1024
 _CONNECT_TIMEOUT_S = 5.0
 _IDLE_MAX_PER_ADDRESS = 512
 _HEAD_MAX = 64 * 1024
+_CLOSED = "connection closed by the engine"
 
 
 class UpstreamError(Exception):
     """The engine could not be reached, or its connection broke.
 
     Attributes:
-        answered: Whether a part of the answer had arrived.
+        answered: Whether any byte of the answer had arrived.
         sent: Whether the request may have reached the engine.
         timed_out: Whether the engine was silent for too long.
     """
@@ -66,6 +67,7 @@ class UpstreamResponse(asyncio.Protocol):
         self._buffered = 0
         self._head_size = 0
         self._pent = 0
+        self._begun = False
         self._head_complete = False
         self._unframed = False
         self._complete = False
@@ -95,7 +97,7 @@ class UpstreamResponse(asyncio.Protocol):
         if exc is None and self._head_complete and self._unframed:
             # An answer with neither length nor chunks ends with its connection.
             self._complete = True
-        self._broken = self._broken or (str(exc) if exc else "connection closed by the engine")
+        self._broken = self._broken or (str(exc) if exc else _CLOSED)
         self._pool.forget(self._address, self)
         self._set_timer(None)
         self._writable.set()
@@ -114,6 +116,7 @@ class UpstreamResponse(asyncio.Protocol):
         if self._complete or self._idle:
             self._abort("the engine sent more than it announced")
             return
+        self._begun = True
         # The parser keeps an unfinished header, or a trailer, for as long as it grows.
         self._pent += len(data)
         try:
@@ -174,9 +177,14 @@ class UpstreamResponse(asyncio.Protocol):
             self._keep_alive = self._parser.should_keep_alive()
 
     def send(self, data: bytes) -> None:
-        """Write a whole request."""
+        """Write a whole request.
+
+        Raises:
+            UpstreamError: The connection is broken; nothing was written.
+        """
+        if self._transport is None or not self.alive:
+            raise UpstreamError(self._broken or _CLOSED, sent=False)
         self._idle = False
-        assert self._transport is not None
         self._transport.write(data)
 
     async def write(self, data: bytes) -> None:
@@ -185,8 +193,8 @@ class UpstreamResponse(asyncio.Protocol):
         Raises:
             UpstreamError: The connection is broken; an answer may have come all the same.
         """
-        if self._broken is not None or self._transport is None:
-            raise UpstreamError(self._broken or "not connected", answered=self._head_complete)
+        if self._transport is None or not self.alive:
+            raise UpstreamError(self._broken or _CLOSED, answered=self._begun)
         self._transport.write(data)
         await self._writable.wait()
 
@@ -298,7 +306,7 @@ class UpstreamResponse(asyncio.Protocol):
             UpstreamError: The connection is broken, or nothing came in time.
         """
         if self._broken is not None:
-            raise UpstreamError(self._broken, answered=self._head_complete, timed_out=self._timed_out)
+            raise UpstreamError(self._broken, answered=self._begun, timed_out=self._timed_out)
         loop = asyncio.get_running_loop()
         self._waiter = loop.create_future()
         self._deadline = loop.time() + timeout_s
@@ -369,7 +377,8 @@ class UpstreamPool:
     async def exchange(self, address: Address, data: bytes, *, timeout_s: float) -> UpstreamResponse:
         """Send the bytes of one request and wait for the head of its answer; the caller must `release()` it.
 
-        The bytes may be sent a second time, on a new connection, when the first was dead; never a third time.
+        The bytes are sent a second time, on a new connection, when the first was an old one and ended without
+        a byte of an answer; never a third time, and never after a new connection.
 
         Raises:
             UpstreamError: Not reachable, or broken before the head.

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 
 import msgspec
 import structlog
 
+from pilotlight.domain.job import Job
 from pilotlight.domain.worker import Address, Failure, Registration, Stage, Worker
 from pilotlight.errors import InvalidInputError, PilotlightError
 from pilotlight.gateway.asgi import Response
@@ -23,8 +24,8 @@ from pilotlight.gateway.errors import PayloadTooLargeError, UnauthorizedError, n
 from pilotlight.gateway.jobs.desk import TooManyPollsError, WorkerDesk
 from pilotlight.gateway.jobs.http import Call, Operation, SegmentRoute, json_answer
 from pilotlight.gateway.jobs.service import JobService
+from pilotlight.gateway.jobs.submission import parse_number
 from pilotlight.gateway.jobs.views import taken_view
-from pilotlight.gateway.jobs.waiting import watched
 from pilotlight.ports.fleet import Fleet, StageReport
 from pilotlight.settings import LimitSettings
 
@@ -124,7 +125,7 @@ class _WorkerApi:
         worker = self._worker(call)
         if worker is None or self._service.closing:
             return await self._refuse(call)
-        async with watched(call.scope, call.receive) as gone:
+        async with call.client_gone() as gone:
             try:
                 jobs = await self._desk.take(
                     worker,
@@ -146,7 +147,7 @@ class _WorkerApi:
         worker = self._worker(call)
         if worker is None:
             return await self._refuse(call)
-        async with watched(call.scope, call.receive) as gone:
+        async with call.client_gone() as gone:
             ids = await self._desk.stop_poll(worker, gone=gone)
         if not ids:
             return Response(status_code=204)
@@ -186,11 +187,13 @@ class _WorkerApi:
         """Many `job-done` posts in one: an addition of ours, which only our worker program uses.
 
         The body is a list of `{"id", "isStream", "body"}`; the answer has one `{"id", "status"}` for each,
-        in the same order, with the status that `job-done` would have answered.
+        in the same order, with the status that `job-done` would have answered. With `take=N` in the query it
+        is `{"results": […], "jobs": […]}`: that list, and up to N jobs as `job-take-batch` hands them out.
         """
-        worker = self._worker(call)
+        worker = self._poster(call)
         if worker is None:
-            raise UnauthorizedError
+            # Not even read, as nobody knows who it is from: posted one by one, each is answered 200.
+            return json_answer(b"[]")
         link = self._desk.link(worker)
         with link.receiving() if link is not None else contextlib.nullcontext():
             body, _ = await call.body(limit=self._limits.worker_body_bytes)
@@ -198,12 +201,26 @@ class _WorkerApi:
             limit = self._limits.worker_body_bytes
             raise PayloadTooLargeError(f"a list of results may have {limit} bytes; post them one by one")
         answers, items = parse_done_batch(body)
+        count = parse_number("take", call.query.get("take"), default=-1, lowest=0, highest=_BATCH_MAX)
+        jobs: Sequence[Job] = []
         if link is not None:
-            with contextlib.ExitStack() as posting:
-                for job_id, _, _ in items:
-                    posting.enter_context(link.posting(job_id))
-                await self._desk.results(worker, items)
-        return json_answer(msgspec.json.encode(answers))
+            with link.posting_all([job_id for job_id, _, _ in items]):
+                if count > 0:
+                    jobs = await self._results_and_take(call, worker, items, count)
+                else:
+                    await self._desk.results(worker, items)
+        if count < 0:
+            return json_answer(msgspec.json.encode(answers))
+        view = {"results": answers, "jobs": msgspec.Raw(taken_view(jobs, single=False))}
+        return json_answer(msgspec.json.encode(view))
+
+    async def _results_and_take(
+        self, call: Call, worker: Worker, items: Sequence[tuple[str, bytes, bool]], count: int
+    ) -> Sequence[Job]:
+        async with call.client_gone() as gone:
+            return await self._desk.results_and_take(
+                worker, items, count=count, gone=gone, connection=call.connection
+            )
 
     async def stream(self, call: Call) -> Response:
         worker, job_id = self._poster(call), call.ids[1]
@@ -265,7 +282,7 @@ class _WorkerApi:
         if self._refused < _REFUSED_MAX and not self._service.closing:
             self._refused += 1
             try:
-                async with watched(call.scope, call.receive) as gone:
+                async with call.client_gone() as gone:
                     await asyncio.wait({gone}, timeout=_REFUSED_HOLD_S)
             finally:
                 self._refused -= 1

@@ -28,10 +28,10 @@ _PRUNE_JOBS_MS = 5_000
 _PRUNE_BATCHES_MS = 60_000
 _PRUNE_REQUESTS_MS = 60_000
 _PRUNE_WORKERS_MS = 600_000
-_PRUNE_SLICE = 1000
+_PRUNE_SLICE = 200
 """Records deleted in one go, so that other users of the store get their turn."""
 
-_SLICES_MAX = 20
+_SLICES_MAX = 100
 """Slices of a purged queue, and of expired jobs, deleted in one round; a million jobs must not hold up the
 deadlines of others."""
 

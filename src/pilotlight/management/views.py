@@ -13,6 +13,8 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any, Literal, Protocol
 
+from msgspec import structs
+
 from pilotlight.core.health_check import health_path
 from pilotlight.core.placement import HostResources
 from pilotlight.domain.endpoint import Endpoint, EndpointKind, ScalerType
@@ -203,7 +205,9 @@ def usage_view(intervals: Sequence[UsageInterval]) -> UsageView:
 
 def request_view(record: RequestRecord) -> RequestView:
     """One row of the request log."""
-    return RequestView(**(asdict(record) | {"road": str(record.road), "outcome": str(record.outcome)}))
+    return RequestView(
+        **(structs.asdict(record) | {"road": str(record.road), "outcome": str(record.outcome)})
+    )
 
 
 def host_view(host: HostResources) -> dict[str, Any]:

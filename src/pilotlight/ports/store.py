@@ -9,9 +9,10 @@ caller is cancelled has happened completely or not at all. Every implementation 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
+
+import msgspec
 
 from pilotlight.core.lifecycle import Applied, JobEvent
 from pilotlight.domain.batch import Batch, BatchDraft
@@ -93,8 +94,7 @@ class WorkerStore(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
+class Chunk(msgspec.Struct, frozen=True, kw_only=True):
     """One streamed value of a job: raw JSON of the object the worker posted (`{"output": …}`)."""
 
     sequence: int
@@ -127,8 +127,8 @@ class JobStore(Protocol):
 
         Args:
             job: The job, with its input.
-            idempotency: Remembered for as long as the job's record lives; means something together with the
-                endpoint and the API key of the job.
+            idempotency: Remembered for as long as the job's record lives, until the end of its retention;
+                means something together with the endpoint and the API key of the job.
             announce: Called once, on the event loop, as soon as a `take` that is called from then on will
                 find the job. That may be before it is durable, as long as such a take returns no earlier;
                 for a repetition it may be left out.
@@ -138,10 +138,19 @@ class JobStore(Protocol):
         """
         ...
 
+    async def earlier(self, job: Job, idempotency: Idempotency) -> Job | None:
+        """The job that `submit` would return instead of storing this one; None when it would store it.
+
+        Raises:
+            ConflictError: The idempotency key was used with another fingerprint.
+        """
+        ...
+
     async def take(self, endpoint_id: str, worker_id: str, *, count: int, now_ms: int) -> Sequence[Job]:
         """Hand out up to `count` jobs with their inputs, lane by lane (`Job.lane`), none expired.
 
-        Within a lane FIFO by `queued_ms`, those handed out before first (serverless-api.md §12 item 34).
+        Within a lane those handed out before come first, by `queued_ms`, then the others in the order of
+        their submission, whatever the clock said (serverless-api.md §12 item 34).
         When the caller is cancelled meanwhile, jobs already picked go back to the queue as by
         `PlatformInterrupted`.
         """
@@ -196,9 +205,9 @@ class JobStore(Protocol):
         """Chunks not returned before, in order, up to about `limit_bytes` (at least one).
 
         Each is returned once: the last one returned is remembered, and returning any sets `chunk_read`. With
-        a `cursor` the chunks from that sequence on are read instead and nothing is remembered but
-        `chunk_read`. The job (without its input) is the state in the same moment, so a terminal status with
-        an empty list means the stream is complete.
+        a `cursor` the chunks from that sequence on are read instead, but for those that were trimmed, and
+        nothing is remembered but `chunk_read`. The job (without its input) is the state in the same moment,
+        so a terminal status with an empty list means the stream is complete.
         """
         ...
 
@@ -206,10 +215,15 @@ class JobStore(Protocol):
         """Whether there are chunks not returned before, or any from `cursor` on."""
         ...
 
+    async def trim_chunks(self, job_id: str, *, limit: int = 1000) -> int:
+        """Forget up to `limit` chunks that were returned before, the oldest first; returns how many."""
+        ...
+
     async def demand(self, endpoint_id: str, *, overdue_before_ms: int) -> QueueDemand:
         """The queue as the scaler sees it; jobs queued earlier than `overdue_before_ms` are overdue.
 
-        Overdue ones are counted up to 10,000, so that a long queue costs no more than a short one. Jobs
+        Overdue ones are counted up to 10,000, and not much more than that are looked at, so that a long queue
+        costs no more than a short one. Jobs
         past their time to live count until an event ends them; purged ones do not.
         """
         ...
@@ -326,7 +340,11 @@ class BatchStore(Protocol):
         ...
 
     async def prune_batches(self, *, ended_before_ms: int, limit: int = 100) -> int:
-        """Forget batches that are not active and none of whose jobs is left, created before that moment."""
+        """Forget batches that are not active and none of whose jobs is left, created before that moment.
+
+        Besides, whatever their age, drafts of deleted endpoints: they lose up to `limit` requests per call,
+        and are forgotten once they have none.
+        """
         ...
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from msgspec.structs import replace
 
 from pilotlight.core.job_object import webhook_body
 from pilotlight.core.lifecycle import Applied, Cancelled, JobEvent
 from pilotlight.core.lifecycle import apply as apply_event
-from pilotlight.domain.batch import Batch, BatchStatus
+from pilotlight.domain.batch import Batch, BatchDraft, BatchStatus
 from pilotlight.domain.job import ATTEMPTS_KEPT, Idempotency, Job, JobStatus, Lane
 from pilotlight.domain.webhook import WebhookDelivery
 from pilotlight.errors import ConflictError, NotFoundError
@@ -52,13 +55,14 @@ class CounterChange:
             self.failed += after.status in FAILURES
 
     def _stand(self, job: Job, sign: int) -> None:
-        if job.status is JobStatus.IN_QUEUE:
+        status = job.status
+        if status is JobStatus.IN_QUEUE:
             self.queued_bytes += sign * job.input_bytes
             if job.low_priority:
                 self.queued_low += sign
             else:
                 self.queued += sign
-        elif job.status is JobStatus.IN_PROGRESS:
+        elif status is JobStatus.IN_PROGRESS:
             self.in_progress += sign
 
 
@@ -80,6 +84,17 @@ def after_shortening(job: Job, *, now_ms: int, ttl_ms: int) -> Job:
     return replace(job, retention_ms=min(job.retention_ms, max(0, end_ms - job.finished_ms)))
 
 
+def after_chunk(job: Job, now_ms: int) -> Job:
+    """The running job after a stream chunk of its attempt, which confirms it."""
+    if job.confirmed_ms is not None and job.first_output_ms is not None:
+        return job
+    return replace(
+        job,
+        confirmed_ms=now_ms if job.confirmed_ms is None else job.confirmed_ms,
+        first_output_ms=now_ms if job.first_output_ms is None else job.first_output_ms,
+    )
+
+
 def deadline_ms(job: Job) -> int:
     """When the job's time is over: to live, to run, or, once ended, to stay readable."""
     if job.finished_ms is not None:
@@ -87,6 +102,11 @@ def deadline_ms(job: Job) -> int:
     if job.status is JobStatus.IN_PROGRESS and job.started_ms is not None:
         return min(job.expires_ms, job.started_ms + job.execution_timeout_ms)
     return job.expires_ms
+
+
+def forgotten(job: Job, now_ms: int) -> bool:
+    """Whether the record of a job has ended, even if it has not been pruned yet."""
+    return job.finished_ms is not None and deadline_ms(job) <= now_ms
 
 
 _LANES = {lane: number for number, lane in enumerate(Lane)}
@@ -98,6 +118,14 @@ def rank(job: Job) -> int:
     Twice the number of its lane, plus one for a job that was never handed out.
     """
     return 2 * _LANES[job.lane] + (job.attempt == 0)
+
+
+def place(job: Job) -> int:
+    """What orders queued jobs of one rank, before the order of their submission, which alone orders new ones.
+
+    The clock does not: it may be set back, and then what waits would be passed by.
+    """
+    return 0 if job.attempt == 0 else job.queued_ms
 
 
 def apply(job: Job, event: JobEvent, *, batch_cancelled: bool) -> Applied:
@@ -156,6 +184,11 @@ def check_fingerprint(idempotency: Idempotency, fingerprint: bytes) -> None:
             f"Idempotency-Key {idempotency.key!r} was used for another submission; repeat that one unchanged,"
             " or use a new key"
         )
+
+
+def draft_bytes(drafts: Iterable[BatchDraft]) -> int:
+    """Bytes of the inputs of some requests together."""
+    return sum(len(draft.input) for draft in drafts)
 
 
 def check_draft(batch: Batch) -> None:

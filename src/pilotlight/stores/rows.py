@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from pilotlight.domain.endpoint import Endpoint, EndpointKind, Revision, ScalerType
-from pilotlight.domain.job import Attempt, Job, JobStatus, OpenJob, close
+from pilotlight.domain.job import Attempt, Job, JobStatus
 from pilotlight.domain.key import ApiKey, Scope
 from pilotlight.domain.usage import Outcome, RequestRecord, Road, StartRecord, UsageInterval
 from pilotlight.domain.worker import Failure, ProcessIdentity, Stage, Worker, WorkerState
@@ -246,36 +246,36 @@ def start_of(row: Row) -> StartRecord:
 
 def job_of(row: Row, job_input: bytes = b"") -> Job:
     """A job, from a row that begins like the view `job_records`; with the input where that was read, too."""
-    job: Any = OpenJob()
-    job.id = row[0]
-    job.endpoint_id = row[1]
-    job.key_id = row[2]
-    job.input = job_input
-    job.input_bytes = row[3]
-    job.status = _STATUS[row[4]]
-    job.sync = row[5] != 0
-    job.low_priority = row[6] != 0
-    job.created_ms = row[7]
-    job.queued_ms = row[8]
-    job.expires_ms = row[9]
-    job.execution_timeout_ms = row[10]
-    job.retention_ms = row[11]
-    job.attempt = row[12]
-    job.retries = row[13]
-    job.retries_max = row[14]
-    job.worker_id = row[15]
-    job.started_ms = row[16]
-    job.confirmed_ms = row[17]
-    job.first_output_ms = row[18]
-    job.chunk_read = row[19] != 0
-    job.finished_ms = row[20]
-    job.output = row[21]
-    job.error = row[22]
-    job.webhook = row[23]
-    job.s3_config = row[24]
-    job.batch_id = row[25]
-    job.attempts = _attempts.decode(row[26]) if row[26] else ()
-    return close(job)
+    return Job(
+        id=row[0],
+        endpoint_id=row[1],
+        key_id=row[2],
+        input=job_input,
+        input_bytes=row[3],
+        status=_STATUS[row[4]],
+        sync=row[5] != 0,
+        low_priority=row[6] != 0,
+        created_ms=row[7],
+        queued_ms=row[8],
+        expires_ms=row[9],
+        execution_timeout_ms=row[10],
+        retention_ms=row[11],
+        attempt=row[12],
+        retries=row[13],
+        retries_max=row[14],
+        worker_id=row[15],
+        started_ms=row[16],
+        confirmed_ms=row[17],
+        first_output_ms=row[18],
+        chunk_read=row[19] != 0,
+        finished_ms=row[20],
+        output=row[21],
+        error=row[22],
+        webhook=row[23],
+        s3_config=row[24],
+        batch_id=row[25],
+        attempts=_attempts.decode(row[26]) if row[26] else (),
+    )
 
 
 def _json(value: Any) -> str:

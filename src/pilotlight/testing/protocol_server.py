@@ -46,9 +46,10 @@ class PlatformStub:
     Args:
         worker_id: The worker's id.
         key: Its key; other keys get 401.
+        batches: Whether it knows our addition `job-done-batch`.
     """
 
-    def __init__(self, worker_id: str = "w1", key: str = "worker-secret") -> None:
+    def __init__(self, worker_id: str = "w1", key: str = "worker-secret", *, batches: bool = False) -> None:
         self.worker_id = worker_id
         self.key = key
         self.port = 0
@@ -61,6 +62,7 @@ class PlatformStub:
         self.requests: list[Recorded] = []
         self.refusals: dict[str, Refusal] = {}
         self.draining = False
+        self.batches = batches
         self._changed = asyncio.Condition()
         self._runner: web.AppRunner | None = None
 
@@ -71,6 +73,8 @@ class PlatformStub:
         app.router.add_get("/v2/ep/job-take-batch/{worker}", self._take)
         app.router.add_get("/v2/ep/job-stop/{worker}", self._stop)
         app.router.add_post("/v2/ep/job-done/{worker}/{job}", self._done)
+        if self.batches:
+            app.router.add_post("/v2/ep/job-done-batch/{worker}", self._done_batch)
         app.router.add_post("/v2/ep/job-stream/{worker}/{job}", self._chunk)
         app.router.add_get("/v2/ep/ping/{worker}", self._ping)
         app.router.add_post("/state", self._state)
@@ -162,6 +166,18 @@ class PlatformStub:
             return refused
         await self._change(lambda: self.results.setdefault(request.match_info["job"], body))
         return web.Response()
+
+    async def _done_batch(self, request: web.Request) -> web.Response:
+        items = json.loads(await request.read())
+        if (refused := await self._admit(request, "done-batch", items)) is not None:
+            return refused
+        await self._change(lambda: self.results.update({item["id"]: item["body"] for item in items}))
+        results = [{"id": item["id"], "status": 200} for item in items]
+        if "take" not in request.query:
+            return web.json_response(results)
+        wanted = 0 if self.draining else int(request.query["take"])
+        jobs = [self.queue.popleft() for _ in range(min(wanted, len(self.queue)))]
+        return web.json_response({"results": results, "jobs": jobs})
 
     async def _chunk(self, request: web.Request) -> web.Response:
         body = json.loads(await request.read())

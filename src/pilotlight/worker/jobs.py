@@ -1,9 +1,9 @@
 """Jobs: taking them, running each against the engine, handing in what comes out.
 
 `JobLoop` owns the set of running jobs. It is the only one to start, stop and forget them; polls and the end
-of the program ask it. Each job is one task with an inner task that talks to the engine: cancelling the
-inner one closes the upstream connection, on which vLLM aborts the sequence, and leaves the outer one free
-to report.
+of the program ask it. Each job is one task. Whoever ends it says why and cancels the task while that talks
+to the engine, which closes the upstream connection, on which vLLM aborts the sequence; the task goes on and
+reports.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ class JobFailedError(Exception):
 @dataclass(slots=True)
 class _Running:
     job: TakenJob
-    inner: asyncio.Task[list[Item]] | None = None
+    answering: bool = False
     reason: EndReason | None = None
-    outer: asyncio.Task[None] | None = field(default=None, repr=False)
+    task: asyncio.Task[None] | None = field(default=None, repr=False)
 
 
 PostChunk = Callable[[Item], Awaitable[None]]
@@ -214,6 +214,8 @@ class JobLoop:
         self._changed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._open_take: asyncio.Task[TakeAnswer] | None = None
+        self._full = False
+        platform.take_with_results(self._room, self._accept)
 
     @property
     def running(self) -> int:
@@ -253,7 +255,7 @@ class JobLoop:
         self._draining.set()
         tasks = [
             *self._tasks,
-            *(running.outer for running in self._running.values() if running.outer is not None),
+            *(running.task for running in self._running.values() if running.task is not None),
         ]
         for task in tasks:
             task.cancel()
@@ -269,7 +271,9 @@ class JobLoop:
             if free <= 0:
                 # `drain` sets it, too.
                 self._changed.clear()
+                self._full = True
                 await self._changed.wait()
+                self._full = False
                 continue
             asked = clock()
             answer = await self._poll(free)
@@ -288,6 +292,15 @@ class JobLoop:
             empty_before = is_quick
             if delay:
                 await self._unless_draining(asyncio.sleep(delay))
+
+    def _room(self, results: int) -> int:
+        """Jobs that may come with the answer to so many results.
+
+        None while a take is open, which gets what there is, and none that would come to a worker that ends.
+        """
+        if not self._full or self._draining.is_set():
+            return 0
+        return max(0, self._slots - len(self._running) + results)
 
     async def _poll(self, free: int) -> TakeAnswer:
         """One take, which `drain` may close."""
@@ -344,7 +357,7 @@ class JobLoop:
             return
         running = _Running(job)
         self._running[job.id] = running
-        running.outer = asyncio.create_task(self._run(running), name=f"job-{job.id}")
+        running.task = asyncio.create_task(self._run(running), name=f"job-{job.id}")
 
     async def _run(self, running: _Running) -> None:
         """One job from hand-out to the platform's receipt of its result."""
@@ -360,7 +373,8 @@ class JobLoop:
         finally:
             # The id leaves the heartbeats only after the last try to hand in its result (§5).
             del self._running[job.id]
-            self._changed.set()
+            if len(self._running) < self._slots:
+                self._changed.set()
             self._log.event("job.finished", job=job.id, outcome=outcome, ms=round((clock() - started) * 1000))
 
     async def _result(self, running: _Running) -> tuple[bytes | None, str]:
@@ -376,14 +390,15 @@ class JobLoop:
         if job.unreadable is not None:
             return _encode({"error": error_text(400, job.unreadable)}), "failed"
         if running.reason is None:
-            running.inner = asyncio.create_task(self._runner.run(job, post_chunk), name=f"engine-{job.id}")
+            running.answering = True
             try:
-                items = await running.inner
+                items = await self._runner.run(job, post_chunk)
             except JobFailedError as error:
                 return _encode({"error": error.text}), "failed"
             except asyncio.CancelledError:
-                if running.reason is None:
-                    running.inner.cancel()
+                # By `_end`, unless somebody ends this task for good.
+                assert running.task is not None
+                if running.reason is None or running.task.uncancel():
                     raise
             except Exception as error:  # noqa: BLE001 - see below
                 # A defect of ours must not leave the platform waiting for this job's result.
@@ -393,6 +408,8 @@ class JobLoop:
                 ), "failed"
             else:
                 return _encode({"output": items}), "completed"
+            finally:
+                running.answering = False
         if running.reason is EndReason.STOPPED:
             return None, "stopped"
         anthropic = _is_anthropic(job.payload.get("input"))
@@ -402,8 +419,8 @@ class JobLoop:
         if running.reason is not None:
             return
         running.reason = reason
-        if running.inner is not None:
-            running.inner.cancel()
+        if running.answering and running.task is not None:
+            running.task.cancel()
 
     async def _unless_draining(self, awaitable: Awaitable[Any]) -> None:
         """Waits for the given thing or for the drain, whichever comes first."""

@@ -149,6 +149,20 @@ class Platform:
             return TakeAnswer(failed=True)
         return TakeAnswer(self._jobs(body) if status == 200 else ())
 
+    def take_with_results(self, room: Callable[[int], int], accept: Callable[[TakenJob], None]) -> None:
+        """Ask for jobs with results, too, where the platform knows how.
+
+        Args:
+            room: How many jobs may come with the answer to so many results.
+            accept: Called with each that came, before `post_result` returns for those results.
+        """
+
+        def taken(jobs: bytes) -> None:
+            for job in self._jobs(jobs):
+                accept(job)
+
+        self._results.room, self._results.taken = room, taken
+
     async def stop_requests(self) -> tuple[str, ...] | None:
         """Ids of jobs to stop, from one long poll; None if the poll failed (§3.3)."""
         if self._urls.stop is None:
@@ -208,9 +222,10 @@ class Platform:
     async def _post_result(self, job_id: str, body: bytes) -> bool:
         return await self._post(self._urls.output, job_id, body, "isStream=true")
 
-    async def _post_batch(self, body: bytes) -> tuple[int | None, bytes]:
+    async def _post_batch(self, body: bytes, wanted: int) -> tuple[int | None, bytes]:
         assert self._batch_url is not None
-        return await self._offer(self._batch_url, body, job_id="several")
+        first = _with_query(self._batch_url, f"take={wanted}") if wanted else self._batch_url
+        return await self._offer(self._batch_url, body, job_id="several", first_url=first)
 
     async def _post(self, template: str | None, job_id: str, body: bytes, query: str) -> bool:
         if template is None:
@@ -221,17 +236,31 @@ class Platform:
             self._log.event("platform.post_refused", job=job_id, status=status)
         return status is not None and status < 400
 
-    async def _offer(self, url: str, body: bytes, *, job_id: str) -> tuple[int | None, bytes]:
-        """Post until there is an answer that stands; status None when it was given up."""
-        backoff = Backoff(0.2, 5.0)
-        deadline = asyncio.get_running_loop().time() + POST_SECONDS
+    async def _offer(
+        self, url: str, body: bytes, *, job_id: str, first_url: str | None = None
+    ) -> tuple[int | None, bytes]:
+        """Post until there is an answer that stands; status None when it was given up.
+
+        Args:
+            url: Where to.
+            body: What.
+            job_id: For the log.
+            first_url: Where to at the first try, which may ask for more than the repetitions do.
+        """
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + POST_SECONDS
+        backoff: Backoff | None = None
         while True:
             # The reference SDK labels its JSON this way and platforms parse the bytes (§1 rule 9).
-            status, answer = await self._send(url, body, content_type="application/x-www-form-urlencoded")
+            status, answer = await self._send(
+                first_url or url, body, content_type="application/x-www-form-urlencoded"
+            )
             if status is not None and status < 500 and status not in {408, 429}:
                 return status, answer
+            first_url = None
+            backoff = backoff or Backoff(0.2, 5.0)
             delay = backoff.next_delay()
-            if asyncio.get_running_loop().time() + delay > deadline:
+            if clock() + delay > deadline:
                 self._log.event("platform.post_lost", job=job_id, status=status)
                 return None, b""
             await asyncio.sleep(delay)
@@ -353,5 +382,5 @@ def _with_query(url: str, query: str) -> str:
 def _load(body: bytes) -> Any:
     try:
         return msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None

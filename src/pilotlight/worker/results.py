@@ -2,7 +2,9 @@
 
 While a post is under way, results that become ready wait for its end and then go in one post, so a worker
 with many short jobs costs the platform one request and one commit for all of them, and a single result waits
-for nothing. Platforms without the route (RunPod) get every result by itself, as the protocol has it.
+for nothing. A worker whose slots are all in use asks for its next jobs with the same post: one request and
+one commit less for each. Platforms without the route (RunPod) get every result by itself, as the protocol
+has it.
 """
 
 from __future__ import annotations
@@ -36,7 +38,12 @@ class _Status(msgspec.Struct):
     status: int
 
 
-_answers = msgspec.json.Decoder(list[_Status])
+class _WithJobs(msgspec.Struct):
+    results: list[_Status]
+    jobs: msgspec.Raw
+
+
+_answers = msgspec.json.Decoder(list[_Status] | _WithJobs)
 
 
 class ResultPoster:
@@ -44,20 +51,26 @@ class ResultPoster:
 
     Args:
         post_one: Posts one result: (job id, body) → whether the platform has it.
-        post_many: Posts a JSON list; the status and body of the answer, status None when it was given up.
-            None where the platform's address shows that it has no such route.
+        post_many: Posts a JSON list and asks for so many jobs; the status and body of the answer, status None
+            when it was given up. None where the platform's address shows that it has no such route.
         log: Where refusals are said.
+
+    Attributes:
+        room: How many jobs may come with the answer to so many results.
+        taken: Called with those jobs, a JSON list, before the results count as handed in.
     """
 
     def __init__(
         self,
         post_one: Callable[[str, bytes], Awaitable[bool]],
-        post_many: Callable[[bytes], Awaitable[tuple[int | None, bytes]]] | None,
+        post_many: Callable[[bytes, int], Awaitable[tuple[int | None, bytes]]] | None,
         log: LogSink,
     ) -> None:
         self._post_one = post_one
         self._post_many = post_many
         self._log = log
+        self.room: Callable[[int], int] = lambda _: 0
+        self.taken: Callable[[bytes], None] = lambda _: None
         self._waiting: list[_Waiting] = []
         self._sender: asyncio.Task[None] | None = None
 
@@ -85,6 +98,9 @@ class ResultPoster:
             while self._waiting:
                 batch = self._next()
                 await self._send_batch(batch)
+                if self._waiting:
+                    # Their jobs are let go of first: `room` counts what is in hand.
+                    await asyncio.sleep(0)
         finally:
             self._sender = None
             for waiting in (*batch, *self._waiting):
@@ -103,11 +119,14 @@ class ResultPoster:
         return batch
 
     async def _send_batch(self, batch: list[_Waiting]) -> None:
-        if len(batch) == 1 or self._post_many is None:
+        wanted = 0 if self._post_many is None else self.room(len(batch))
+        if self._post_many is None or (len(batch) == 1 and not wanted):
             await self._send_each(batch)
             return
-        status, answer = await self._post_many(_encode(batch))
-        statuses = _decode(answer) if status == 200 else None
+        status, answer = await self._post_many(_encode(batch), wanted)
+        statuses, jobs = _decode(answer) if status == 200 else (None, b"")
+        if jobs:
+            self.taken(jobs)
         if status is None:
             for waiting in batch:
                 _resolve(waiting, handed_in=False)
@@ -143,8 +162,12 @@ def _encode(batch: list[_Waiting]) -> bytes:
     return b"[%b]" % b",".join(items)
 
 
-def _decode(answer: bytes) -> list[int] | None:
+def _decode(answer: bytes) -> tuple[list[int] | None, bytes]:
+    """The status of each result, None where there are none, and the jobs that came with them."""
     try:
-        return [one.status for one in _answers.decode(answer)]
+        read = _answers.decode(answer)
     except (msgspec.DecodeError, UnicodeDecodeError):
-        return None
+        return None, b""
+    if isinstance(read, list):
+        return [one.status for one in read], b""
+    return [one.status for one in read.results], bytes(read.jobs)

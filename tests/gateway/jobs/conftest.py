@@ -21,6 +21,7 @@ from pilotlight.domain.endpoint import Endpoint, Revision
 from pilotlight.domain.key import ApiKey, Scope, hash_secret
 from pilotlight.domain.usage import RequestRecord
 from pilotlight.domain.worker import Worker, WorkerState
+from pilotlight.errors import NotFoundError
 from pilotlight.gateway.directory import Directory
 from pilotlight.gateway.jobs import JobService, job_routes
 from pilotlight.gateway.jobs.batch_routes import batch_routes
@@ -119,6 +120,9 @@ class RecordingFleet:
             self.changed.set()
         elif worker.state is WorkerState.READY and worker_id not in self.fixed:
             self.slots.open_worker(worker.endpoint_id, worker_id, capacity=slots, registration=None)
+
+    async def resume(self, endpoint: Endpoint, worker_id: str) -> Worker:
+        raise NotFoundError(worker_id)
 
     async def drain(self, worker_id: str, *, reason: str) -> None:
         self.drained.append((worker_id, reason))
@@ -249,6 +253,7 @@ async def serving(app: JobRoad) -> AsyncIterator[str]:
     config = uvicorn.Config(
         app,
         http=GatewayProtocol,
+        proxy_headers=False,
         log_level="error",
         lifespan="off",
         ws="none",

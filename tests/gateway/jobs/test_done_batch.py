@@ -125,6 +125,16 @@ async def test_only_the_worker_itself(platform):
     assert (await platform.status(job_id))["status"] == "IN_PROGRESS"
 
 
+async def test_late_ones_of_an_ended_worker_change_nothing(platform):
+    """worker-protocol.md §7.2, §14: 200, as for `job-done`; the list is not even read."""
+    platform.fleet.add(capacity=1)
+    (job_id,) = await taken(platform, 1)
+    await platform.fleet.end("w1")
+    answer = await post(platform, [{"id": job_id, "body": {"output": 1}}])
+    assert (answer.status_code, answer.json()) == (200, [])
+    assert (await platform.status(job_id))["status"] == "IN_QUEUE"
+
+
 async def test_failure_of_the_store_is_ours(platform):
     """503 for all of it, nothing applied, and remembered against us (§7.1 L2)."""
     platform.fleet.add(capacity=2)

@@ -5,11 +5,19 @@ import contextlib
 import socket
 from urllib.parse import parse_qsl
 
+import msgspec
 import pytest
 import uvicorn
 
 from pilotlight.gateway.asgi import Response
-from pilotlight.gateway.jobs.http import JobRoad, Operation, SegmentRoute, json_answer, parse_query
+from pilotlight.gateway.jobs.http import (
+    JobRoad,
+    Operation,
+    SegmentRoute,
+    WholeCall,
+    json_answer,
+    parse_query,
+)
 from pilotlight.gateway.jobs.waiting import watched
 from pilotlight.gateway.protocol import GatewayProtocol
 
@@ -77,9 +85,17 @@ async def asked(serve_app):
 @pytest.fixture
 def serve_app():
     @contextlib.asynccontextmanager
-    async def serve(app):
+    async def serve(app, **settings):
         listener = socket.create_server(("127.0.0.1", 0))
-        config = uvicorn.Config(app, http=GatewayProtocol, ws="none", lifespan="off", log_config=None)
+        config = uvicorn.Config(
+            app,
+            http=GatewayProtocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            proxy_headers=False,
+            **settings,
+        )
         server = uvicorn.Server(config)
         task = asyncio.create_task(server.serve(sockets=[listener]))
         try:
@@ -175,3 +191,176 @@ async def test_a_client_that_goes_is_noticed_with_the_help_of_the_server_and_wit
             await entered.wait()
             writer.close()
             await noticed.wait()
+
+
+# Requests that repeat the fields of an earlier one on their connection: `gateway.repeated`.
+
+POST = frozenset({"POST"})
+
+
+async def _echo(call):
+    body = await call.whole_body(limit=100)
+    whole = isinstance(call, WholeCall)
+    return json_answer(
+        msgspec.json.encode([whole, call.method, list(call.ids), dict(call.query), body.decode()])
+    )
+
+
+def post(path, body=b"body"):
+    return b"POST %b HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%b" % (path, len(body), body)
+
+
+@contextlib.asynccontextmanager
+async def connected(port):
+    """(`send`, `receive`, `writer`) of one connection; `receive` gives the decoded body of the next answer."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+
+    async def receive():
+        async with asyncio.timeout(30):
+            head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+            length = int(head.partition("content-length: ")[2].partition("\r\n")[0])
+            return msgspec.json.decode(await reader.readexactly(length))
+
+    try:
+        yield writer.write, receive, writer
+    finally:
+        writer.close()
+
+
+@pytest.fixture
+async def echo(serve_app):
+    async with serve_app(JobRoad([SegmentRoute({("echo", 1): Operation(POST, _echo)})])) as port:
+        yield port
+
+
+async def test_the_second_request_with_the_same_fields_needs_no_parser(echo):
+    async with connected(echo) as (send, receive, _):
+        send(post(b"/v2/e/echo/1"))
+        assert await receive() == [False, "POST", ["1"], {}, "body"]
+        send(post(b"/v2/e//echo/2/?a=b%20c", b"next"))
+        assert await receive() == [True, "POST", ["2"], {"a": "b c"}, "next"]
+        send(post(b"/v2/e/echo/3", b"longer"))
+        assert await receive() == [False, "POST", ["3"], {}, "longer"]
+        send(post(b"/v2/e/echo/%34"))
+        assert await receive() == [False, "POST", ["4"], {}, "body"]
+        send(post(b"/v2/e/nothing"))
+        assert await receive() == {"error": "not found", "detail": "not found"}
+        send(post(b"/v2/e/echo/5"))
+        assert (await receive())[0] is True
+
+
+async def test_requests_that_come_in_pieces_or_all_at_once_are_answered_in_order(echo):
+    async with connected(echo) as (send, receive, writer):
+        send(post(b"/v2/e/echo/0"))
+        await receive()
+        for number in range(1, 40):
+            send(post(b"/v2/e/echo/%d" % number))
+        assert [(await receive())[2] for _ in range(1, 40)] == [[str(number)] for number in range(1, 40)]
+        data = post(b"/v2/e/echo/halves")
+        for cut in (3, 30, len(data) - 2):
+            send(data[:cut])
+            await writer.drain()
+            await asyncio.sleep(0.01)
+            send(data[cut:])
+            assert (await receive())[2:] == [["halves"], {}, "body"]
+
+
+async def test_what_comes_while_a_request_is_answered_waits_for_its_turn(serve_app):
+    may_end, asked = asyncio.Event(), []
+
+    async def slow(call):
+        asked.append((call.ids[0], isinstance(call, WholeCall)))
+        if call.ids[0] == "slow":
+            await may_end.wait()
+        return await _echo(call)
+
+    async with (
+        serve_app(JobRoad([SegmentRoute({("echo", 1): Operation(POST, slow)})])) as port,
+        connected(port) as (send, receive, _),
+    ):
+        send(post(b"/v2/e/echo/0"))
+        await receive()
+        send(post(b"/v2/e/echo/slow"))
+        async with asyncio.timeout(30):
+            while len(asked) < 2:
+                await asyncio.sleep(0.001)
+        send(post(b"/v2/e/echo/a") + post(b"/v2/e/echo/b") + post(b"/v2/e/echo/c")[:10])
+        await asyncio.sleep(0.05)
+        assert asked == [("0", False), ("slow", True)]
+        may_end.set()
+        assert [(await receive())[2] for _ in range(3)] == [["slow"], ["a"], ["b"]]
+        send(post(b"/v2/e/echo/c")[10:])
+        assert (await receive())[2] == ["c"]
+
+
+async def test_a_client_that_goes_is_noticed_while_its_repeated_request_waits(serve_app):
+    entered, noticed = asyncio.Event(), asyncio.Event()
+
+    async def wait(call):
+        if call.ids[0] == "0":
+            return json_answer(b"{}")
+        async with call.client_gone() as gone:
+            entered.set()
+            await asyncio.wait({gone})
+            noticed.set()
+        return json_answer(b"{}")
+
+    async with (
+        serve_app(JobRoad([SegmentRoute({("echo", 1): Operation(POST, wait)})])) as port,
+        connected(port) as (send, receive, writer),
+    ):
+        send(post(b"/v2/e/echo/0"))
+        await receive()
+        send(post(b"/v2/e/echo/1"))
+        async with asyncio.timeout(30):
+            await entered.wait()
+            writer.close()
+            await noticed.wait()
+
+
+async def test_a_server_that_stops_answers_a_repeated_request_and_closes(serve_app):
+    entered = asyncio.Event()
+
+    async def slow(call):
+        if call.ids[0] != "0":
+            entered.set()
+            await asyncio.sleep(0.1)
+        return json_answer(b"[1]")
+
+    async with contextlib.AsyncExitStack() as stack:
+        server = contextlib.AsyncExitStack()
+        port = await server.enter_async_context(
+            serve_app(JobRoad([SegmentRoute({("echo", 1): Operation(POST, slow)})]))
+        )
+        send, receive, _ = await stack.enter_async_context(connected(port))
+        send(post(b"/v2/e/echo/0"))
+        await receive()
+        send(post(b"/v2/e/echo/1"))
+        async with asyncio.timeout(30):
+            await entered.wait()
+            stopping = asyncio.create_task(server.aclose())
+            assert await receive() == [1]
+            with pytest.raises(asyncio.IncompleteReadError):
+                await receive()
+            await stopping
+
+
+async def test_idle_connections_are_closed_and_used_ones_are_not(serve_app):
+    """The timer of an answer that came before must not close a connection in use."""
+    may_end = asyncio.Event()
+
+    async def slow(call):
+        if call.ids[0] == "slow":
+            await may_end.wait()
+        return json_answer(b"[1]")
+
+    road = JobRoad([SegmentRoute({("echo", 1): Operation(POST, slow)})])
+    async with serve_app(road, timeout_keep_alive=0.2) as port, connected(port) as (send, receive, _):
+        send(post(b"/v2/e/echo/0"))
+        await receive()
+        send(post(b"/v2/e/echo/slow"))
+        await asyncio.sleep(0.5)
+        may_end.set()
+        assert await receive() == [1]
+        with pytest.raises(asyncio.IncompleteReadError):
+            await receive()

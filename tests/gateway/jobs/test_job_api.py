@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 
 import pytest
 
 from pilotlight.domain.usage import Outcome, Road
 from pilotlight.domain.worker import WorkerState
+from pilotlight.gateway.jobs import service as service_module
 from pilotlight.ports.fleet import Health
 
 ERROR_KEYS = {"error", "detail"}
@@ -447,6 +449,30 @@ async def test_deleted_endpoint_cancels_its_jobs(platform):
     await platform.service.endpoint_deleted("ep1")
     assert (await platform.status(running))["status"] == "CANCELLED"
     assert (await waiting).json()["status"] == "CANCELLED"
+
+
+async def test_deleted_endpoint_with_many_jobs_keeps_nobody_waiting(platform, monkeypatch):
+    """§12 item 41 and §2.15: what is not cancelled at once is purged; the running one ends all the same."""
+    monkeypatch.setattr(service_module, "_CANCELLED_SLICES", 2)
+    cancel_all = platform.store.cancel_all
+    platform.store.cancel_all = functools.partial(cancel_all, limit=1)
+    platform.fleet.add(capacity=1)
+    low = await platform.run({"input": 1, "policy": {"lowPriority": True}})
+    await platform.take()
+    hook = {"input": 1, "webhook": "https://example.com/"}
+    queued = [await platform.run(hook) for _ in range(5)]
+    waiting = asyncio.create_task(platform.call("GET", f"/status-sync/{queued[-1]}"))
+    await platform.watched()
+    await platform.service.endpoint_deleted("ep1")
+    counts = await platform.store.counts("ep1")
+    assert (counts.queued, counts.in_progress) == (0, 0)
+    assert (await platform.status(low))["status"] == "CANCELLED"
+    assert (await waiting).status_code == 404
+    while await platform.store.delete_purged(now_ms=platform.clock.now_ms()):
+        pass
+    told = await platform.store.due_webhooks(now_ms=10**15)
+    assert {json.loads(delivery.body)["status"] for delivery in told} == {"CANCELLED"}
+    assert {delivery.job_id for delivery in told} == set(queued)
 
 
 async def test_closing_answers_everybody(make_platform):

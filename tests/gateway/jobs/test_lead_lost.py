@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from dataclasses import replace
 
 from pilotlight.domain.job import JobStatus
-from pilotlight.gateway.elsewhere import Elsewhere, JobsElsewhere
+from pilotlight.domain.worker import WorkerState
+from pilotlight.gateway.elsewhere import Elsewhere, FleetElsewhere, JobsElsewhere
 
 
 async def test_nothing_is_handed_out_without_the_lead_and_takes_are_answered(platform):
@@ -78,12 +81,15 @@ class Acted:
         self.deleted: list[str] = []
         self.served: set[str] = set()
         self.failures = 0
+        self.leads = False
+        self.fleet = FleetElsewhere(platform.fleet, platform.store, lambda: self.leads)
         self.elsewhere = Elsewhere(
             jobs=JobsElsewhere(platform.service.ledger),
             directory=platform.directory,
             changed=self.changed.append,
             deleted=self._delete,
             served=lambda: self.served,
+            fleet=self.fleet,
             webhook_due=lambda: None,
         )
 
@@ -120,3 +126,34 @@ async def test_workers_of_an_endpoint_that_is_gone_are_ended(platform):
     acted.served = {"gone"}
     await acted.look()
     assert acted.deleted == ["gone"]
+
+
+async def test_a_follower_shows_the_workers_of_the_leader(platform):
+    """Its own fleet is empty; what it shows is what the leader has written down, living ones only."""
+    acted = Acted(platform)
+    platform.fleet.add("w1", capacity=1)
+    mine = platform.fleet.worker("w1")
+    theirs = replace(mine, id="w9")
+    await platform.store.put_worker(theirs)
+    await platform.store.put_worker(replace(mine, id="w8", endpoint_id="ep2"))
+    await platform.store.put_worker(replace(mine, id="w7", state=WorkerState.STOPPED, ended_ms=5))
+    assert list(acted.fleet.workers("ep1")) == []
+    await acted.look()
+    assert acted.fleet.workers("ep1") == [theirs]
+    assert [worker.id for worker in acted.fleet.workers("ep2")] == ["w8"]
+    acted.leads = True
+    assert acted.fleet.workers("ep1") == [mine]
+    await acted.look()
+    acted.leads = False
+    assert list(acted.fleet.workers("ep1")) == []
+
+
+async def test_a_resync_wakes_waiters_some_after_the_other(platform):
+    """Each of them asks the store: all at once they would hold up everybody else."""
+    ledger = platform.service.ledger
+    with contextlib.ExitStack() as watching:
+        events = [watching.enter_context(ledger.signals.watch(f"j{number}")) for number in range(120)]
+        JobsElsewhere(ledger).resync([])
+        await asyncio.sleep(0)
+        assert sum(event.is_set() for event in events) == 50
+        await asyncio.gather(*(asyncio.wait_for(event.wait(), 10) for event in events))

@@ -126,6 +126,27 @@ async def test_webhook_is_stored_and_due_at_the_end(platform):
     assert "webhook" not in await platform.status(job_id)
 
 
+@pytest.mark.parametrize(
+    "deep", [b"[" * 100_000 + b"]" * 100_000, b'{"a":' * 501 + b"1" + b"}" * 501], ids=["absurd", "deep"]
+)
+@pytest.mark.parametrize("verb", ["/run", "/runsync", "/batch"])
+async def test_what_is_nested_too_deeply_is_refused(platform, verb, deep):
+    """A worker's reader of JSON fails on it, and with it on all jobs of the same answer."""
+    body = b'{"input":' + deep + b"}"
+    answer = await platform.call("POST", verb, content=b"[" + body + b"]" if verb == "/batch" else body)
+    assert answer.status_code == 400
+    assert answer.json()["error"].startswith("request body is nested too deeply")
+
+
+async def test_many_brackets_are_not_deep(platform):
+    """Side by side, or in a text, there may be any number of them."""
+    value = [[], "[" * 1_000 + '"\\', {"{[": "]"}] * 1_000 + [json.loads(b"[" * 400 + b"]" * 400)]
+    job_id = await platform.run({"input": value})
+    platform.fleet.add(capacity=1)
+    assert (await platform.take()).json()["input"] == value
+    assert job_id
+
+
 # Idempotency-Key
 
 
@@ -199,6 +220,17 @@ async def test_keys_of_others_do_not_meet(platform):
         await submit(platform, "k", body=b'{"input": 3}', endpoint="ep2"),
     ]
     assert len({answer.json()["id"] for answer in answers}) == 3
+
+
+async def test_repetition_needs_no_room_in_the_queue(make_platform):
+    """A client that asks again whether its job was taken is not told that the queue is full."""
+    async with make_platform(limits={"queue_jobs": 1}) as platform:
+        first = await submit(platform, "k")
+        again = await submit(platform, "k")
+        assert (again.status_code, again.json()) == (200, first.json())
+        assert again.headers["idempotency-replayed"] == "true"
+        assert (await submit(platform, "k", body=b'{"input": 2}')).status_code == 409
+        assert (await submit(platform, "other")).status_code == 429
 
 
 async def test_key_is_free_again_when_its_job_has_expired(platform):

@@ -1,8 +1,7 @@
 """What the log says of ended jobs."""
 
-from dataclasses import replace
-
 import pytest
+from msgspec.structs import replace
 from structlog.testing import capture_logs
 
 from pilotlight.domain.job import Job, JobStatus

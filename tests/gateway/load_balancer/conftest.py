@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from dataclasses import replace
 
 import aiohttp
@@ -19,7 +20,7 @@ from pilotlight.errors import NotFoundError
 from pilotlight.gateway.app import Gateway
 from pilotlight.gateway.directory import Directory
 from pilotlight.gateway.load_balancer import LoadBalancer
-from pilotlight.gateway.load_balancer_tunnel import WebSocketTunnel
+from pilotlight.gateway.load_balancer.tunnel import WebSocketTunnel
 from pilotlight.gateway.protocol import GatewayProtocol
 from pilotlight.gateway.slots import SlotTable
 from pilotlight.settings import LoadBalancerSettings
@@ -64,6 +65,7 @@ class Balanced:
         self.directory = Directory(self.store)
         self.fleet = FakeFleet()
         self.rows = []
+        self.start_failed = StartFailedError
         self.waiting = asyncio.Event()
         self.slots.on_demand = lambda _: self.waiting.set()
         self.balancer = LoadBalancer(
@@ -74,7 +76,7 @@ class Balanced:
             settings=LoadBalancerSettings(**settings),
             entropy=bytes,
             record=self.rows.append,
-            start_failed=StartFailedError,
+            start_failed=self.start_failed,
         )
         self.app = Gateway(openai=None, jobs=None, management=None, balancer=self.balancer)
         self.url = ""
@@ -137,6 +139,12 @@ class Balanced:
         self.stack.push_async_callback(stop)
         self.add("w1", server.sockets[0].getsockname()[1])
 
+    def unreachable(self, worker_id):
+        """A worker at whose port nobody listens."""
+        port = self.stack.enter_context(socket.socket())
+        port.bind(("127.0.0.1", 0))
+        self.add(worker_id, port.getsockname()[1])
+
     def add(self, worker_id, port, *, capacity=10, endpoint_id=ID):
         worker = Worker(id=worker_id, endpoint_id=endpoint_id, version=1, state=WorkerState.READY)
         self.fleet.living[worker_id] = worker
@@ -150,6 +158,12 @@ class Balanced:
     def drain(self, worker_id):
         self.fleet.living[worker_id] = replace(self.fleet.living[worker_id], state=WorkerState.DRAINING)
         self.slots.close_worker(worker_id)
+
+    def end(self, worker_id):
+        """A worker that was scaled down has ended."""
+        del self.fleet.living[worker_id]
+        self.fleet.stopped.add(worker_id)
+        self.slots.drop_worker(worker_id)
 
     def ask(self, method="GET", path="/", **more):
         return self.client.request(method, f"{self.url}/lb/{ID}{path}", **more)

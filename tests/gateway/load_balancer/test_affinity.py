@@ -104,6 +104,86 @@ async def test_strict_resume_starts_a_worker_that_was_scaled_down(balanced):
         assert answer.headers[HEADER] == "w1"
 
 
+def resuming(balanced, worker_id="w1"):
+    """A request that insists on a worker, on its way."""
+    headers = {HEADER: f"strict-resume {worker_id}"}
+    return asyncio.create_task(balanced.client.get(f"{balanced.url}/lb/{ID}/", headers=headers))
+
+
+async def until_awaited(balanced, worker_id="w1"):
+    """Until somebody waits for the end of a worker."""
+    async with asyncio.timeout(20):
+        while worker_id not in balanced.slots._ends:
+            await asyncio.sleep(0.01)
+
+
+async def test_strict_resume_waits_for_the_end_of_a_worker_that_drains(balanced):
+    """§3: restarted when it was scaled down; while it drains it is only not down yet."""
+    port = await balanced.worker("w1", named("w1"))
+    balanced.drain("w1")
+    async with balanced.ask(headers={HEADER: "strict w1"}) as answer:
+        assert answer.status == 404, "only strict-resume starts it again"
+    first, second = resuming(balanced), resuming(balanced)
+    await until_awaited(balanced)
+    assert not balanced.waiting.is_set(), "no other worker would do, so it is no demand"
+    assert not balanced.fleet.resumed
+    balanced.end("w1")
+    await balanced.waiting.wait()
+    balanced.add("w1", port)
+    for asking in (first, second):
+        async with await asking as answer:
+            assert (answer.status, await answer.text()) == (200, "w1")
+
+
+async def test_strict_resume_waits_for_an_end_no_longer_than_for_a_worker(make_balanced):
+    balanced = await make_balanced(pinned_wait_s=1)
+    await balanced.worker("w1", named("w1"))
+    balanced.drain("w1")
+    async with await resuming(balanced) as answer:
+        assert answer.status == 400
+        assert await answer.json() == {"error": "timed out waiting for worker", "reason": "worker_timeout"}
+    assert not balanced.fleet.resumed
+
+
+async def test_strict_resume_outlives_a_drain_that_begins_while_it_waits(balanced):
+    port = await balanced.worker("w1", named("w1"), capacity=1)
+    balanced.slots.take_of(ID, "w1")
+    asking = resuming(balanced)
+    await balanced.waiting.wait()
+    balanced.drain("w1")
+    await until_awaited(balanced)
+    balanced.waiting.clear()
+    balanced.end("w1")
+    await balanced.waiting.wait()
+    balanced.add("w1", port)
+    async with await asking as answer:
+        assert (answer.status, await answer.text()) == (200, "w1")
+
+
+async def test_a_worker_that_fails_instead_of_ending_is_not_resumed(balanced):
+    await balanced.worker("w1", named("w1"))
+    balanced.drain("w1")
+    asking = resuming(balanced)
+    await until_awaited(balanced)
+    balanced.end("w1")
+    balanced.fleet.stopped.clear()
+    async with await asking as answer:
+        assert (answer.status, await answer.json()) == (404, {"error": "affinity_worker_gone"})
+
+
+async def test_an_endpoint_that_is_deleted_meanwhile_starts_nothing(balanced):
+    await balanced.worker("w1", named("w1"))
+    balanced.drain("w1")
+    asking = resuming(balanced)
+    await until_awaited(balanced)
+    await balanced.store.delete_endpoint(ID, now_ms=0)
+    await balanced.directory.refresh()
+    balanced.end("w1")
+    async with await asking as answer:
+        assert (answer.status, await answer.json()) == (404, {"error": "affinity_worker_gone"})
+    assert not balanced.fleet.resumed
+
+
 async def test_pins_never_cross_endpoints(balanced):
     await balanced.deploy("otherbalancer1")
     await balanced.worker("w1", named("mine"))
@@ -112,3 +192,6 @@ async def test_pins_never_cross_endpoints(balanced):
         assert (answer.status, await answer.json()) == (404, {"error": "affinity_worker_gone"})
     async with balanced.ask(headers={HEADER: "w2"}) as answer:
         assert await answer.text() == "mine"
+    balanced.drain("w2")
+    async with balanced.ask(headers={HEADER: "strict-resume w2"}) as answer:
+        assert answer.status == 404, "the end of theirs is not waited for"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import socket
 
 import aiohttp
 import pytest
@@ -198,16 +197,12 @@ async def test_no_routable_worker_in_time_is_400(make_balanced):
 async def test_an_endpoint_that_gives_up_starting_tells_those_who_wait(balanced):
     asking = asyncio.create_task(balanced.client.get(f"{balanced.url}/lb/{ID}/"))
     await balanced.waiting.wait()
-    balanced.slots.fail_held(ID, _start_failed(balanced), retry_ms=balanced.clock.now_ms() + 60_000)
+    balanced.slots.fail_held(ID, balanced.start_failed("no"), retry_ms=balanced.clock.now_ms() + 60_000)
     async with await asking as answer:
         assert (answer.status, await answer.json()) == (400, {"error": "no workers available"})
     async with balanced.ask() as answer:
         assert (answer.status, await answer.json()) == (400, {"error": "no workers available"})
         assert int(answer.headers["retry-after"]) > 0
-
-
-def _start_failed(balanced):
-    return balanced.balancer._start_failed("no")
 
 
 async def test_a_request_waits_for_a_worker_and_then_reaches_it(balanced):
@@ -219,12 +214,11 @@ async def test_a_request_waits_for_a_worker_and_then_reaches_it(balanced):
 
 
 async def test_a_refused_connection_is_502(balanced):
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        balanced.add("w1", unused.getsockname()[1])
-        async with balanced.ask() as answer:
-            assert (answer.status, await answer.json()) == (502, {"error": "bad gateway"})
-            assert answer.headers["X-Runpod-Worker-Id"] == "w1"
+    balanced.unreachable("w1")
+    async with balanced.ask() as answer:
+        assert (answer.status, await answer.json()) == (502, {"error": "bad gateway"})
+        assert answer.headers["X-Runpod-Worker-Id"] == "w1"
+    assert not balanced.slots.worker("w1").takes_requests
 
 
 async def test_a_connection_that_breaks_before_the_answer_is_502_and_not_tried_again(balanced):

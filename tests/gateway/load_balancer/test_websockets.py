@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 from aiohttp import WSMsgType, web
 
-from pilotlight.gateway import load_balancer_tunnel
+from pilotlight.gateway.load_balancer import tunnel
 
 ID = "lbendpoint1234"
 
@@ -176,6 +176,15 @@ async def test_what_only_looks_like_a_handshake_is_400_and_reaches_nobody(balanc
     writer.close()
 
 
+async def test_a_worker_that_cannot_be_reached_is_502_and_passed_over(balanced):
+    """It is the least busy one, so the next handshake would go there again."""
+    balanced.unreachable("w1")
+    with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+        await connect(balanced)
+    assert refused.value.status == 502
+    assert not balanced.slots.worker("w1").takes_requests
+
+
 async def test_after_a_refused_handshake_nothing_of_the_client_reaches_the_worker(balanced):
     """What follows would be a request of its own, past the check of keys."""
     received, more = bytearray(), asyncio.Event()
@@ -256,8 +265,8 @@ async def test_a_client_that_reads_nothing_slows_its_worker(balanced):
 
 
 async def test_a_side_that_reads_nothing_holds_no_slot_for_long(balanced, monkeypatch):
-    monkeypatch.setattr(load_balancer_tunnel, "_STALL_S", 0.2)
-    monkeypatch.setattr(load_balancer_tunnel, "_LINGER_S", 0.2)
+    monkeypatch.setattr(tunnel, "_STALL_S", 0.2)
+    monkeypatch.setattr(tunnel, "_LINGER_S", 0.2)
     done = asyncio.Event()
 
     async def serve(reader, writer):

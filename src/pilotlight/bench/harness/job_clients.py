@@ -31,7 +31,13 @@ PAYLOAD_BYTES = 85
 """Of the whole body; what the measurements in other queues' documentation use, too."""
 
 _AGAIN_S = 0.005
-"""Pause before a job that was not ready is looked at again."""
+"""Pause of a connection that has nothing to do."""
+
+_READERS = 16
+"""Connections that read statuses at once: all of them would mostly find jobs that are not ready."""
+
+_REST_S = 0.015
+"""Pause of all reading after a job that was not ready."""
 
 _DRAIN_S = 60.0
 _TERMINAL_S = 30.0
@@ -136,9 +142,9 @@ class _Driver:
         if not load.stopped and len(load.pending) + load.asking < load.window:
             load.asking += 1
             self._connection.send(load.submission, self._submitted)
-        elif load.pending and load.prober is None:
+        elif load.pending and not load.resting and load.reading < _READERS:
             self._look()
-        elif load.stopped and not load.asking:
+        elif load.stopped and not load.asking and not load.pending:
             load.finish()
         else:
             asyncio.get_running_loop().call_later(_AGAIN_S, self._next)
@@ -147,6 +153,7 @@ class _Driver:
         load = self._load
         self._job = load.pending.popleft()
         load.asking += 1
+        load.reading += 1
         load.reads += 1
         self._connection.send(load.status_head + self._job.encode() + load.status_tail, self._read)
 
@@ -165,16 +172,13 @@ class _Driver:
     def _read(self, status: int, body: bytes) -> None:
         load = self._load
         load.asking -= 1
+        load.reading -= 1
         job = _seen.decode(body) if status == 200 else None
         if job is not None and job.status in {"IN_QUEUE", "IN_PROGRESS"}:
+            # Younger ones are hardly ready, either.
             load.pending.appendleft(self._job)
-            # Younger ones are hardly ready, either: one connection looks again, the others wait for it.
-            if load.prober is None:
-                load.prober = self
-            asyncio.get_running_loop().call_later(_AGAIN_S, self._look if load.prober is self else self._next)
-            return
-        load.prober = None
-        if job is not None and job.status == "COMPLETED":
+            load.rest()
+        elif job is not None and job.status == "COMPLETED":
             load.completed += not load.stopped
             load.finished += 1
         else:
@@ -194,13 +198,23 @@ class _Drive:
         self.window = window
         self.pending: deque[str] = deque()
         self.asking = 0
-        self.prober: _Driver | None = None
+        self.reading = 0
+        self.resting = False
         self.reads = 0
         self.completed = 0
         self.finished = 0
         self.failures = _Failures()
         self.stopped = False
         self.done = asyncio.Event()
+
+    def rest(self) -> None:
+        """Read nothing for a while: the oldest job was not ready."""
+        if not self.resting:
+            self.resting = True
+            asyncio.get_running_loop().call_later(_REST_S, self._rested)
+
+    def _rested(self) -> None:
+        self.resting = False
 
     def finish(self) -> None:
         self.stopped = True

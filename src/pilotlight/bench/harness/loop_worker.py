@@ -1,7 +1,7 @@
 """Our worker program's own protocol client and job loop around a handler that does nothing.
 
 `python -m pilotlight.bench.harness.loop_worker` in the environment of a worker; `MAX_CONCURRENCY` says how
-many jobs it runs at a time. Everything but the engine is what `pilotlight worker` runs.
+many jobs it runs at a time; without it, one. Everything but the engine is what `pilotlight worker` runs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class _Noop:
 
 async def main() -> None:
     """Work until the process is ended."""
-    config = WorkerConfig.from_environment({**os.environ, "MODEL_NAME": "noop"}, python=sys.executable)
+    variables = {"MAX_CONCURRENCY": "1", **os.environ, "MODEL_NAME": "noop"}
+    config = WorkerConfig.from_environment(variables, python=sys.executable)
     log = LogSink()
     broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     platform = Platform(config, log, lambda: None)

@@ -22,7 +22,7 @@ from pilotlight.errors import InvalidInputError, NotFoundError
 from pilotlight.gateway.errors import QueueFullError
 from pilotlight.gateway.jobs.bounds import QueueBounds
 from pilotlight.gateway.jobs.ledger import Ledger
-from pilotlight.gateway.jobs.submission import check_numbers
+from pilotlight.gateway.jobs.submission import check_readable
 from pilotlight.ports.clock import Clock
 from pilotlight.ports.store import BatchStore
 from pilotlight.settings import Settings
@@ -112,7 +112,7 @@ class BatchService:
             QueueFullError: As many batches are under way as may be, or too many requests.
         """
         drafts = self._drafts(_array(body or b"[]"))
-        check_numbers(body)
+        check_readable(body)
         active = [batch for batch in await self._store.batches(endpoint.id) if batch.active]
         if len(active) >= self._limits.batches:
             raise QueueFullError(
@@ -148,7 +148,7 @@ class BatchService:
         if "requests" not in fields:
             raise InvalidInputError('requests is required: {"requests": [{"input": …}, …]}', field="requests")
         drafts = self._drafts(_array(bytes(fields["requests"]), what="requests"))
-        check_numbers(body)
+        check_readable(body)
         self._check_total(batch.total + len(drafts))
         size = sum(len(draft.input) for draft in drafts)
         # It must fit into the queue when it is finalized.
@@ -275,12 +275,16 @@ def _input(element: bytes, number: int) -> bytes:
 def _object(body: bytes, *, what: str) -> dict[str, msgspec.Raw]:
     try:
         return _objects.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except RecursionError as error:
+        raise InvalidInputError("request body is nested too deeply") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidInputError(f"{what} must be a JSON object") from error
 
 
 def _array(body: bytes, *, what: str = "request body") -> list[bytes]:
     try:
         return [bytes(element) for element in _arrays.decode(body)]
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except RecursionError as error:
+        raise InvalidInputError("request body is nested too deeply") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidInputError(f'{what} must be a JSON array of {{"input": …}} objects') from error

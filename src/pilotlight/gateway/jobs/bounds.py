@@ -117,7 +117,10 @@ class QueueBounds:
     def ended(self, endpoint_id: str) -> None:
         """A job that had run has ended: the queue moves."""
         second = self._clock.now_ms() // 1000
-        ended = self._rooms.setdefault(endpoint_id, _Room()).ended
+        room = self._rooms.get(endpoint_id)
+        if room is None:
+            room = self._rooms[endpoint_id] = _Room()
+        ended = room.ended
         if ended and ended[-1][0] == second:
             ended[-1] = (second, ended[-1][1] + 1)
         else:

@@ -8,11 +8,12 @@ state (`core.lifecycle`). A result over the limit goes into the job's bucket, an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
 import structlog
+from msgspec.structs import replace
 
 from pilotlight.core.lifecycle import ResultPosted
 from pilotlight.domain.job import Job

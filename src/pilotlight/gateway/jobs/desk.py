@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import structlog
 
@@ -35,6 +34,7 @@ from pilotlight.gateway.jobs.results import (
     parse_chunk,
     parse_result,
 )
+from pilotlight.gateway.jobs.streams import forget_read
 from pilotlight.gateway.jobs.waiting import Gone, happened
 from pilotlight.gateway.protocol import ClientStream
 from pilotlight.ports.fleet import StageReport
@@ -110,22 +110,29 @@ class WorkerDesk:
             raise TooManyPollsError(f"worker {worker.id} has {len(link.polls)} open takes")
         if not holding and not link.polls:
             await self._close_earlier(link)
-        poll = Poll(link, count, connection, asyncio.get_running_loop().create_future())
-        either: set[asyncio.Future[Any]] = {poll.future, gone}
-        dispatcher = self._ledger.dispatcher
-        dispatcher.park(poll)
+        loop = asyncio.get_running_loop()
+        poll = Poll(link, count, connection, loop.create_future())
+        self._ledger.dispatcher.park(poll)
         hold_s = _ENDING_HOLD_S if link.released else self._spread(self._ledger.settings.take_hold_s)
+        timer = loop.call_later(hold_s, poll.expire)
         try:
-            await asyncio.wait(either, timeout=hold_s, return_when=asyncio.FIRST_COMPLETED)
-            poll.expired = True
-            if poll.asking and not gone.done():
-                # The store is being asked for this poll right now; its answer is a moment away.
-                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            return await self._answer_of(poll, gone)
+        finally:
+            timer.cancel()
+
+    async def _answer_of(self, poll: Poll, gone: Gone) -> Sequence[Job]:
+        """The jobs of a take, when it is resolved; none when its client has gone, and they go back then."""
+        gone.add_done_callback(poll.hang_up)
+        try:
+            await poll.future
         except asyncio.CancelledError:
             self._leave(poll, deliver=False)
             raise
+        finally:
+            gone.remove_done_callback(poll.hang_up)
         # Nothing is awaited between this look and the write, unless the client reads too slowly.
-        return self._opened(self._leave(poll, deliver=not gone.done() and dispatcher.may_hand_out(link)))
+        deliver = not gone.done() and self._ledger.dispatcher.may_hand_out(poll.link)
+        return self._opened(self._leave(poll, deliver=deliver))
 
     def _opened(self, jobs: Sequence[Job]) -> Sequence[Job]:
         """Jobs with their `s3Config` readable; those for which it is lost fail, and are not handed over."""
@@ -253,8 +260,53 @@ class WorkerDesk:
             StoreError: None of them was applied.
         """
         link = self.link(worker)
+        if link is not None:
+            await self._apply_many(await self._events_of(link, items))
+
+    async def results_and_take(
+        self,
+        worker: Worker,
+        items: Sequence[tuple[str, bytes, bool]],
+        *,
+        count: int,
+        gone: Gone,
+        connection: ClientStream | None,
+    ) -> Sequence[Job]:
+        """As `results`, and hand out jobs for the slots that are free then; none where none is queued.
+
+        Args:
+            worker: Who posts.
+            items: (job id, body, `isStream`) of each.
+            count: Jobs wanted at most.
+            gone: As of `take`.
+            connection: As of `take`.
+
+        Raises:
+            StoreError: None of the results was applied, and no job is handed out.
+        """
+        link = self.link(worker)
         if link is None:
-            return
+            return []
+        events = await self._events_of(link, items)
+        ended = {job_id for job_id, event in events if not isinstance(event, Progressed)}
+        leaving = len(ended & link.hand_outs.keys())
+        held = len(link.hand_outs) - leaving
+        await self._ledger.fleet.took(worker.id, slots=self._shown(link, held + count))
+        # A task, though it is awaited here: so both reach the store before it begins to write either.
+        storing = asyncio.create_task(self._apply_many(events), name=f"results-{worker.id}")
+        poll = Poll(link, count, connection, asyncio.get_running_loop().create_future())
+        asked = self._ledger.dispatcher.ask_with(poll, storing, leaving=leaving)
+        try:
+            await storing
+        except BaseException:
+            self._leave(poll, deliver=False)
+            raise
+        return await self._answer_of(poll, gone) if asked else []
+
+    async def _events_of(
+        self, link: WorkerLink, items: Sequence[tuple[str, bytes, bool]]
+    ) -> list[tuple[str, JobEvent]]:
+        """What posts mean for their jobs, in their order; results that are too large are stored elsewhere."""
         posted: list[tuple[str, JobEvent | Outsize]] = []
         for job_id, body, final_stream in items:
             event, replace_worker = self._posted(link, job_id, body, len(body), final_stream=final_stream)
@@ -266,10 +318,7 @@ class WorkerDesk:
         settled = iter(
             await asyncio.gather(*(self._buckets.settle(*each) for each in large)) if large else ()
         )
-        events = [
-            (job_id, next(settled) if isinstance(event, Outsize) else event) for job_id, event in posted
-        ]
-        await self._apply_many(events)
+        return [(job_id, next(settled) if isinstance(event, Outsize) else event) for job_id, event in posted]
 
     async def chunk(
         self, worker: Worker, job_id: str, body: bytes | None, size: int, *, sequence: int | None = None
@@ -338,6 +387,8 @@ class WorkerDesk:
             if b"usage" in piece:
                 hand_out.usage_chunk = piece
             ledger.signals.notify(job_id)
+            hand_out.streamed += len(piece)
+        await forget_read(ledger.store, hand_out, limit_bytes=self._limits.stream_bytes)
         return True
 
     async def _fail_full(self, link: WorkerLink, hand_out: HandOut) -> None:
@@ -358,7 +409,7 @@ class WorkerDesk:
         poll.closed = True
         dispatcher = self._ledger.dispatcher
         dispatcher.unpark(poll)
-        given = poll.future.result() if poll.future.done() else []
+        given = poll.future.result() if poll.future.done() and not poll.future.cancelled() else []
         # What ended, or was taken away, after the store had given it must not be run.
         hand_outs = poll.link.hand_outs
         jobs = [job for job in given if job.id in hand_outs and hand_outs[job.id].attempt == job.attempt]
@@ -378,14 +429,14 @@ class WorkerDesk:
         An idle one asks for all it has, and a busy one may ask for fewer than are free. Libraries before 1.7
         ask for one while idle, and for as many as they have, each on its own, while busy.
         """
-        known = self._ledger.slots.worker(link.worker_id)
         if link.several_polls:
-            shown = len(link.polls) + count
-        else:
-            shown = count + (len(link.hand_outs) if holding else 0)
-        if known is None or not (holding or link.several_polls):
-            return shown
-        return max(known.capacity, shown)
+            return self._shown(link, len(link.polls) + count)
+        return self._shown(link, count + len(link.hand_outs)) if holding else count
+
+    def _shown(self, link: WorkerLink, slots: int) -> int:
+        """Slots that a busy worker shows when it asks as if it had so many: no fewer than are known."""
+        known = self._ledger.slots.worker(link.worker_id)
+        return slots if known is None else max(known.capacity, slots)
 
     def _posted(
         self, link: WorkerLink, job_id: str, body: bytes | None, size: int, *, final_stream: bool
@@ -529,7 +580,7 @@ def _note_late(job_id: str, applied: Applied | None) -> None:
     """Log what came too late for its job."""
     if applied is None:
         _log.info("late_post", job_id=job_id, reason="unknown job")
-    elif applied.effect in {Effect.IGNORED_TERMINAL, Effect.IGNORED_OTHER_ATTEMPT}:
+    elif applied.effect is Effect.IGNORED_TERMINAL or applied.effect is Effect.IGNORED_OTHER_ATTEMPT:
         _log.info("late_post", job_id=job_id, reason=applied.effect.value)
 
 

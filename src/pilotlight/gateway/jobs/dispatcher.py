@@ -5,6 +5,8 @@ for them. Whenever one of the two grows, or a slot becomes free, `serve` starts 
 polls at the head of the line, as many as there are jobs to be had. The estimate counts every arrival and
 is put right whenever the store returns fewer jobs than asked: then only what arrived since that take
 began can be left. So no wake-up is lost and nothing is polled.
+
+A take that comes with results (`ask_with`) waits in no line: who does has been offered all there is.
 """
 
 from __future__ import annotations
@@ -31,9 +33,6 @@ _log = structlog.get_logger()
 _UNKNOWN = 1 << 40
 """The estimate for an endpoint whose queue has not been looked into yet."""
 
-_ASKING_MAX = 8
-"""Takes of one endpoint under way at once; arbitrary, enough to fill a group commit."""
-
 _PAUSE_S = 1.0
 """Pause after a failure of the store."""
 
@@ -48,7 +47,6 @@ class _Line:
     believed: int = _UNKNOWN
     arrivals: int = 0
     asked: int = 0
-    asking: int = 0
     paused: bool = False
 
 
@@ -138,22 +136,44 @@ class Dispatcher:
         line = self._lines.get(endpoint_id)
         if line is None:
             return
-        for poll in list(line.polls):
-            wanted = line.believed - line.asked
-            if wanted <= 0 or line.asking >= _ASKING_MAX or line.paused or self._closed:
+        for poll in line.polls:
+            if line.believed <= line.asked or line.paused or self._closed:
                 return
-            if poll.asking or poll.closed or poll.future.done() or poll.link.avoiding:
-                continue
-            if not self.may_hand_out(poll.link):
-                continue
-            granted = self._slots.reserve_jobs(poll.link.worker_id, min(poll.count, wanted))
-            if not granted:
-                continue
-            poll.asking = True
-            poll.link.asking += 1
-            line.asking += 1
-            line.asked += granted
-            self._spawn(self._ask(line, poll, granted), f"take-{poll.link.worker_id}")
+            if not (poll.asking or poll.closed or poll.future.done()):
+                self._ask_for(line, poll)
+
+    def ask_with(self, poll: Poll, results: asyncio.Task[None], *, leaving: int) -> bool:
+        """Ask the store for a take that comes with results, in one commit with them where it groups.
+
+        Args:
+            poll: The take; it is resolved as soon as the store has answered.
+            results: Puts the results into the store; was made a moment ago, and is asked for before the take.
+            leaving: Jobs of the worker that end with them.
+
+        Returns:
+            Whether there was anything to ask for; if not, the take is left as it is.
+        """
+        line = self._line(poll.link.endpoint_id)
+        if line.paused or self._closed:
+            return False
+        poll.expired = True
+        return self._ask_for(line, poll, results, leaving=leaving)
+
+    def _ask_for(
+        self, line: _Line, poll: Poll, results: asyncio.Task[None] | None = None, *, leaving: int = 0
+    ) -> bool:
+        """Start a take in the store, unless there is no job or no slot for it, or its worker may get none."""
+        link, wanted = poll.link, line.believed - line.asked
+        if wanted <= 0 or link.avoiding or not self.may_hand_out(link):
+            return False
+        granted = self._slots.reserve_jobs(link.worker_id, min(poll.count, wanted), leaving=leaving)
+        if not granted:
+            return False
+        poll.asking = True
+        link.asking += 1
+        line.asked += granted
+        self._spawn(self._ask(line, poll, granted, results), f"take-{link.worker_id}")
+        return True
 
     async def give_back(self, jobs: list[Job]) -> None:
         """Return jobs that never reached a worker to the head of the queue; their retry is untouched."""
@@ -187,7 +207,7 @@ class Dispatcher:
             line = self._lines[endpoint_id] = _Line()
         return line
 
-    async def _ask(self, line: _Line, poll: Poll, granted: int) -> None:
+    async def _ask(self, line: _Line, poll: Poll, granted: int, results: asyncio.Task[None] | None) -> None:
         link, arrivals = poll.link, line.arrivals
         jobs: list[Job] = []
         try:
@@ -199,6 +219,9 @@ class Dispatcher:
             line.believed = max(0, line.believed - len(jobs))
             if len(jobs) < granted:
                 line.believed = min(line.believed, line.arrivals - arrivals)
+            if results is not None and not results.done():
+                # What follows from them comes first: a job that goes back to the queue may be among these.
+                await asyncio.wait({results})
         except StoreError as error:
             _log.warning("take_failed", endpoint_id=link.endpoint_id, error=str(error))
             line.paused = True
@@ -206,7 +229,6 @@ class Dispatcher:
         finally:
             poll.asking = False
             link.asking -= 1
-            line.asking -= 1
             line.asked -= granted
             kept, refused = self._hand_out(poll, jobs)
             if not link.asking:

@@ -15,9 +15,11 @@ import structlog
 
 from pilotlight.domain.endpoint import RESERVED_ENDPOINT_IDS
 from pilotlight.errors import PilotlightError
-from pilotlight.gateway.asgi import JSON, ClientGoneError, Receive, Response, Scope, Send
+from pilotlight.gateway.asgi import GONE, JSON, ClientGoneError, Message, Receive, Response, Scope, Send
 from pilotlight.gateway.errors import BodyTimeoutError, PayloadTooLargeError, native_error, native_error_of
+from pilotlight.gateway.jobs.waiting import Gone, watched
 from pilotlight.gateway.protocol import EXTENSION, ClientStream
+from pilotlight.gateway.repeated import WholeRequest
 
 _log = structlog.get_logger()
 
@@ -32,17 +34,18 @@ _NO_QUERY: Mapping[str, str] = {}
 
 
 class Call:
-    """One request below `/v2/{endpoint_id}/…`.
+    """One request below `/v2/{endpoint_id}/…`, as ASGI gives it.
 
     Attributes:
         scope: The connection (ASGI).
         receive: Its incoming events.
         endpoint_id: From the path.
         ids: Path segments after the verb.
+        method: HTTP method, in capitals.
         headers: By lower-case name; of repeated ones the last counts.
     """
 
-    __slots__ = ("_body_s", "_query", "endpoint_id", "headers", "ids", "receive", "scope")
+    __slots__ = ("_body_s", "_query", "endpoint_id", "headers", "ids", "method", "receive", "scope")
 
     def __init__(
         self, scope: Scope, receive: Receive, endpoint_id: str, ids: tuple[str, ...], body_s: float = BODY_S
@@ -51,29 +54,32 @@ class Call:
         self.receive = receive
         self.endpoint_id = endpoint_id
         self.ids = ids
+        self.method: str = scope["method"]
         self.headers: Mapping[bytes, bytes] = dict(scope["headers"])
         self._query: Mapping[str, str] | None = None
         self._body_s = body_s
 
     @property
-    def method(self) -> str:
-        """The HTTP method, in capitals."""
-        method: str = self.scope["method"]
-        return method
-
-    @property
     def query(self) -> Mapping[str, str]:
         """Query parameters; of repeated ones the last counts."""
         if self._query is None:
-            raw: bytes = self.scope["query_string"]
-            self._query = parse_query(raw.decode("latin-1")) if raw else _NO_QUERY
+            raw = self._raw_query()
+            self._query = parse_query(raw) if raw else _NO_QUERY
         return self._query
+
+    def _raw_query(self) -> str:
+        raw: bytes = self.scope["query_string"]
+        return raw.decode("latin-1")
 
     @property
     def connection(self) -> ClientStream | None:
         """The client's connection, which may serve more requests; None where the server does not show it."""
         connection: ClientStream | None = (self.scope.get("extensions") or {}).get(EXTENSION)
         return connection
+
+    def client_gone(self) -> watched:
+        """`async with` it to have a future that is done when the client has gone; after the body was read."""
+        return watched(self.scope, self.receive)
 
     async def body(self, *, limit: int) -> tuple[bytes | None, int]:
         """The body and its size; None for the body when it is over the limit.
@@ -120,6 +126,59 @@ class Call:
                 return (chunks[0] if len(chunks) == 1 else b"".join(chunks)), size
             if size > limit + _DISCARDED_MAX:
                 return None, size
+
+
+class WholeCall(Call):
+    """A request that has arrived completely (`gateway.repeated`).
+
+    Args:
+        request: The request.
+        connection: Where it came from.
+        gone: Makes a future that is done when the client has gone.
+        endpoint_id: From the path.
+        ids: Path segments after the verb.
+    """
+
+    __slots__ = ("_connection", "_gone", "_request")
+
+    def __init__(
+        self,
+        request: WholeRequest,
+        connection: ClientStream,
+        gone: Callable[[], Gone],
+        endpoint_id: str,
+        ids: tuple[str, ...],
+    ) -> None:
+        self.endpoint_id = endpoint_id
+        self.ids = ids
+        self.method = request.method
+        self.headers = request.headers
+        self._query = None
+        self._request = request
+        self._connection = connection
+        self._gone = gone
+
+    def _raw_query(self) -> str:
+        return self._request.query
+
+    @property
+    def connection(self) -> ClientStream:
+        """The client's connection."""
+        return self._connection
+
+    def client_gone(self) -> watched:
+        """See `Call`; nothing runs meanwhile."""
+        return watched({"extensions": {GONE: self._gone}}, never_received)
+
+    async def body(self, *, limit: int) -> tuple[bytes | None, int]:
+        """The body and its size; None for the body when it is over the limit."""
+        body = self._request.body
+        return (body if len(body) <= limit else None), len(body)
+
+
+async def never_received() -> Message:
+    """Stands for the events of a request whose last one has been seen."""
+    raise AssertionError("a request that has arrived has no more events")
 
 
 Handler = Callable[[Call], Awaitable[Response]]
@@ -191,29 +250,53 @@ class JobRoad:
         """Serve one request (ASGI); errors become answers here."""
         if scope["type"] != "http":
             return
-        segments = [segment for segment in scope["path"].split("/") if segment]
+        found = self._find(scope["path"])
+        if found is None:
+            response: Response | None = native_error(404, "not found")
+        else:
+            operation, endpoint_id, ids = found
+            response = await _serve(operation, Call(scope, receive, endpoint_id, ids, self._body_s))
+        if response is not None:
+            await response(scope, receive, send)
+
+    def serve_whole(
+        self, request: WholeRequest, connection: ClientStream, gone: Callable[[], Gone]
+    ) -> Awaitable[Response] | None:
+        """Begin to answer a request that has arrived completely; None for a path that is in no table."""
+        found = self._find(request.path)
+        if found is None:
+            return None
+        operation, endpoint_id, ids = found
+        return _serve_whole(operation, WholeCall(request, connection, gone, endpoint_id, ids))
+
+    def _find(self, path: str) -> tuple[Operation, str, tuple[str, ...]] | None:
+        segments = [segment for segment in path.split("/") if segment]
         for route in self._routes:
             found = route.find(segments)
             if found is not None:
-                break
-        else:
-            await native_error(404, "not found")(scope, receive, send)
-            return
-        operation, endpoint_id, ids = found
-        if scope["method"] not in operation.methods:
-            allowed = {"Allow": ", ".join(sorted(operation.methods))}
-            response = native_error(405, "method not allowed", allowed)
-        else:
-            try:
-                response = await operation.handler(Call(scope, receive, endpoint_id, ids, self._body_s))
-            except ClientGoneError:
-                return
-            except PilotlightError as error:
-                response = native_error_of(error)
-            except Exception:  # noqa: BLE001 - the border: the client gets an answer, the log the error
-                _log.exception("job_route_failed", path=scope["path"])
-                response = native_error(500, "internal server error")
-        await response(scope, receive, send)
+                return found
+        return None
+
+
+async def _serve_whole(operation: Operation, call: WholeCall) -> Response:
+    response = await _serve(operation, call)
+    assert response is not None, "a request that has arrived cannot break off"
+    return response
+
+
+async def _serve(operation: Operation, call: Call) -> Response | None:
+    """The answer to a request, errors included; None when the client went away before it had sent it."""
+    if call.method not in operation.methods:
+        return native_error(405, "method not allowed", {"Allow": ", ".join(sorted(operation.methods))})
+    try:
+        return await operation.handler(call)
+    except ClientGoneError:
+        return None
+    except PilotlightError as error:
+        return native_error_of(error)
+    except Exception:  # noqa: BLE001 - the border: the client gets an answer, the log the error
+        _log.exception("job_route_failed", endpoint_id=call.endpoint_id, ids=call.ids)
+        return native_error(500, "internal server error")
 
 
 def parse_query(text: str) -> dict[str, str]:

@@ -229,14 +229,17 @@ class Ledger:
         link = self.links.get(worker_id)
         hand_out = None
         if link is not None:
-            hand_out = link.hand_outs.pop(before.id, None)
-            if hand_out is None and link.asking:
+            # A later attempt may be in the same hands already.
+            held = link.hand_outs.get(before.id)
+            if held is not None and held.attempt == before.attempt:
+                hand_out = link.hand_outs.pop(before.id)
+            elif link.asking:
                 link.ended_early.add((before.id, before.attempt))
             if isinstance(event, _ENDS_THE_RUN):
                 link.stop(before.id, deadline_ns=self.stop_deadline_ns())
             elif applied.requeued and isinstance(event, (WorkerLost, ResultPosted)):
                 link.avoid[before.id] = self.clock.monotonic_ns() + self.settings.confirm_s * 1_000_000_000
-            if hand_out is None and not link.asking:
+            if held is None and not link.asking:
                 # It was given back when the job was seen to have ended elsewhere.
                 return None
         self.slots.release_jobs(worker_id)
@@ -249,7 +252,9 @@ def _row(job: Job, hand_out: HandOut | None) -> RequestRecord:
     if usage is None and hand_out is not None and hand_out.usage_chunk is not None:
         usage = usage_of(hand_out.usage_chunk)
     first_ms = hand_out.first_chunk_ms if hand_out is not None else None
-    retried = any(attempt.reason.startswith(RETRIED_BY_CLIENT) for attempt in job.attempts)
+    retried = bool(job.attempts) and any(
+        attempt.reason.startswith(RETRIED_BY_CLIENT) for attempt in job.attempts
+    )
     return RequestRecord(
         # The log has one row per id, and a job that its client retried ends once more.
         id=f"{job.id}.{job.attempt}" if retried else job.id,

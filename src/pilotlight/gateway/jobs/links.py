@@ -40,6 +40,7 @@ class HandOut:
         last_sequence: Number of the last chunk, for workers that count them.
         pieces: Pieces of the chunk after that one which are stored already.
         storing: Held while one of those is stored: the same may come twice at once.
+        streamed: Bytes of chunks stored since those that had been read were last forgotten.
     """
 
     job_id: str
@@ -55,6 +56,7 @@ class HandOut:
     last_sequence: int = -1
     pieces: int = 0
     storing: asyncio.Lock | None = None
+    streamed: int = 0
 
     @property
     def arrived(self) -> bool:
@@ -83,6 +85,18 @@ class Poll:
     asking: bool = False
     expired: bool = False
     closed: bool = False
+
+    def expire(self) -> None:
+        """End its hold: it is answered now, or with what the store says in a moment."""
+        self.expired = True
+        if not self.asking and not self.future.done():
+            self.future.set_result([])
+
+    def hang_up(self, _: object) -> None:
+        """End it without jobs: its client has gone."""
+        self.closed = True
+        if not self.future.done():
+            self.future.set_result([])
 
 
 @dataclass(slots=True, eq=False)
@@ -177,9 +191,7 @@ class WorkerLink:
         """Answer all its polls now, and every later one soon: it is being ended."""
         self.retiring = self.released = True
         for poll in list(self.polls):
-            poll.expired = True
-            if not poll.asking and not poll.future.done():
-                poll.future.set_result([])
+            poll.expire()
         self.stop_changed.set()
 
     def silent(self, now_ns: int, *, pings_missing_ns: int) -> bool:
@@ -215,6 +227,22 @@ class WorkerLink:
             raise
         finally:
             self.bodies -= 1
+
+    @contextlib.contextmanager
+    def posting_all(self, job_ids: Iterable[str]) -> Iterator[None]:
+        """Count posts for several jobs, as `posting` does for one."""
+        hand_outs = [self.hand_outs[job_id] for job_id in job_ids if job_id in self.hand_outs]
+        for hand_out in hand_outs:
+            hand_out.posts += 1
+        try:
+            yield
+        except BaseException:
+            for hand_out in hand_outs:
+                hand_out.post_failed = True
+            raise
+        finally:
+            for hand_out in hand_outs:
+                hand_out.posts -= 1
 
     @contextlib.contextmanager
     def posting(self, job_id: str) -> Iterator[HandOut | None]:

@@ -27,7 +27,7 @@ from pilotlight.gateway.asgi import ClientGoneError, Headers, Receive, Scope, Se
 from pilotlight.gateway.directory import Directory
 from pilotlight.gateway.errors import RETRY_AFTER_STORE_S, QueueFullError
 from pilotlight.gateway.jobs.service import JobService
-from pilotlight.gateway.jobs.submission import Submission, check_numbers
+from pilotlight.gateway.jobs.submission import Submission, check_readable
 from pilotlight.gateway.jobs.waiting import Gone, watched
 from pilotlight.gateway.openai_access import called_endpoint, caller_of
 from pilotlight.gateway.refusal import RequestRefusedError, anthropic_body
@@ -88,7 +88,7 @@ class JobOpenAI:
         body = await self._body(headers, receive)
         try:
             streamed = bool(body) and wants_stream(body)
-            check_numbers(body)
+            check_readable(body)
         except (ValueError, InvalidInputError) as error:
             raise RequestRefusedError(400, str(error)) from error
         submission = Submission(input=job_input(route, body))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import msgspec
 
@@ -26,8 +25,7 @@ _TOKENS_MAX = 2**63 - 1
 _FALSY = frozenset({b"null", b"false", b"0", b"0.0", b'""', b"[]", b"{}"})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PostedResult:
+class PostedResult(msgspec.Struct, frozen=True, kw_only=True):
     """The body of a `job-done` post.
 
     Attributes:

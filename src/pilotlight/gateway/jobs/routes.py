@@ -40,7 +40,6 @@ from pilotlight.gateway.jobs.views import (
     submitted_view,
     timeline_view,
 )
-from pilotlight.gateway.jobs.waiting import watched
 from pilotlight.gateway.slots import SlotTable
 from pilotlight.ports.fleet import Fleet
 from pilotlight.settings import LimitSettings
@@ -194,7 +193,7 @@ class _JobApi:
 
     async def status_sync(self, call: Call, endpoint: Endpoint, _: ApiKey) -> Response:
         wait_ms = _wait(call, _WAIT_DEFAULT_MS)
-        async with watched(call.scope, call.receive) as gone:
+        async with call.client_gone() as gone:
             job = await self._service.wait(endpoint.id, call.ids[0], timeout_s=wait_ms / 1000, gone=gone)
         return json_answer(job_view(job))
 
@@ -202,7 +201,7 @@ class _JobApi:
         (job_id,) = call.ids
         hold_s = _wait(call, _STREAM_WAIT_DEFAULT_MS) / 1000
         cursor = parse_number("cursor", call.query.get("cursor"), default=-1, lowest=0, highest=_CURSOR_MAX)
-        async with watched(call.scope, call.receive) as gone:
+        async with call.client_gone() as gone:
             if cursor < 0:
                 status, chunks = await self._service.stream(endpoint.id, job_id, hold_s=hold_s, gone=gone)
                 return json_answer(stream_view(status, chunks))
@@ -268,7 +267,7 @@ class _JobApi:
 
     async def _result(self, call: Call, job: Job, wait_ms: int) -> Job:
         """The job when it is terminal or the wait is over."""
-        async with watched(call.scope, call.receive) as gone:
+        async with call.client_gone() as gone:
             try:
                 return await self._service.wait(job.endpoint_id, job.id, timeout_s=wait_ms / 1000, gone=gone)
             except StoreError as error:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from pilotlight.core.explain import Wait, explain_wait
 from pilotlight.core.lifecycle import Applied, Cancelled, Effect, JobEvent, PlatformInterrupted, Retried
@@ -21,6 +22,7 @@ from pilotlight.domain.key import ApiKey
 from pilotlight.domain.usage import Outcome, RequestRecord, Road
 from pilotlight.errors import InvalidInputError, NotFoundError
 from pilotlight.gateway.directory import Directory
+from pilotlight.gateway.errors import QueueFullError
 from pilotlight.gateway.jobs.batches import BatchService
 from pilotlight.gateway.jobs.bounds import QueueBounds
 from pilotlight.gateway.jobs.buckets import Buckets
@@ -59,11 +61,13 @@ _RECOVERED_SLICE = 200
 
 _CANCELLED_STREAMS_MAX = 10_000
 
+_CANCELLED_SLICES = 4
+"""Slices of 500 jobs that the deletion of an endpoint cancels one by one: some tenths of a second."""
+
 _RETRYABLE = frozenset({JobStatus.FAILED, JobStatus.TIMED_OUT})
 
 
-@dataclass(frozen=True, slots=True)
-class Submitted:
+class Submitted(msgspec.Struct, frozen=True):
     """The answer to a submission.
 
     Attributes:
@@ -205,20 +209,19 @@ class JobService:
     ) -> Submitted:
         check_takes_jobs(endpoint)
         job = self._new_job(endpoint, key, submission, sync, wait_ms)
-        async with self.bounds.room(endpoint, jobs=1, size=job.input_bytes):
-            stored = await self._store.submit(
-                job,
-                idempotency=idempotency,
-                announce=lambda: self._ledger.dispatcher.arrived(endpoint.id),
-            )
-            if stored.id != job.id and self._gone(stored):
-                # It has expired, and only its record is still there: this is a new submission after all.
-                await self._store.prune_jobs(now_ms=self._clock.now_ms())
+        try:
+            async with self.bounds.room(endpoint, jobs=1, size=job.input_bytes):
                 stored = await self._store.submit(
                     job,
                     idempotency=idempotency,
                     announce=lambda: self._ledger.dispatcher.arrived(endpoint.id),
                 )
+        except QueueFullError:
+            # A repetition needs no room: what it asks about is in the queue, or has been.
+            earlier = None if idempotency is None else await self._store.earlier(job, idempotency)
+            if earlier is None:
+                raise
+            return Submitted(earlier, replayed=True)
         if self._directory.endpoint(endpoint.id) is None:
             # Deleted in between: its other jobs were cancelled before this one was there.
             await self.endpoint_deleted(endpoint.id)
@@ -319,7 +322,7 @@ class JobService:
         """The job as soon as it is terminal, or as it is when the time is over or the client gone."""
         deadline = asyncio.get_running_loop().time() + timeout_s
         ledger = self._ledger
-        with ledger.signals.watch(job_id) as changed:
+        with ledger.signals.watch(job_id, group=endpoint_id) as changed:
             while True:
                 changed.clear()
                 job = await self.job(endpoint_id, job_id)
@@ -362,7 +365,7 @@ class JobService:
         deadline = asyncio.get_running_loop().time() + hold_s
         ledger = self._ledger
         before = await self.job(endpoint_id, job_id)
-        with ledger.signals.watch(job_id) as changed:
+        with ledger.signals.watch(job_id, group=endpoint_id) as changed:
             while True:
                 changed.clear()
                 if gone is not None and gone.done():
@@ -424,7 +427,7 @@ class JobService:
         removed = await self._store.purge(endpoint_id, now_ms=self._clock.now_ms())
         self.bounds.forget(endpoint_id)
         # Whoever waits for one of them learns that it is gone; which ones they were nobody listed.
-        self._ledger.signals.notify_all()
+        self._ledger.signals.notify_group(endpoint_id)
         self._wake(endpoint_id)
         return removed
 
@@ -453,11 +456,19 @@ class JobService:
         await self._upkeep.worker_ended(worker_id, reason)
 
     async def endpoint_deleted(self, endpoint_id: str) -> None:
-        """Cancel all jobs of a deleted endpoint (serverless-api.md §12 item 41)."""
+        """Cancel all jobs of a deleted endpoint (serverless-api.md §12 item 41).
+
+        Where more are queued than can be cancelled while a caller waits, the rest is purged: unknown at once,
+        and their webhooks are told CANCELLED as the reaper comes to them.
+        """
         event = Cancelled(now_ms=self._clock.now_ms())
+        slices = 0
         while ended := await self._store.cancel_all(endpoint_id, event):
             for applied in ended:
                 self._ledger.settle(applied, event)
+            slices += 1
+            if slices == _CANCELLED_SLICES:
+                await self.purge(endpoint_id)
         self._ledger.dispatcher.drop_endpoint(endpoint_id)
         self.bounds.forget(endpoint_id)
 

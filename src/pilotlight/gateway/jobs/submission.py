@@ -6,9 +6,11 @@ It is checked without building Python objects of the input, which is passed on a
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import re
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from urllib.parse import SplitResult, urlsplit
@@ -37,6 +39,15 @@ _DIGITS_MAX = 4300
 
 _DIGITS = b"0123456789"
 _LONG_NUMBER = re.compile(rb"[0-9]{4301}")
+
+_LEVELS_MAX = 500
+"""Levels of arrays and objects; arbitrary, far beyond what anybody means, and far below the thousand, less
+the depth of its own calls, at which Python's reader of JSON gives up."""
+
+_TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+_STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[{]}"))
+"""What a bracket adds to the depth, as a signed byte; and what is no bracket."""
 
 _NULL = b"null"
 _NOT_JSON = "request body is not valid JSON"
@@ -79,7 +90,10 @@ def parse_submission(body: bytes) -> Submission:
             raise InvalidInputError(_NO_INPUT, field="input")
         # The Go client drops an empty input map while it serialises.
         job_input = b"{}"
-    check_numbers(job_input)
+    check_readable(job_input)
+    if len(fields) == 1 and "input" in fields:
+        # As most are; to look for what is not there would take longer than the rest.
+        return Submission(input=job_input)
     policy = _policy(fields.get("policy", _NULL))
     return Submission(
         input=job_input,
@@ -231,15 +245,19 @@ def _half_characters(body: bytes) -> Mapping[str, bytes]:
     return {str(name): json.dumps(item).encode() for name, item in value.items()}
 
 
-def check_numbers(body: bytes) -> None:
-    """Return when every whole number in a body can be read by workers.
+def check_readable(body: bytes) -> None:
+    """Return when workers can read a body: no whole number is too long, nothing is nested too deeply.
 
-    Python's reader of JSON, which is that of all worker libraries, refuses more than 4300 digits, and with
-    the number all jobs that it was handed together with.
+    Python's reader of JSON, which is that of all worker libraries, refuses both, and with the one job all
+    that it was handed together with.
+
+    Args:
+        body: Valid JSON.
 
     Raises:
-        InvalidInputError: One is longer.
+        InvalidInputError: Says which.
     """
+    check_levels(body)
     # Whoever has that many digits in a row has one of them at a multiple of that distance.
     marks = body[_DIGITS_MAX::_DIGITS_MAX]
     if not any(mark in _DIGITS for mark in marks):
@@ -254,6 +272,16 @@ def check_numbers(body: bytes) -> None:
         json.loads(body)
     except (ValueError, RecursionError) as error:
         raise InvalidInputError(f"a whole number may have at most {_DIGITS_MAX} digits") from error
+
+
+def check_levels(body: bytes) -> None:
+    """Return when a JSON text is nested no deeper than workers can read. InvalidInputError when it is."""
+    if len(body) <= 2 * _LEVELS_MAX or body.count(b"[") + body.count(b"{") <= _LEVELS_MAX:
+        return
+    # As many as that may stand side by side, or in texts.
+    steps = array("b", _TEXT.sub(b"", body).translate(_STEPS, _NO_BRACKETS))
+    if max(itertools.accumulate(steps), default=0) > _LEVELS_MAX:
+        raise InvalidInputError(f"request body is nested too deeply; {_LEVELS_MAX} levels are legal")
 
 
 def _finite(digits: str) -> float:

@@ -17,27 +17,35 @@ Gone = asyncio.Future[None]
 
 
 class Signals:
-    """One-to-many notifications by key; in process, on one event loop."""
+    """One-to-many notifications by key, and by group of keys; in process, on one event loop."""
 
     def __init__(self) -> None:
         self._watches: dict[str, set[asyncio.Event]] = {}
+        self._groups: dict[str, set[asyncio.Event]] = {}
 
     @contextlib.contextmanager
-    def watch(self, key: str) -> Iterator[asyncio.Event]:
+    def watch(self, key: str, *, group: str = "") -> Iterator[asyncio.Event]:
         """An event that is set at each `notify` of that key; the watcher clears it before it reads."""
         event = asyncio.Event()
-        self._watches.setdefault(key, set()).add(event)
+        places = ((self._watches, key), (self._groups, group))
+        for table, name in places:
+            table.setdefault(name, set()).add(event)
         try:
             yield event
         finally:
-            watches = self._watches[key]
-            watches.discard(event)
-            if not watches:
-                del self._watches[key]
+            for table, name in places:
+                table[name].discard(event)
+                if not table[name]:
+                    del table[name]
 
     def notify(self, key: str) -> None:
         """Wake everybody who watches that key."""
         for event in self._watches.get(key, ()):
+            event.set()
+
+    def notify_group(self, group: str) -> None:
+        """Wake everybody who watches a key of that group."""
+        for event in self._groups.get(group, ()):
             event.set()
 
     def keys(self) -> list[str]:

@@ -7,8 +7,10 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
+from msgspec import structs
+
 from pilotlight.core.lifecycle import Applied, Cancelled, JobEvent, Taken
-from pilotlight.domain.batch import Batch, BatchDraft
+from pilotlight.domain.batch import Batch, BatchDraft, BatchStatus
 from pilotlight.domain.job import Idempotency, Job, JobCounts, JobStatus, QueueDemand
 from pilotlight.domain.webhook import WebhookDelivery
 from pilotlight.ports.store import Chunk, ChunkFate
@@ -41,7 +43,7 @@ class _JobEntry:
     @property
     def place(self) -> tuple[int, int, int]:
         """Where it stands in the order of service."""
-        return common.rank(self.job), self.job.queued_ms, self.order
+        return common.rank(self.job), common.place(self.job), self.order
 
 
 @dataclass(slots=True)
@@ -84,26 +86,35 @@ class MemoryQueue(MemoryRecords):
     ) -> Job:
         """See `JobStore.submit`."""
         self._check_open()
-        place = None if idempotency is None else (job.endpoint_id, job.key_id, idempotency.key)
-        if idempotency is not None and place in self._remembered:
-            fingerprint, job_id = self._remembered[place]
-            common.check_fingerprint(idempotency, fingerprint)
-            return self._entry(job_id).job
+        if idempotency is not None and (found := self._earlier(job, idempotency)) is not None:
+            return found
         if job.id in self._jobs:
             raise common.id_taken("job", job.id)
-        job = replace(job, input_bytes=len(job.input))
+        job = structs.replace(job, input_bytes=len(job.input))
         entry = self._add(job)
-        if idempotency is not None and place is not None:
-            entry.idempotency = place
-            self._remembered[place] = (idempotency.fingerprint, job.id)
+        if idempotency is not None:
+            entry.idempotency = (job.endpoint_id, job.key_id, idempotency.key)
+            self._remembered[entry.idempotency] = (idempotency.fingerprint, job.id)
         if announce is not None:
             announce()
         return job
 
+    async def earlier(self, job: Job, idempotency: Idempotency) -> Job | None:
+        """See `JobStore.earlier`."""
+        self._check_open()
+        return self._earlier(job, idempotency)
+
+    def _earlier(self, job: Job, idempotency: Idempotency) -> Job | None:
+        fingerprint, job_id = self._remembered.get((job.endpoint_id, job.key_id, idempotency.key), (b"", ""))
+        if not job_id or common.forgotten(self._entry(job_id).job, job.created_ms):
+            return None
+        common.check_fingerprint(idempotency, fingerprint)
+        return self._entry(job_id).job
+
     def _add(self, job: Job) -> _JobEntry:
         assert job.status is JobStatus.IN_QUEUE
         self._submissions += 1
-        entry = _JobEntry(replace(job, input=b""), job.input, self._submissions)
+        entry = _JobEntry(structs.replace(job, input=b""), job.input, self._submissions)
         self._jobs[job.id] = entry
         self._queued.setdefault(job.endpoint_id, {})[job.id] = entry
         return entry
@@ -116,7 +127,7 @@ class MemoryQueue(MemoryRecords):
         )
         picked = heapq.nsmallest(max(0, count), waiting, key=lambda entry: entry.place)
         event = Taken(worker_id=worker_id, now_ms=now_ms)
-        return [replace(self._apply(entry, event).after, input=entry.input) for entry in picked]
+        return [structs.replace(self._apply(entry, event).after, input=entry.input) for entry in picked]
 
     async def apply(self, job_id: str, event: JobEvent) -> Applied:
         """See `JobStore.apply`."""
@@ -190,7 +201,7 @@ class MemoryQueue(MemoryRecords):
             and (before is None or (entry.job.created_ms, entry.job.id) < before)
         )
         newest = sorted(found, key=lambda job: (job.created_ms, job.id), reverse=True)
-        return [replace(job, output=None) for job in newest[: max(0, limit)]]
+        return [structs.replace(job, output=None) for job in newest[: max(0, limit)]]
 
     # Chunks
 
@@ -206,11 +217,7 @@ class MemoryQueue(MemoryRecords):
         unread = sum(len(chunk.body) for chunk in entry.chunks if chunk.sequence >= entry.read_to)
         if unread + len(body) > limit_bytes:
             return ChunkFate.FULL
-        entry.job = replace(
-            job,
-            confirmed_ms=now_ms if job.confirmed_ms is None else job.confirmed_ms,
-            first_output_ms=now_ms if job.first_output_ms is None else job.first_output_ms,
-        )
+        entry.job = common.after_chunk(job, now_ms)
         entry.chunks.append(Chunk(sequence=entry.next_sequence, body=body))
         entry.next_sequence += 1
         return ChunkFate.STORED
@@ -232,7 +239,7 @@ class MemoryQueue(MemoryRecords):
                 break
             found.append(chunk)
         if found:
-            entry.job = replace(entry.job, chunk_read=True)
+            entry.job = structs.replace(entry.job, chunk_read=True)
             if cursor is None:
                 entry.read_to = found[-1].sequence + 1
         return entry.job, found
@@ -244,6 +251,16 @@ class MemoryQueue(MemoryRecords):
         if entry is None or not entry.chunks:
             return False
         return entry.chunks[-1].sequence >= (entry.read_to if cursor is None else cursor)
+
+    async def trim_chunks(self, job_id: str, *, limit: int = 1000) -> int:
+        """See `JobStore.trim_chunks`."""
+        self._check_open()
+        entry = self._jobs.get(job_id)
+        if entry is None:
+            return 0
+        number = min(max(0, limit), sum(chunk.sequence < entry.read_to for chunk in entry.chunks))
+        del entry.chunks[:number]
+        return number
 
     # Counts and lists
 
@@ -348,8 +365,10 @@ class MemoryQueue(MemoryRecords):
 
     def _forget(self, entry: _JobEntry) -> None:
         del self._jobs[entry.job.id]
-        if entry.idempotency is not None:
-            del self._remembered[entry.idempotency]
+        place = entry.idempotency
+        # Another job may have it by now.
+        if place is not None and self._remembered.get(place, (b"", ""))[1] == entry.job.id:
+            del self._remembered[place]
 
     def _past_deadline(self, now_ms: int, limit: int, *, terminal: bool) -> list[_JobEntry]:
         past = (
@@ -398,8 +417,8 @@ class MemoryQueue(MemoryRecords):
             if draft_id in self._jobs:
                 raise common.id_taken("job", draft_id)
         for draft in entry.drafts.values():
-            job = replace(template, id=draft.id, input=draft.input, input_bytes=len(draft.input))
-            self._add(replace(job, batch_id=batch_id))
+            job = structs.replace(template, id=draft.id, input=draft.input, input_bytes=len(draft.input))
+            self._add(structs.replace(job, batch_id=batch_id))
         entry.drafts = {}
         entry.batch = replace(entry.batch, finalized_ms=template.created_ms, queued=entry.batch.total)
         return entry.batch
@@ -442,6 +461,14 @@ class MemoryQueue(MemoryRecords):
             for batch_id, entry in self._batches.items()
             if entry.batch.created_ms < ended_before_ms and not entry.batch.active and batch_id not in alive
         ]
+        orphans = [
+            batch_id
+            for batch_id, entry in self._batches.items()
+            if entry.batch.status is BatchStatus.DRAFT and self._deleted(entry.batch.endpoint_id)
+        ]
+        for batch_id in orphans:
+            self._batches[batch_id].drafts.clear()
+        old += orphans
         for batch_id in old[: max(0, limit)]:
             del self._batches[batch_id]
         return len(old[: max(0, limit)])

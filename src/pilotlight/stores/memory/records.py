@@ -62,6 +62,9 @@ class MemoryRecords:
         if any(other.name == endpoint.name and other.id != endpoint.id for other in self._endpoints.values()):
             raise common.name_taken(endpoint.name)
 
+    def _deleted(self, endpoint_id: str) -> bool:
+        return endpoint_id in self._revisions and endpoint_id not in self._endpoints
+
     async def delete_endpoint(self, endpoint_id: str, *, now_ms: int) -> None:  # noqa: ARG002 - kept by SQL stores
         """See `EndpointStore.delete_endpoint`."""
         self._check_open()

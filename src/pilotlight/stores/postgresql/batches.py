@@ -7,8 +7,9 @@ lock, so that a cancellation either sees the job in the queue or is seen by it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
+
+from msgspec.structs import replace
 
 from pilotlight.core.lifecycle import Applied, Cancelled
 from pilotlight.domain.batch import Batch, BatchDraft
@@ -137,7 +138,8 @@ async def requests(
 
 
 async def prune(transaction: Transaction, ended_before_ms: int, limit: int) -> int:
-    """Forget batches of which nothing is left."""
+    """Forget batches of which nothing is left, and drafts of deleted endpoints, in slices."""
+    await transaction.run("prune_drafts", max(0, limit))
     old = [row[0] for row in await transaction.rows("old_batches", ended_before_ms, max(0, limit))]
     return await transaction.run("delete_batches", old)
 

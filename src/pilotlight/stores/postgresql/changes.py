@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from pilotlight.core.lifecycle import Applied, Confirmed, JobEvent, Progressed, Taken
 from pilotlight.domain.job import Job

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from enum import Enum
 from typing import Any, TypeVar
@@ -38,7 +39,13 @@ from pilotlight.stores.postgresql.sql import QUERIES
 T = TypeVar("T")
 
 PENDING_MAX = 10_000
-"""Calls that may wait for a connection; beyond it they are refused."""
+"""Calls that may wait for the database; beyond it new work is refused, and so is reading."""
+
+PENDING_BYTES_MAX = 512 * 1024 * 1024
+"""Bytes of bodies that may wait in memory for the database."""
+
+HEADROOM = 2
+"""How many times as much may wait before what finishes accepted work is refused, too."""
 
 _TRIES = 6
 """Times a transaction is begun at most when PostgreSQL ends it for the sake of another."""
@@ -135,6 +142,38 @@ def _sent(values: Iterable[Any]) -> Iterable[Any]:
 Work = Callable[[Transaction], Coroutine[Any, Any, T]]
 
 
+class Backlog:
+    """What waits for the database, all kinds of calls together, so that neither memory nor waits grow on."""
+
+    def __init__(self) -> None:
+        self._calls = 0
+        self._bytes = 0
+
+    def enter(self, size: int, *, new_work: bool) -> None:
+        """Count a call that begins to wait; `leave` it when it is over.
+
+        Args:
+            size: Bytes it carries.
+            new_work: Whether it can be refused without harm. What finishes accepted work, such as a result,
+                has more room: refusing it would do the work twice.
+
+        Raises:
+            StoreError: Too much waits; it was not counted.
+        """
+        share = 1 if new_work else HEADROOM
+        if self._calls >= PENDING_MAX * share or (
+            self._calls and self._bytes + size > PENDING_BYTES_MAX * share
+        ):
+            raise StoreError(f"the store is overloaded: {self._calls} calls wait for the database; try again")
+        self._calls += 1
+        self._bytes += size
+
+    def leave(self, size: int) -> None:
+        """A call that was counted is over."""
+        self._calls -= 1
+        self._bytes -= size
+
+
 class Database:
     """The pool, and the calls under way.
 
@@ -142,10 +181,14 @@ class Database:
         pool: Made by `connections.create_pool`.
         writers: Connections that transactions may have at once; the others are left for reads, so that one
             can look while all transactions wait for something.
+
+    Attributes:
+        backlog: What waits, and how much more may.
     """
 
     def __init__(self, pool: Any, *, writers: int) -> None:
         self._pool = pool
+        self.backlog = Backlog()
         self._writers = asyncio.Semaphore(writers)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closing: asyncio.Task[None] | None = None
@@ -157,44 +200,50 @@ class Database:
 
     async def read(self, work: Work[T]) -> T:
         """The result of an operation that reads with a single query."""
-        return await self.apart(self._read(work))
+        return await self.apart(self._read(work), new_work=True)
 
-    async def change(self, work: Work[T], done: T) -> T:
+    async def change(self, work: Work[T], done: T, *, size: int = 0) -> T:
         """The result of an operation that changes something with its first and only writing statement.
 
         Args:
             work: The operation.
             done: Its result, should the answer to it be lost and it turn out to have happened.
+            size: Bytes it carries.
         """
-        return await self.apart(self._change(work, done))
+        return await self.apart(self._change(work, done), size=size)
 
-    async def write(self, work: Work[T], *, begin: Begin = Begin.PLAIN) -> T:
-        """The result of an operation, once it is committed."""
-        return await self.apart(self.transact(work, begin=begin))
+    async def write(
+        self, work: Work[T], *, begin: Begin = Begin.PLAIN, size: int = 0, new_work: bool = False
+    ) -> T:
+        """The result of an operation, once it is committed; for `size` and `new_work` see `Backlog`."""
+        return await self.apart(self.transact(work, begin=begin), size=size, new_work=new_work)
 
-    async def apart(self, work: Coroutine[Any, Any, T]) -> T:
+    async def apart(self, work: Coroutine[Any, Any, T], *, size: int = 0, new_work: bool = False) -> T:
         """The result of something that goes on when its caller is cancelled; `close` waits for it."""
-        return await asyncio.shield(self.spawn(work))
+        return await asyncio.shield(self.spawn(work, size=size, new_work=new_work))
 
-    def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    def spawn(
+        self, work: Coroutine[Any, Any, T], *, size: int = 0, new_work: bool = False
+    ) -> asyncio.Task[T]:
         """Start something that `close` waits for.
 
         Raises:
             StoreError: Closed, or too much is waiting.
         """
-        if self.closed or len(self._tasks) >= PENDING_MAX:
+        try:
+            if self.closed:
+                raise StoreError("the store is closed")
+            self.backlog.enter(size, new_work=new_work)
+        except StoreError:
             work.close()
-            raise StoreError(
-                "the store is closed"
-                if self.closed
-                else f"the store is overloaded: {len(self._tasks)} calls wait for the database; try again"
-            )
+            raise
         task = asyncio.create_task(work, name="store-call")
         self._tasks.add(task)
-        task.add_done_callback(self._ended)
+        task.add_done_callback(functools.partial(self._ended, size))
         return task
 
-    def _ended(self, task: asyncio.Task[Any]) -> None:
+    def _ended(self, size: int, task: asyncio.Task[Any]) -> None:
+        self.backlog.leave(size)
         self._tasks.discard(task)
         if not task.cancelled():
             # Its caller may be gone; then nobody asks for the error.

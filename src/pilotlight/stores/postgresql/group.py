@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 
 from pilotlight.errors import PilotlightError, StoreError
 from pilotlight.stores.postgresql.connections import BadValueError
-from pilotlight.stores.postgresql.database import PENDING_MAX, Database
+from pilotlight.stores.postgresql.database import Database
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -25,9 +25,6 @@ GROUP_MAX = 256
 _GROUP_BYTES_MAX = 16 * 1024 * 1024
 """Bytes of bodies in one transaction, but at least one change."""
 
-PENDING_BYTES_MAX = 512 * 1024 * 1024
-"""Bytes of bodies that may wait in memory for the database."""
-
 
 class Group(Generic[Item, Answer]):
     """A queue of changes of one kind. A change whose caller is cancelled happens all the same, unseen.
@@ -36,6 +33,7 @@ class Group(Generic[Item, Answer]):
         database: Where the groups run.
         commit: Does a group in one transaction; one answer per item, which may be an error for it alone.
         lanes: Groups that may be under way at once.
+        new_work: Whether these changes can be refused without harm, see `Backlog`.
     """
 
     def __init__(
@@ -44,13 +42,14 @@ class Group(Generic[Item, Answer]):
         commit: Callable[[Sequence[Item]], Coroutine[Any, Any, Sequence[Answer | Exception]]],
         *,
         lanes: int = 1,
+        new_work: bool = False,
     ) -> None:
         self._database = database
         self._commit = commit
         self._lanes = lanes
+        self._new_work = new_work
         self._running = 0
         self._pending: list[tuple[Item, int, asyncio.Future[Answer]]] = []
-        self._pending_bytes = 0
 
     def add(self, item: Item, *, size: int = 0) -> asyncio.Future[Answer]:
         """A future of the answer for a change, done once its group is committed; shield it from cancellation.
@@ -64,19 +63,17 @@ class Group(Generic[Item, Answer]):
         """
         if self._database.closed:
             raise StoreError("the store is closed")
-        if len(self._pending) >= PENDING_MAX or (
-            self._pending and self._pending_bytes + size > PENDING_BYTES_MAX
-        ):
-            raise StoreError(
-                f"the store is overloaded: {len(self._pending)} changes wait for the database; try again"
-            )
+        # First, because it may refuse: what is refused must not be done with the next group.
+        self._database.backlog.enter(size, new_work=self._new_work)
         if self._running < self._lanes:
-            # First, because it may be refused: what is refused must not be done with the next group.
-            self._database.spawn(self._run())
+            try:
+                self._database.spawn(self._run())
+            except StoreError:
+                self._database.backlog.leave(size)
+                raise
             self._running += 1
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._pending.append((item, size, future))
-        self._pending_bytes += size
         return future
 
     async def _run(self) -> None:
@@ -84,7 +81,8 @@ class Group(Generic[Item, Answer]):
             while self._pending:
                 group = self._next()
                 answers = await self._answers([item for item, _, _ in group])
-                for (_, _, future), answer in zip(group, answers, strict=True):
+                for (_, size, future), answer in zip(group, answers, strict=True):
+                    self._database.backlog.leave(size)
                     if future.done():
                         continue
                     if isinstance(answer, Exception):
@@ -111,5 +109,4 @@ class Group(Generic[Item, Answer]):
                 break
             number, size = number + 1, size + item_size
         group, self._pending = self._pending[:number], self._pending[number:]
-        self._pending_bytes -= size
         return group

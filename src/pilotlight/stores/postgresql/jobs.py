@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from pilotlight.core.lifecycle import Applied, Cancelled, JobEvent
 from pilotlight.domain.job import Idempotency, Job, JobCounts, JobStatus, QueueDemand
@@ -55,18 +56,27 @@ async def insert(transaction: Transaction, jobs: Sequence[Job]) -> dict[str, int
 
 async def submit_once(transaction: Transaction, job: Job, idempotency: Idempotency) -> Job:
     """Queue a new job and remember it, or find the one of an earlier submission."""
-    place = (job.endpoint_id, job.key_id, idempotency.key)
-    known = await transaction.row("remembered", *place)
+    known = await earlier(transaction, job, idempotency)
     if known is not None:
-        common.check_fingerprint(idempotency, known[0])
-        return await find(transaction, known[1])
-    await transaction.run("forget_purged", *place)
+        return known
+    place = (job.endpoint_id, job.key_id, idempotency.key)
+    await transaction.run("forget_submission", *place, job.created_ms)
     stored = await insert(transaction, [job])
     if job.id not in stored:
         raise common.id_taken("job", job.id)
     if not await transaction.run("remember", *place, idempotency.fingerprint, stored[job.id]):
         raise RacedError
     return job
+
+
+async def earlier(transaction: Transaction, job: Job, idempotency: Idempotency) -> Job | None:
+    """The job that a submission would find."""
+    place = (job.endpoint_id, job.key_id, idempotency.key)
+    row = await transaction.row("remembered", *place, job.created_ms)
+    if row is None:
+        return None
+    common.check_fingerprint(idempotency, row["fingerprint"])
+    return job_of(row)
 
 
 async def find(transaction: Transaction, job_id: str) -> Job:
@@ -127,6 +137,11 @@ async def has_chunks(transaction: Transaction, job_id: str, cursor: int | None) 
     """Whether a job has chunks for a reader; an unknown one has none."""
     row = await transaction.row("job_with_news", job_id, _sequence(cursor))
     return row is not None and row["news"]
+
+
+async def trim(transaction: Transaction, job_id: str, limit: int) -> int:
+    """Forget chunks that were drained."""
+    return await transaction.run("trim_chunks", job_id, max(0, limit))
 
 
 async def drain(

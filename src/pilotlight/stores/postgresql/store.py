@@ -10,9 +10,10 @@ import asyncio
 import contextlib
 import functools
 from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
+
+from msgspec.structs import replace
 
 from pilotlight.core.lifecycle import Applied, JobEvent, PlatformInterrupted, Progressed, ResultPosted
 from pilotlight.domain.batch import Batch, BatchDraft
@@ -96,7 +97,7 @@ class PostgresqlStore(PostgresqlRegistry):
         super().__init__(database, news)
         self._release = release
         self._lead = lead
-        self._submits: Group[Job, bool] = Group(database, self._insert)
+        self._submits: Group[Job, bool] = Group(database, self._insert, new_work=True)
         self._events: Group[_Events, list[Applied | None]] = Group(
             database, self._apply_group, lanes=_APPLY_LANES
         )
@@ -135,7 +136,9 @@ class PostgresqlStore(PostgresqlRegistry):
             if not await asyncio.shield(stored):
                 raise common.id_taken("job", job.id)
             return job
-        return await self._database.apart(self._submit_once(job, idempotency, announce))
+        return await self._database.apart(
+            self._submit_once(job, idempotency, announce), size=len(job.input), new_work=True
+        )
 
     def _announce(self, job: Job, announce: Callable[[], None] | None, stored: asyncio.Future[bool]) -> None:
         if stored.exception() is None and stored.result():
@@ -168,6 +171,10 @@ class PostgresqlStore(PostgresqlRegistry):
                     announce()
             return stored
         raise StoreError("equal submissions keep each other from being stored; try again")
+
+    async def earlier(self, job: Job, idempotency: Idempotency) -> Job | None:
+        """See `JobStore.earlier`."""
+        return await self._database.read(lambda transaction: jobs.earlier(transaction, job, idempotency))
 
     async def take(self, endpoint_id: str, worker_id: str, *, count: int, now_ms: int) -> Sequence[Job]:
         """See `JobStore.take`."""
@@ -268,6 +275,7 @@ class PostgresqlStore(PostgresqlRegistry):
                 transaction, job_id, worker_id, body, attempt, now_ms, limit_bytes
             ),
             ChunkFate.STORED,
+            size=len(body),
         )
         if fate is ChunkFate.STORED:
             self._news.jobs_changed([job_id])
@@ -288,6 +296,10 @@ class PostgresqlStore(PostgresqlRegistry):
     async def has_chunks(self, job_id: str, *, cursor: int | None = None) -> bool:
         """See `JobStore.has_chunks`."""
         return await self._database.read(lambda transaction: jobs.has_chunks(transaction, job_id, cursor))
+
+    async def trim_chunks(self, job_id: str, *, limit: int = 1000) -> int:
+        """See `JobStore.trim_chunks`."""
+        return await self._change(lambda transaction: jobs.trim(transaction, job_id, limit))
 
     async def demand(self, endpoint_id: str, *, overdue_before_ms: int) -> QueueDemand:
         """See `JobStore.demand`."""
@@ -344,11 +356,21 @@ class PostgresqlStore(PostgresqlRegistry):
 
     async def add_batch(self, batch: Batch, drafts: Sequence[BatchDraft]) -> None:
         """See `BatchStore.add_batch`."""
-        await self._change(lambda transaction: batches.add(transaction, batch, drafts))
+        await self._database.write(
+            lambda transaction: batches.add(transaction, batch, drafts),
+            begin=Begin.JOBS,
+            size=common.draft_bytes(drafts),
+            new_work=True,
+        )
 
     async def add_batch_requests(self, batch_id: str, drafts: Sequence[BatchDraft]) -> Batch:
         """See `BatchStore.add_batch_requests`."""
-        return await self._change(lambda transaction: batches.add_requests(transaction, batch_id, drafts))
+        return await self._database.write(
+            lambda transaction: batches.add_requests(transaction, batch_id, drafts),
+            begin=Begin.JOBS,
+            size=common.draft_bytes(drafts),
+            new_work=True,
+        )
 
     async def remove_batch_request(self, batch_id: str, request_id: str) -> Batch:
         """See `BatchStore.remove_batch_request`."""

@@ -14,7 +14,7 @@ from pilotlight.domain.batch import Batch, BatchDraft
 from pilotlight.domain.job import Job
 from pilotlight.stores import common
 from pilotlight.stores.rows import job_of
-from pilotlight.stores.sqlite.changes import JobChanges
+from pilotlight.stores.sqlite.changes import JobChanges, known_of
 from pilotlight.stores.sqlite.threads import Transaction
 
 
@@ -96,6 +96,7 @@ def finalize(transaction: Transaction, batch_id: str, template: Job) -> Batch:
             transaction.purges(template.endpoint_id),
         ),
     )
+    transaction.queued_elsewhere()
     transaction.execute("queue_draft_inputs", (seq,))
     transaction.execute("delete_drafts", (seq,))
     transaction.execute("finalize_batch", (template.created_ms, seq))
@@ -113,7 +114,7 @@ def cancel(transaction: Transaction, batch_id: str, now_ms: int) -> tuple[Batch,
     seq, batch = _find(transaction, batch_id)
     if not batch.active or batch.cancel_ms is not None:
         return batch, []
-    changes = JobChanges(transaction, transaction.execute("queued_requests", (batch_id,)))
+    changes = JobChanges(transaction, known_of(transaction.execute("queued_requests", (batch_id,))))
     ended = changes.apply_all(Cancelled(now_ms=now_ms))
     changes.write()
     transaction.execute("cancel_batch", (now_ms, seq))
@@ -141,8 +142,9 @@ def requests(transaction: Transaction, batch_id: str, offset: int, limit: int) -
 
 
 def prune(transaction: Transaction, ended_before_ms: int, limit: int) -> int:
-    """Forget batches that ended and have no jobs left."""
+    """Forget batches that ended and have no jobs left, and drafts of deleted endpoints, in slices."""
     transaction.flush()
+    transaction.execute("prune_drafts", (max(0, limit),))
     return transaction.execute("prune_batches", (ended_before_ms, max(0, limit))).rowcount
 
 

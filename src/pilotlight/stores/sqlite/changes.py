@@ -6,7 +6,7 @@ writer; that is the exclusion the port promises.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -16,6 +16,7 @@ from pilotlight.domain.job import Job, JobStatus
 from pilotlight.stores import common
 from pilotlight.stores.rows import job_of
 from pilotlight.stores.sqlite import webhooks
+from pilotlight.stores.sqlite.known import Known
 from pilotlight.stores.sqlite.threads import Transaction
 
 Row = tuple[Any, ...]
@@ -23,26 +24,18 @@ Row = tuple[Any, ...]
 SEQ = 27
 """Position of `seq` in `job_records`, after the fields of `Job` but the input."""
 
-INPUT = 34
-"""Position of the input where a query has it behind `job_records`."""
-
 
 class JobChanges:
     """Events applied to several jobs, and written together.
 
     Args:
         transaction: Where.
-        rows: The records of the jobs.
-        with_inputs: Whether the records have the inputs behind them.
+        found: The jobs and their numbers.
     """
 
-    def __init__(self, transaction: Transaction, rows: Iterable[Row], *, with_inputs: bool = False) -> None:
+    def __init__(self, transaction: Transaction, found: Iterable[Known]) -> None:
         self._transaction = transaction
-        self._seqs: dict[str, int] = {}
-        self._jobs: dict[str, Job] = {}
-        for row in rows:
-            self._jobs[row[0]] = job_of(row, row[INPUT] if with_inputs else b"")
-            self._seqs[row[0]] = row[SEQ]
+        self._known = {known[0].id: known for known in found}
         self._changed: dict[str, Job] = {}
 
     def apply(self, job_id: str, event: JobEvent) -> Applied | None:
@@ -50,18 +43,20 @@ class JobChanges:
 
         The record itself is written by `write`.
         """
-        job = self._jobs.get(job_id)
-        if job is None:
+        known = self._known.get(job_id)
+        if known is None:
             return None
+        job, seq = known
         transaction = self._transaction
         applied = common.apply(job, event, batch_cancelled=False)
         if applied.requeued and job.batch_id is not None and _batch_cancelled(transaction, job.batch_id):
             applied = common.apply(job, event, batch_cancelled=True)
         if not applied.changed:
             return applied
-        after, seq = applied.after, self._seqs[job_id]
+        after = applied.after
         self._changed.setdefault(job_id, job)
-        self._jobs[job_id] = after
+        self._known[job_id] = (after, seq)
+        transaction.jobs.put(after, seq)
         transaction.counters(after.endpoint_id).move(job, after)
         if job.batch_id is not None:
             counters = transaction.batch_counters(job.batch_id)
@@ -75,15 +70,17 @@ class JobChanges:
 
     def apply_all(self, event: JobEvent) -> list[Applied]:
         """Apply one event to each of the jobs."""
-        return [applied for job_id in list(self._jobs) if (applied := self.apply(job_id, event))]
+        return [applied for job_id in list(self._known) if (applied := self.apply(job_id, event))]
 
     def write(self) -> None:
         """Write what the events changed."""
         touched: list[Row] = []
         finished: list[Row] = []
         others: list[Row] = []
+        size = 0
         for job_id, before in self._changed.items():
-            after, seq = self._jobs[job_id], self._seqs[job_id]
+            after, seq = self._known[job_id]
+            size += 0 if after.output is None else len(after.output)
             if before.status is not JobStatus.IN_PROGRESS or after.attempts is not before.attempts:
                 others.append(_update(after, seq, self._transaction.purges(after.endpoint_id)))
             elif after.finished_ms is None:
@@ -102,14 +99,39 @@ class JobChanges:
                 )
         for query, rows in (("touch_job", touched), ("finish_job", finished), ("update_job", others)):
             if rows:
-                self._transaction.executemany(query, rows)
+                self._transaction.write_rows(query, rows, size=size)
 
 
-def find_many(transaction: Transaction, job_ids: Collection[str]) -> list[Row]:
-    """The records of those jobs that are known, in no order."""
-    if len(job_ids) == 1:
-        return transaction.execute("job", tuple(job_ids)).fetchall()
-    return transaction.execute("jobs_by_id", (msgspec.json.encode(list(job_ids)).decode(),)).fetchall()
+def find(transaction: Transaction, job_ids: Iterable[str]) -> dict[str, Known]:
+    """Those jobs that there are, as the writer knows them or the database has them."""
+    found: dict[str, Known] = {}
+    missing: list[str] = []
+    for job_id in job_ids:
+        known = transaction.jobs.get(job_id)
+        if known is None:
+            missing.append(job_id)
+        else:
+            found[job_id] = known
+    if len(missing) == 1:
+        rows = transaction.execute("job", missing).fetchall()
+    elif missing:
+        rows = transaction.execute("jobs_by_id", (json_list(missing),)).fetchall()
+    else:
+        rows = []
+    for known in known_of(rows):
+        found[known[0].id] = known
+        transaction.jobs.put(*known)
+    return found
+
+
+def known_of(rows: Iterable[Row]) -> list[Known]:
+    """The jobs of records, with their numbers."""
+    return [(job_of(row), row[SEQ]) for row in rows]
+
+
+def json_list(values: Sequence[str] | Sequence[int]) -> str:
+    """What `json_each` makes a table of."""
+    return msgspec.json.encode(values).decode()
 
 
 def load(transaction: Transaction, job_id: str) -> Row:

@@ -6,17 +6,18 @@ but the views hide it and no operation but that one sees it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 
 import msgspec
+from msgspec.structs import replace
 
 from pilotlight.core.lifecycle import Applied, Cancelled, JobEvent, PlatformInterrupted, Taken
 from pilotlight.domain.job import Idempotency, Job, JobCounts, JobStatus, QueueDemand
 from pilotlight.errors import PilotlightError
 from pilotlight.stores import common
 from pilotlight.stores.rows import job_of
-from pilotlight.stores.sqlite.changes import SEQ, JobChanges, Row, find_many, load, notify
+from pilotlight.stores.sqlite.changes import SEQ, JobChanges, Row, find, json_list, known_of, load, notify
+from pilotlight.stores.sqlite.known import Known
 from pilotlight.stores.sqlite.threads import Bulk, Transaction
 
 _CREATED, _RANK = 7, 28
@@ -51,6 +52,16 @@ def submit_many(transaction: Transaction, items: Sequence[Submission]) -> list[J
     return answers
 
 
+def earlier(transaction: Transaction, job: Job, idempotency: Idempotency) -> Job | None:
+    """The job that a submission would find."""
+    place = (job.endpoint_id, job.key_id, idempotency.key)
+    row = transaction.execute("remembered", place).fetchone()
+    if row is None or common.forgotten(found := job_of(row), job.created_ms):
+        return None
+    common.check_fingerprint(idempotency, row[_FINGERPRINT])
+    return found
+
+
 def _earlier(
     transaction: Transaction,
     job: Job,
@@ -59,28 +70,26 @@ def _earlier(
 ) -> Job | PilotlightError | None:
     """The job of an earlier submission under the same key, in `keys` or stored; a refusal; or neither."""
     place = (job.endpoint_id, job.key_id, idempotency.key)
-    row = transaction.execute("remembered", place).fetchone()
-    if row is not None:
-        found, fingerprint = job_of(row), row[_FINGERPRINT]
-    elif place in keys:
+    try:
+        found = earlier(transaction, job, idempotency)
+        if found is not None:
+            return found
+        if place not in keys:
+            keys[place] = (job, idempotency)
+            return None
         first, remembered = keys[place]
         assert remembered is not None
-        found, fingerprint = replace(first, input=b""), remembered.fingerprint
-    else:
-        keys[place] = (job, idempotency)
-        return None
-    try:
-        common.check_fingerprint(idempotency, fingerprint)
+        common.check_fingerprint(idempotency, remembered.fingerprint)
+        return replace(first, input=b"")
     except PilotlightError as error:
         return error
-    return found
 
 
 def _insert(transaction: Transaction, items: Sequence[Submission]) -> list[int]:
     """Insert new jobs; returns the positions of those whose id exists."""
     if not items:
         return []
-    last: int = transaction.execute("last_seq").fetchone()[0]
+    seqs = transaction.next_seqs(len(items))
     rows = [
         (
             seq,
@@ -103,56 +112,73 @@ def _insert(transaction: Transaction, items: Sequence[Submission]) -> list[int]:
             job.batch_id,
             transaction.purges(job.endpoint_id),
         )
-        for seq, (job, _) in enumerate(items, last + 1)
+        for seq, (job, _) in zip(seqs, items, strict=True)
     ]
-    inserted = transaction.executemany("insert_job", rows).rowcount
     refused: list[int] = []
-    if inserted < len(items):
-        present = {row[0] for row in transaction.execute("inserted", (last,))}
-        refused = [index for index in range(len(items)) if last + 1 + index not in present]
-        items = [item for index, item in enumerate(items) if last + 1 + index in present]
-        rows = [row for row in rows if row[0] in present]
-    transaction.executemany(
-        "insert_input", [(row[0], job.input) for row, (job, _) in zip(rows, items, strict=True)]
-    )
-    for row, (job, idempotency) in zip(rows, items, strict=True):
+    inserted = list(zip(seqs, items, strict=True))
+    if transaction.write_rows("insert_job", rows) < len(items):
+        present = {row[0] for row in transaction.execute("inserted", (seqs[0],))}
+        refused = [index for index, seq in enumerate(seqs) if seq not in present]
+        inserted = [(seq, item) for seq, item in inserted if seq in present]
+    size = sum(job.input_bytes for _, (job, _) in inserted)
+    transaction.write_rows("insert_input", [(seq, job.input) for seq, (job, _) in inserted], size=size)
+    for seq, (job, idempotency) in inserted:
         transaction.counters(job.endpoint_id).move(None, job)
+        transaction.jobs.put(replace(job, input=b""), seq)
+        transaction.inputs.put(job.id, job.input)
         if idempotency is not None:
             place = (job.endpoint_id, job.key_id, idempotency.key)
-            transaction.execute("remember", (*place, idempotency.fingerprint, row[0]))
+            transaction.execute("remember", (*place, idempotency.fingerprint, seq))
     return refused
 
 
 def take_many(transaction: Transaction, orders: Sequence[TakeOrder]) -> list[list[Job]]:
     """Pick the next jobs in the order of service for each taker, the first taker first."""
-    answers: list[list[Job]] = []
-    queues: dict[str, list[Row]] = {}
+    queues: dict[str, list[str]] = {}
     for endpoint_id, _, _, _ in orders:
         if endpoint_id not in queues:
-            mine = [order for order in orders if order[0] == endpoint_id]
-            count = sum(max(0, order[2]) for order in mine)
-            place = (endpoint_id, transaction.purges(endpoint_id), max(order[3] for order in mine), count)
-            queues[endpoint_id] = transaction.execute("next_jobs", place).fetchall()[::-1]
+            alike = [order for order in orders if order[0] == endpoint_id]
+            count = sum(max(0, order[2]) for order in alike)
+            place = (endpoint_id, transaction.purges(endpoint_id), max(order[3] for order in alike), count)
+            queues[endpoint_id] = msgspec.json.decode(transaction.execute("next_jobs", place).fetchone()[0])
+    found = find(transaction, [job_id for queue in queues.values() for job_id in queue])
+    inputs = _inputs(transaction, found)
+    answers: list[list[Job]] = []
+    rows: list[Row] = []
     for endpoint_id, worker_id, count, now_ms in orders:
         queue = queues[endpoint_id]
-        rows = [queue.pop() for _ in range(min(count, len(queue)))]
-        answers.append(_hand_out(transaction, rows, Taken(worker_id=worker_id, now_ms=now_ms)))
+        mine, queues[endpoint_id] = queue[: max(0, count)], queue[max(0, count) :]
+        event = Taken(worker_id=worker_id, now_ms=now_ms)
+        taken = JobChanges(transaction, [found[job_id] for job_id in mine]).apply_all(event)
+        answers.append([replace(applied.after, input=inputs[applied.after.id]) for applied in taken])
+        rows += [(worker_id, now_ms, found[job_id][1]) for job_id in mine]
+    if rows:
+        transaction.write_rows("take_job", rows)
     return answers
 
 
-def _hand_out(transaction: Transaction, rows: Sequence[Row], event: Taken) -> list[Job]:
-    if not rows:
-        return []
-    taken = JobChanges(transaction, rows, with_inputs=True).apply_all(event)
-    seqs = msgspec.json.encode([row[SEQ] for row in rows]).decode()
-    transaction.execute("take_jobs", (event.worker_id, event.now_ms, seqs))
-    return [applied.after for applied in taken]
+def _inputs(transaction: Transaction, found: Mapping[str, Known]) -> dict[str, bytes]:
+    """The inputs of jobs that are about to be handed out."""
+    inputs: dict[str, bytes] = {}
+    missing: dict[int, str] = {}
+    for job_id, (_, seq) in found.items():
+        body = transaction.inputs.take(job_id)
+        if body is None:
+            missing[seq] = job_id
+        else:
+            inputs[job_id] = body
+    if missing:
+        for seq, body in transaction.execute("inputs", (json_list(list(missing)),)).fetchall():
+            inputs[missing[seq]] = body
+    return inputs
 
 
 def give_back(transaction: Transaction, jobs: Sequence[Job], now_ms: int) -> None:
     """Requeue jobs whose taker went away before it learned of them, unless something else happened since."""
-    found = {row[0]: row for row in find_many(transaction, [job.id for job in jobs])}
-    untouched = [found[job.id] for job in jobs if job.id in found and job_of(found[job.id], job.input) == job]
+    found = find(transaction, [job.id for job in jobs])
+    untouched = [
+        found[job.id] for job in jobs if job.id in found and replace(job, input=b"") == found[job.id][0]
+    ]
     changes = JobChanges(transaction, untouched)
     changes.apply_all(PlatformInterrupted(now_ms=now_ms, reason="worker hung up"))
     changes.write()
@@ -160,9 +186,8 @@ def give_back(transaction: Transaction, jobs: Sequence[Job], now_ms: int) -> Non
 
 def apply_lists(transaction: Transaction, lists: Sequence[Events]) -> list[list[Applied | None]]:
     """Apply lists of events to jobs; None for those that are unknown."""
-    changes = JobChanges(
-        transaction, find_many(transaction, {job_id: None for events in lists for job_id, _ in events})
-    )
+    job_ids = {job_id: None for events in lists for job_id, _ in events}
+    changes = JobChanges(transaction, find(transaction, job_ids).values())
     answers = [[changes.apply(job_id, event) for job_id, event in events] for events in lists]
     changes.write()
     return answers
@@ -201,10 +226,9 @@ def demand(transaction: Transaction, endpoint_id: str, overdue_before_ms: int) -
     queued, queued_low, queued_bytes, in_progress, *_, purges = row
     oldest_ms, overdue = None, 0
     if queued:
-        oldest_ms = transaction.execute("oldest_queued", (endpoint_id, purges)).fetchone()[0]
-        overdue = transaction.execute(
-            "count_overdue", (endpoint_id, purges, overdue_before_ms, common.OVERDUE_COUNT_MAX)
-        ).fetchone()[0]
+        oldest_ms, overdue = transaction.execute(
+            "queue_age", (endpoint_id, purges, overdue_before_ms, common.OVERDUE_COUNT_MAX)
+        ).fetchone()
     return QueueDemand(
         queued=queued,
         queued_low=queued_low,
@@ -221,7 +245,7 @@ def ahead(transaction: Transaction, job_id: str) -> int:
     found = job_of(row)
     if found.status is not JobStatus.IN_QUEUE:
         return 0
-    place = (transaction.purges(found.endpoint_id), row[_RANK], found.queued_ms, row[SEQ])
+    place = (transaction.purges(found.endpoint_id), row[_RANK], common.place(found), row[SEQ])
     answer: int = transaction.execute(
         "count_ahead", (found.endpoint_id, *place, common.AHEAD_COUNT_MAX)
     ).fetchone()[0]
@@ -264,7 +288,7 @@ def cancel_some(transaction: Transaction, endpoint_id: str, event: JobEvent, lim
     for rank in _RANKS:
         rows += transaction.execute("queued_jobs", (endpoint_id, purges, rank, max(0, limit))).fetchall()
     rows.sort(key=lambda row: (row[_CREATED], row[SEQ]))
-    changes = JobChanges(transaction, rows[: max(0, limit)])
+    changes = JobChanges(transaction, known_of(rows[: max(0, limit)]))
     ended = changes.apply_all(event)
     changes.write()
     return ended
@@ -291,7 +315,7 @@ def delete_purged(transaction: Transaction, now_ms: int, limit: int) -> int:
                 event = Cancelled(now_ms=now_ms)
                 ended = common.apply(job_of(record), event, batch_cancelled=False).after
                 notify(transaction, seq, ended)
-        transaction.executemany("delete_job", [(seq,) for seq, _ in rows])
+        transaction.execute("delete_jobs", (json_list([seq for seq, _ in rows]),))
         deleted += len(rows)
     return deleted
 
@@ -303,14 +327,18 @@ def shorten(transaction: Transaction, job_id: str, now_ms: int, ttl_ms: int) -> 
     after = common.after_shortening(before, now_ms=now_ms, ttl_ms=ttl_ms)
     if after != before:
         transaction.execute("shorten_job", (after.expires_ms, after.retention_ms, row[SEQ]))
+        transaction.jobs.put(after, row[SEQ])
 
 
 def prune(transaction: Transaction, now_ms: int, limit: int) -> int:
     """Forget ended jobs past their retention."""
-    return transaction.execute("prune_jobs", (now_ms, max(0, limit))).rowcount
+    seqs, job_ids = transaction.execute("old_jobs", (now_ms, max(0, limit))).fetchone()
+    for job_id in msgspec.json.decode(job_ids):
+        transaction.jobs.drop(job_id)
+    return transaction.execute("delete_jobs", (seqs,)).rowcount
 
 
 SUBMIT: Bulk[Submission, Job] = Bulk(0, submit_many)
-APPLY: Bulk[Events, list[Applied | None]] = Bulk(1, apply_lists)
-TAKE: Bulk[TakeOrder, list[Job]] = Bulk(2, take_many)
-"""What comes often. Takes are last, so that they find what was queued before or together with them."""
+APPLY: Bulk[Events, list[Applied | None]] = Bulk(2, apply_lists)
+TAKE: Bulk[TakeOrder, list[Job]] = Bulk(3, take_many)
+"""What comes often, with `chunks.APPEND`. Takes are last, so that they find what was queued with them."""

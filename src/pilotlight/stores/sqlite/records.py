@@ -30,7 +30,7 @@ def usage(
 
 def add_requests(transaction: Transaction, records: Sequence[RequestRecord]) -> None:
     """Append requests, skipping those already there."""
-    transaction.executemany("insert_request", [rows.request_row(record) for record in records])
+    transaction.write_rows("insert_request", [rows.request_row(record) for record in records])
 
 
 def requests(transaction: Transaction, endpoint_id: str | None, limit: int) -> list[RequestRecord]:

@@ -153,7 +153,9 @@ class Lab:
         async def recorded(_: Any, scope: Any, receive: Any, send: Any) -> None:
             await record(scope, receive, send)
 
-        road.__class__ = type("RecordedRoad", (kind,), {"__slots__": (), "__call__": recorded})
+        # Without `serve_whole`, all requests take the road that is recorded.
+        parts = {"__slots__": (), "__call__": recorded, "serve_whole": None}
+        road.__class__ = type("RecordedRoad", (kind,), parts)
 
     def requests(self, verb: str, *ids: str) -> list[Seen]:
         """Requests of one kind, of a worker and a job where given."""

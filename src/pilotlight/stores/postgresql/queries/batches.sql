@@ -98,17 +98,38 @@ SELECT id, input FROM batch_drafts WHERE batch_id = $1 ORDER BY seq OFFSET $2 LI
 -- A page of a batch's requests in their order, once they are jobs.
 SELECT * FROM job_records WHERE batch_id = $1 ORDER BY seq OFFSET $2 LIMIT $3;
 
+-- name: prune_drafts
+-- Forgets some requests of drafts whose endpoint was deleted.
+DELETE FROM batch_drafts WHERE seq IN (
+    SELECT batch_drafts.seq
+    FROM batches
+    JOIN endpoints ON endpoints.id = batches.endpoint_id
+    JOIN batch_drafts ON batch_drafts.batch_id = batches.id
+    WHERE batches.finalized_ms IS NULL AND batches.cancel_ms IS NULL AND endpoints.deleted_ms IS NOT NULL
+    LIMIT $1
+);
+
 -- name: old_batches
--- Batches made before a moment that have no job left and nothing to do.
+-- Batches made before a moment that have no job left and nothing to do, and empty drafts of deleted endpoints.
 SELECT batches.id
 FROM batches
-WHERE batches.created_ms < $1
-    AND (batches.finalized_ms IS NOT NULL OR batches.cancel_ms IS NOT NULL)
-    AND NOT EXISTS (
-        SELECT 1 FROM batch_counters WHERE batch_id = batches.id
-        HAVING sum(in_progress) > 0 OR (batches.cancel_ms IS NULL AND sum(queued) > 0)
+WHERE (
+        batches.created_ms < $1
+        AND (batches.finalized_ms IS NOT NULL OR batches.cancel_ms IS NOT NULL)
+        AND NOT EXISTS (
+            SELECT 1 FROM batch_counters WHERE batch_id = batches.id
+            HAVING sum(in_progress) > 0 OR (batches.cancel_ms IS NULL AND sum(queued) > 0)
+        )
+        AND NOT EXISTS (SELECT 1 FROM job_records WHERE job_records.batch_id = batches.id)
     )
-    AND NOT EXISTS (SELECT 1 FROM job_records WHERE job_records.batch_id = batches.id)
+    OR (
+        batches.finalized_ms IS NULL AND batches.cancel_ms IS NULL
+        AND EXISTS (
+            SELECT 1 FROM endpoints
+            WHERE endpoints.id = batches.endpoint_id AND endpoints.deleted_ms IS NOT NULL
+        )
+        AND NOT EXISTS (SELECT 1 FROM batch_drafts WHERE batch_drafts.batch_id = batches.id)
+    )
 ORDER BY batches.created_ms, batches.seq
 LIMIT $2
 FOR UPDATE OF batches SKIP LOCKED;

@@ -53,6 +53,21 @@ WHERE id = $1;
 -- Remembers the last chunk that was drained, and that the stream has a reader.
 UPDATE jobs SET chunk_read = TRUE, chunks_read = $2, unread_bytes = unread_bytes - $3 WHERE seq = $1;
 
+-- name: trim_chunks
+-- Forgets the oldest chunks of a job that were drained.
+DELETE FROM job_chunks
+USING (
+    SELECT job_chunks.job_seq, job_chunks.attempt, job_chunks.sequence
+    FROM job_records
+    JOIN job_chunks ON job_chunks.job_seq = job_records.seq AND job_chunks.attempt = job_records.attempt
+    WHERE job_records.id = $1 AND job_chunks.sequence < job_records.chunks_read
+    ORDER BY job_chunks.sequence
+    LIMIT $2
+) AS old
+WHERE job_chunks.job_seq = old.job_seq
+    AND job_chunks.attempt = old.attempt
+    AND job_chunks.sequence = old.sequence;
+
 -- name: chunks_read
 -- How far a job's chunks have been drained.
 SELECT chunk_read, chunks_read FROM jobs WHERE seq = $1;

@@ -37,44 +37,30 @@ WHERE endpoint_id = $1;
 
 -- name: demand
 -- The queue of one endpoint for the scaler: counters, since when the oldest normal job waits, and how many of those
--- were queued before a moment, counted up to a limit. The oldest is the first of one of the four normal classes.
+-- were queued before a moment. Of each normal class only the first are looked at, up to a limit: the others have
+-- waited less, but for jumps of the clock.
 SELECT
     coalesce(sum(queued), 0)::BIGINT AS queued,
     coalesce(sum(queued_low), 0)::BIGINT AS queued_low,
     coalesce(sum(queued_bytes), 0)::BIGINT AS queued_bytes,
     coalesce(sum(in_progress), 0)::BIGINT AS in_progress,
-    (
-        SELECT min(first.queued_ms)
-        FROM generate_series(0, 3) AS class (rank)
-        CROSS JOIN LATERAL (
-            SELECT jobs.queued_ms FROM jobs
-            WHERE jobs.endpoint_id = $1
-                AND jobs.status = 'IN_QUEUE'
-                AND jobs.epoch = coalesce((SELECT queues.epoch FROM queues WHERE queues.endpoint_id = $1), 0)
-                AND jobs.rank = class.rank
-            ORDER BY jobs.queued_ms
-            LIMIT 1
-        ) AS first
-    ) AS oldest_ms,
-    (
-        SELECT count(*)
-        FROM (
-            SELECT 1
-            FROM generate_series(0, 3) AS class (rank)
-            CROSS JOIN LATERAL (
-                SELECT 1 FROM jobs
-                WHERE jobs.endpoint_id = $1
-                    AND jobs.status = 'IN_QUEUE'
-                    AND jobs.epoch = coalesce((SELECT queues.epoch FROM queues WHERE queues.endpoint_id = $1), 0)
-                    AND jobs.rank = class.rank
-                    AND jobs.queued_ms < $2
-                LIMIT $3
-            ) AS slice
-            LIMIT $3
-        ) AS waiting
-    ) AS overdue
-FROM job_counters
-WHERE endpoint_id = $1;
+    age.oldest_ms,
+    age.overdue
+FROM (
+    SELECT min(first.queued_ms) AS oldest_ms, least(count(*) FILTER (WHERE first.queued_ms < $2), $3) AS overdue
+    FROM generate_series(0, 3) AS class (rank)
+    CROSS JOIN LATERAL (
+        SELECT jobs.queued_ms FROM jobs
+        WHERE jobs.endpoint_id = $1
+            AND jobs.status = 'IN_QUEUE'
+            AND jobs.epoch = coalesce((SELECT queues.epoch FROM queues WHERE queues.endpoint_id = $1), 0)
+            AND jobs.rank = class.rank
+        ORDER BY jobs.place, jobs.seq
+        LIMIT $3
+    ) AS first
+) AS age
+LEFT JOIN job_counters ON job_counters.endpoint_id = $1
+GROUP BY age.oldest_ms, age.overdue;
 
 -- name: begin_epoch
 -- Begins the next life of a queue.

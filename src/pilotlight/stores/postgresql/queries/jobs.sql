@@ -44,18 +44,24 @@ SELECT id, seq FROM added;
 SELECT id FROM jobs WHERE id = ANY($1::TEXT[]);
 
 -- name: remembered
--- The job of an earlier submission with the same idempotency key, and what it was told apart by.
-SELECT submissions.fingerprint, job_records.id
+-- The job of an earlier submission with the same idempotency key whose record lives at a moment, and what it was
+-- told apart by.
+SELECT job_records.*, submissions.fingerprint
 FROM submissions
 JOIN job_records ON job_records.seq = submissions.job_seq
-WHERE submissions.endpoint_id = $1 AND submissions.key_id = $2 AND submissions.idempotency_key = $3;
+WHERE submissions.endpoint_id = $1 AND submissions.key_id = $2 AND submissions.idempotency_key = $3
+    AND (job_records.finished_ms IS NULL OR job_records.deadline_ms > $4);
 
--- name: forget_purged
--- Makes room where the job of an earlier submission has been purged. A statement of its own: within `remember` it
--- would judge by a snapshot that is older than the submission which that has waited for.
+-- name: forget_submission
+-- Makes room where the job of an earlier submission has been purged, or its record has ended. A statement of its
+-- own: within `remember` it would judge by a snapshot that is older than the submission which that has waited for.
 DELETE FROM submissions
 WHERE endpoint_id = $1 AND key_id = $2 AND idempotency_key = $3
-    AND NOT EXISTS (SELECT 1 FROM job_records WHERE job_records.seq = submissions.job_seq);
+    AND NOT EXISTS (
+        SELECT 1 FROM job_records
+        WHERE job_records.seq = submissions.job_seq
+            AND (job_records.finished_ms IS NULL OR job_records.deadline_ms > $4)
+    );
 
 -- name: remember
 -- Remembers a submission; no row when another one is remembered.
@@ -76,7 +82,7 @@ WHERE endpoint_id = $1
     AND status = 'IN_QUEUE'
     AND epoch = coalesce((SELECT queues.epoch FROM queues WHERE queues.endpoint_id = $1), 0)
     AND expires_ms > $2
-ORDER BY rank, queued_ms, seq
+ORDER BY rank, place, seq
 LIMIT $3
 FOR UPDATE SKIP LOCKED;
 
@@ -210,12 +216,15 @@ DELETE FROM jobs WHERE seq IN (
 
 -- name: place
 -- What tells where in the queue a job stands.
-SELECT endpoint_id, status, epoch, rank, queued_ms, seq FROM job_records WHERE id = $1;
+SELECT job_records.endpoint_id, job_records.status, job_records.epoch, job_records.rank, jobs.place, jobs.seq
+FROM job_records
+JOIN jobs ON jobs.seq = job_records.seq
+WHERE job_records.id = $1;
 
 -- name: count_ahead
 -- How many jobs of the queue are to be served before a place, counted up to a limit.
 SELECT count(*) FROM (
     SELECT 1 FROM jobs
-    WHERE endpoint_id = $1 AND status = 'IN_QUEUE' AND epoch = $2 AND (rank, queued_ms, seq) < ($3, $4, $5)
+    WHERE endpoint_id = $1 AND status = 'IN_QUEUE' AND epoch = $2 AND (rank, place, seq) < ($3, $4, $5)
     LIMIT $6
 ) AS ahead;

@@ -113,17 +113,38 @@ SELECT * FROM job_records WHERE batch_id = ? AND status = 'IN_QUEUE' ORDER BY se
 -- A page of the requests of a batch, in their order.
 SELECT * FROM job_records WHERE batch_id = ? ORDER BY seq LIMIT ? OFFSET ?;
 
+-- name: prune_drafts
+-- Forgets some requests of drafts whose endpoint was deleted. The joins keep SQLite from beginning with the requests.
+DELETE FROM batch_drafts WHERE seq IN (
+    SELECT batch_drafts.seq
+    FROM batches
+    CROSS JOIN endpoints ON endpoints.id = batches.endpoint_id
+    CROSS JOIN batch_drafts ON batch_drafts.batch_seq = batches.seq
+    WHERE endpoints.deleted_ms IS NOT NULL AND batches.cancel_ms IS NULL AND batches.finalized_ms IS NULL
+    LIMIT ?
+);
+
 -- name: prune_batches
--- Forgets batches that ended and have no jobs left, made before a moment.
+-- Forgets batches that ended and have no jobs left, made before a moment, and empty drafts of deleted endpoints.
 DELETE FROM batches WHERE seq IN (
     SELECT seq FROM batches
     WHERE
-        created_ms < ?
-        AND (
-            (cancel_ms IS NOT NULL AND in_progress = 0)
-            OR (cancel_ms IS NULL AND finalized_ms IS NOT NULL AND queued + in_progress = 0)
+        (
+            created_ms < ?
+            AND (
+                (cancel_ms IS NOT NULL AND in_progress = 0)
+                OR (cancel_ms IS NULL AND finalized_ms IS NOT NULL AND queued + in_progress = 0)
+            )
+            AND NOT EXISTS (SELECT 1 FROM jobs WHERE jobs.batch_id = batches.id)
         )
-        AND NOT EXISTS (SELECT 1 FROM jobs WHERE jobs.batch_id = batches.id)
+        OR (
+            cancel_ms IS NULL AND finalized_ms IS NULL
+            AND EXISTS (
+                SELECT 1 FROM endpoints
+                WHERE endpoints.id = batches.endpoint_id AND endpoints.deleted_ms IS NOT NULL
+            )
+            AND NOT EXISTS (SELECT 1 FROM batch_drafts WHERE batch_drafts.batch_seq = batches.seq)
+        )
     ORDER BY created_ms
     LIMIT ?
 );

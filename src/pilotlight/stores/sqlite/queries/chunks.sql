@@ -31,6 +31,17 @@ UPDATE jobs SET chunk_read = 1 WHERE seq = ?;
 -- Forgets all chunks of a job.
 DELETE FROM job_chunks WHERE job_seq = ?;
 
+-- name: trim_chunks
+-- Forgets the oldest chunks of a job that were returned.
+DELETE FROM job_chunks WHERE (job_seq, attempt, sequence) IN (
+    SELECT job_chunks.job_seq, job_chunks.attempt, job_chunks.sequence
+    FROM job_records
+    JOIN job_chunks ON job_chunks.job_seq = job_records.seq AND job_chunks.attempt = job_records.attempt
+    WHERE job_records.id = ? AND job_chunks.sequence < job_records.chunks_read
+    ORDER BY job_chunks.sequence
+    LIMIT ?
+);
+
 -- name: restart_chunks
 -- Lets the chunks of a job, which has none now, go on with the next number.
 UPDATE jobs SET chunks_read = chunks, chunk_bytes = 0 WHERE seq = ?;

@@ -13,12 +13,16 @@ VALUES (?, ?, ?, ?, ?, 'IN_QUEUE', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0, ?, ?, ?, ?)
 ON CONFLICT (id) DO NOTHING;
 
 -- name: inserted
--- Which numbers there are after a given one.
-SELECT seq FROM jobs WHERE seq > ?;
+-- Which numbers there are from a given one on.
+SELECT seq FROM jobs WHERE seq >= ?;
 
 -- name: insert_input
 -- Stores what the client sent with a job.
 INSERT INTO job_inputs (job_seq, body) VALUES (?, ?);
+
+-- name: inputs
+-- What the clients sent with jobs, by their numbers (a JSON array).
+SELECT job_seq, body FROM job_inputs WHERE job_seq IN (SELECT value FROM json_each(?));
 
 -- name: input
 -- What the client sent with a job.
@@ -32,7 +36,7 @@ JOIN job_records ON job_records.seq = idempotency.job_seq
 WHERE idempotency.endpoint_id = ? AND idempotency.key_id = ? AND idempotency.key = ?;
 
 -- name: remember
--- Remembers the job of a submission under its idempotency key; that of a purged job makes room.
+-- Remembers the job of a submission under its idempotency key; that of a purged or forgotten job makes room.
 INSERT INTO idempotency (endpoint_id, key_id, key, fingerprint, job_seq)
 VALUES (?, ?, ?, ?, ?)
 ON CONFLICT (endpoint_id, key_id, key) DO UPDATE SET
@@ -42,26 +46,35 @@ ON CONFLICT (endpoint_id, key_id, key) DO UPDATE SET
 -- name: update_job
 -- Writes everything of a job that an event can change.
 UPDATE jobs SET
-    status = ?, queued_ms = ?, expires_ms = ?, attempt = ?, retries = ?, worker_id = ?, started_ms = ?,
-    confirmed_ms = ?, first_output_ms = ?, chunk_read = ?, finished_ms = ?, output = ?, error = ?,
-    s3_config = ?, attempts = ?, purges = ?
-WHERE seq = ?;
+    status = new.column1, queued_ms = new.column2, expires_ms = new.column3, attempt = new.column4,
+    retries = new.column5, worker_id = new.column6, started_ms = new.column7, confirmed_ms = new.column8,
+    first_output_ms = new.column9, chunk_read = new.column10, finished_ms = new.column11,
+    output = new.column12, error = new.column13, s3_config = new.column14, attempts = new.column15,
+    purges = new.column16
+FROM (VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)) AS new
+WHERE jobs.seq = new.column17;
 
 -- name: touch_job
 -- Writes what can change while a job runs.
-UPDATE jobs SET confirmed_ms = ?, output = ? WHERE seq = ?;
+UPDATE jobs SET confirmed_ms = new.column1, output = new.column2
+FROM (VALUES (?, ?, ?)) AS new
+WHERE jobs.seq = new.column3;
 
 -- name: finish_job
 -- Writes the end of a job that ran.
-UPDATE jobs SET status = ?, confirmed_ms = ?, finished_ms = ?, output = ?, error = ?, s3_config = ?
-WHERE seq = ?;
-
--- name: take_jobs
--- Hands jobs to a worker, by their numbers (a JSON array).
 UPDATE jobs SET
-    status = 'IN_PROGRESS', attempt = attempt + 1, worker_id = ?, started_ms = ?, confirmed_ms = NULL,
-    first_output_ms = NULL, output = NULL, error = NULL
-WHERE seq IN (SELECT value FROM json_each(?));
+    status = new.column1, confirmed_ms = new.column2, finished_ms = new.column3, output = new.column4,
+    error = new.column5, s3_config = new.column6
+FROM (VALUES (?, ?, ?, ?, ?, ?, ?)) AS new
+WHERE jobs.seq = new.column7;
+
+-- name: take_job
+-- Hands a job to a worker.
+UPDATE jobs SET
+    status = 'IN_PROGRESS', attempt = attempt + 1, worker_id = new.column1, started_ms = new.column2,
+    confirmed_ms = NULL, first_output_ms = NULL, output = NULL, error = NULL
+FROM (VALUES (?, ?, ?)) AS new
+WHERE jobs.seq = new.column3;
 
 -- name: shorten_job
 -- Writes the ends of a job's time to live and retention.
@@ -76,15 +89,14 @@ SELECT * FROM job_records WHERE id = ?;
 SELECT * FROM job_records WHERE id IN (SELECT value FROM json_each(?));
 
 -- name: next_jobs
--- The jobs to hand out next, in the order of service; those whose time to live is over are passed by.
-SELECT job_records.*, job_inputs.body
-FROM job_records
-JOIN job_inputs ON job_inputs.job_seq = job_records.seq
-WHERE
-    job_records.endpoint_id = ? AND job_records.purges = ? AND job_records.status = 'IN_QUEUE'
-    AND job_records.expires_ms > ?
-ORDER BY job_records.rank, job_records.queued_ms, job_records.seq
-LIMIT ?;
+-- The ids of the jobs to hand out next, in the order of service, a JSON array: with its limit the inner query
+-- runs as it stands, in its order. Those whose time to live is over are passed by.
+SELECT json_group_array(id) FROM (
+    SELECT id FROM jobs
+    WHERE endpoint_id = ? AND purges = ? AND status = 'IN_QUEUE' AND expires_ms > ?
+    ORDER BY rank, place, seq
+    LIMIT ?
+);
 
 -- name: newest_jobs
 -- Jobs of an endpoint in one state, newest first.
@@ -121,15 +133,17 @@ LIMIT ?;
 
 -- name: queued_jobs
 -- The first jobs of one class of an endpoint's queue.
-SELECT * FROM job_records
-WHERE endpoint_id = ? AND purges = ? AND status = 'IN_QUEUE' AND rank = ?
-ORDER BY queued_ms, seq
+SELECT job_records.*
+FROM jobs
+CROSS JOIN job_records ON job_records.seq = jobs.seq
+WHERE jobs.endpoint_id = ? AND jobs.purges = ? AND jobs.status = 'IN_QUEUE' AND jobs.rank = ?
+ORDER BY jobs.place, jobs.seq
 LIMIT ?;
 
--- name: prune_jobs
--- Forgets ended jobs that need not be readable any more; inputs and chunks go with them.
-DELETE FROM jobs WHERE seq IN (
-    SELECT seq FROM jobs WHERE finished_ms IS NOT NULL AND deadline_ms <= ? ORDER BY deadline_ms, seq LIMIT ?
+-- name: old_jobs
+-- Ended jobs that need not be readable any more: their numbers and their ids, two JSON arrays.
+SELECT json_group_array(seq), json_group_array(id) FROM (
+    SELECT seq, id FROM jobs WHERE finished_ms IS NOT NULL AND deadline_ms <= ? ORDER BY deadline_ms, seq LIMIT ?
 );
 
 -- name: purged_jobs
@@ -145,33 +159,41 @@ SELECT
 FROM jobs
 WHERE seq = ?;
 
--- name: delete_job
--- Forgets a job; its input, its chunks and what it was remembered by go with it.
-DELETE FROM jobs WHERE seq = ?;
+-- name: delete_jobs
+-- Forgets jobs, by their numbers (a JSON array); inputs, chunks and what they were remembered by go with them.
+DELETE FROM jobs WHERE seq IN (SELECT value FROM json_each(?));
 
--- name: oldest_queued
--- Since when the oldest job that is not low priority waits: the first of each class, of which the oldest counts.
-SELECT min(queued_ms) FROM (
-    SELECT min(queued_ms) AS queued_ms FROM jobs INDEXED BY jobs_queue
-    WHERE endpoint_id = ?1 AND purges = ?2 AND status = 'IN_QUEUE' AND rank = 0
+-- name: queue_age
+-- Of the jobs that are not low priority: since when the oldest waits, and how many were queued before a moment. Of
+-- each class only the first are looked at, up to a limit: the others have waited less, but for jumps of the clock.
+SELECT min(queued_ms), min(coalesce(sum(queued_ms < ?3), 0), ?4) FROM (
+    SELECT * FROM (
+        SELECT queued_ms FROM jobs INDEXED BY jobs_queue
+        WHERE endpoint_id = ?1 AND purges = ?2 AND status = 'IN_QUEUE' AND rank = 0
+        ORDER BY place, seq
+        LIMIT ?4
+    )
     UNION ALL
-    SELECT min(queued_ms) FROM jobs INDEXED BY jobs_queue
-    WHERE endpoint_id = ?1 AND purges = ?2 AND status = 'IN_QUEUE' AND rank = 1
+    SELECT * FROM (
+        SELECT queued_ms FROM jobs INDEXED BY jobs_queue
+        WHERE endpoint_id = ?1 AND purges = ?2 AND status = 'IN_QUEUE' AND rank = 1
+        ORDER BY place, seq
+        LIMIT ?4
+    )
     UNION ALL
-    SELECT min(queued_ms) FROM jobs INDEXED BY jobs_queue
-    WHERE endpoint_id = ?1 AND purges = ?2 AND status = 'IN_QUEUE' AND rank = 2
+    SELECT * FROM (
+        SELECT queued_ms FROM jobs INDEXED BY jobs_queue
+        WHERE endpoint_id = ?1 AND purges = ?2 AND status = 'IN_QUEUE' AND rank = 2
+        ORDER BY place, seq
+        LIMIT ?4
+    )
     UNION ALL
-    SELECT min(queued_ms) FROM jobs INDEXED BY jobs_queue
-    WHERE endpoint_id = ?1 AND purges = ?2 AND status = 'IN_QUEUE' AND rank = 3
-);
-
--- name: count_overdue
--- How many jobs that are not low priority were queued before a moment, counted up to a limit.
-SELECT count(*) FROM (
-    SELECT 1 FROM jobs INDEXED BY jobs_queue
-    WHERE
-        endpoint_id = ? AND purges = ? AND status = 'IN_QUEUE' AND rank IN (0, 1, 2, 3) AND queued_ms < ?
-    LIMIT ?
+    SELECT * FROM (
+        SELECT queued_ms FROM jobs INDEXED BY jobs_queue
+        WHERE endpoint_id = ?1 AND purges = ?2 AND status = 'IN_QUEUE' AND rank = 3
+        ORDER BY place, seq
+        LIMIT ?4
+    )
 );
 
 -- name: count_ahead
@@ -179,6 +201,6 @@ SELECT count(*) FROM (
 SELECT count(*) FROM (
     SELECT 1 FROM jobs INDEXED BY jobs_queue
     WHERE
-        endpoint_id = ? AND purges = ? AND status = 'IN_QUEUE' AND (rank, queued_ms, seq) < (?, ?, ?)
+        endpoint_id = ? AND purges = ? AND status = 'IN_QUEUE' AND (rank, place, seq) < (?, ?, ?)
     LIMIT ?
 );

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 
 from pilotlight.gateway.asgi import Receive
+from pilotlight.gateway.load_balancer.head import Framing
 from pilotlight.gateway.upstream import UpstreamError, UpstreamResponse
 
 _AHEAD_BYTES = 256 * 1024
@@ -22,19 +23,22 @@ class ClientBody:
 
     Args:
         receive: The events (ASGI).
+        framing: What the head says of the body.
         limit: Largest body, in bytes.
-        chunked: Whether its length is not known beforehand.
         on_gone: Called once when the client has gone.
 
     Attributes:
-        gone: Whether it has.
+        exists: Whether there is one to be sent.
+        gone: Whether the client has gone.
         sent: Whether a worker has been sent the whole of it.
     """
 
-    def __init__(self, receive: Receive, *, limit: int, chunked: bool, on_gone: Callable[[], object]) -> None:
+    def __init__(
+        self, receive: Receive, framing: Framing, *, limit: int, on_gone: Callable[[], object]
+    ) -> None:
         self._receive = receive
         self._limit = limit
-        self._chunked = chunked
+        self._chunked = framing.chunked
         self._on_gone = on_gone
         self._pieces: deque[bytes] = deque()
         self._ahead = 0
@@ -43,6 +47,7 @@ class ClientBody:
         self._too_large = False
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self.exists = framing.has_body
         self.gone = False
         self.sent = False
 

@@ -6,7 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pilotlight.core.affinity import HEADER
-from pilotlight.gateway.asgi import Scope
+from pilotlight.domain.endpoint import Endpoint
+from pilotlight.gateway.asgi import Headers, Scope
+
+FORWARD_KEY_VARIABLE = "FORWARD_AUTHORIZATION"
+"""Set to `false` in an endpoint's environment, its workers do not see the keys of its callers."""
 
 _HOP = frozenset(
     {
@@ -43,6 +47,23 @@ _Header = tuple[bytes, bytes]
 
 
 @dataclass(frozen=True, slots=True)
+class Call:
+    """A client's request, and what of its path is the worker's.
+
+    Attributes:
+        scope: As it came (ASGI).
+        headers: The same, by name.
+        path: Path and query for the worker, percent-encoded.
+        prefix: What was taken away from the path, for servers that make links.
+    """
+
+    scope: Scope
+    headers: Headers
+    path: str
+    prefix: str
+
+
+@dataclass(frozen=True, slots=True)
 class Framing:
     """How the body of a request is told from what comes after it; the one decision that head and body follow.
 
@@ -76,28 +97,21 @@ class Framing:
         return [] if self.length is None else [(b"content-length", b"%d" % self.length)]
 
 
-def request_head(
-    scope: Scope, path: str, framing: Framing, *, prefix: str, endpoint_id: str, forward_key: bool
-) -> bytes:
+def request_head(call: Call, endpoint: Endpoint, framing: Framing) -> bytes:
     """Request line and headers as the worker gets them.
 
     Args:
-        scope: The client's request (ASGI).
-        path: Path and query for the worker.
+        call: The client's request.
+        endpoint: Whose worker.
         framing: Of the body that follows.
-        prefix: What was taken away from the path, for servers that make links.
-        endpoint_id: For `X-Forwarded-*` only.
-        forward_key: Whether the worker sees the caller's key.
     """
-    headers = _forwarded(scope, prefix=prefix, forward_key=forward_key)
-    return _encode(scope["method"], path, headers + framing.headers, endpoint_id)
+    return _encode(call.scope["method"], call.path, _forwarded(call, endpoint) + framing.headers, endpoint.id)
 
 
-def upgrade_head(scope: Scope, path: str, *, prefix: str, endpoint_id: str, forward_key: bool) -> bytes:
+def upgrade_head(call: Call, endpoint: Endpoint) -> bytes:
     """The same for a request that asks for a WebSocket, which has no body."""
-    headers = _forwarded(scope, prefix=prefix, forward_key=forward_key)
-    headers += [(b"connection", b"Upgrade"), (b"upgrade", b"websocket")]
-    return _encode("GET", path, headers, endpoint_id)
+    upgrade = [(b"connection", b"Upgrade"), (b"upgrade", b"websocket")]
+    return _encode("GET", call.path, _forwarded(call, endpoint) + upgrade, endpoint.id)
 
 
 def response_headers(headers: Iterable[_Header], worker_id: str) -> list[_Header]:
@@ -113,9 +127,10 @@ def response_headers(headers: Iterable[_Header], worker_id: str) -> list[_Header
     return [*passed, (HEADER.encode(), worker_id.encode())]
 
 
-def _forwarded(scope: Scope, *, prefix: str, forward_key: bool) -> list[_Header]:
+def _forwarded(call: Call, endpoint: Endpoint) -> list[_Header]:
+    scope = call.scope
     headers = _without_hop(list(scope["headers"]))
-    if not forward_key:
+    if not _forwards_key(endpoint):
         headers = [header for header in headers if header[0] not in _KEYS]
     given = dict(headers)
     peer = (scope.get("client") or ("",))[0].encode()
@@ -125,10 +140,14 @@ def _forwarded(scope: Scope, *, prefix: str, forward_key: bool) -> list[_Header]
         b"x-forwarded-for": chain,
         b"x-forwarded-proto": given.get(b"x-forwarded-proto", proto),
         b"x-forwarded-host": given.get(b"x-forwarded-host", given.get(b"host", b"")),
-        b"x-forwarded-prefix": given.get(b"x-forwarded-prefix", b"") + prefix.encode(),
+        b"x-forwarded-prefix": given.get(b"x-forwarded-prefix", b"") + call.prefix.encode(),
     }
     kept = [header for header in headers if header[0] not in ours and header[0] != b"content-length"]
     return kept + [(name, value) for name, value in ours.items() if value]
+
+
+def _forwards_key(endpoint: Endpoint) -> bool:
+    return endpoint.revision.env.get(FORWARD_KEY_VARIABLE, "true").strip().lower() not in {"false", "0", "no"}
 
 
 def _without_hop(headers: list[_Header]) -> list[_Header]:

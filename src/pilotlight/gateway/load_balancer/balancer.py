@@ -1,0 +1,222 @@
+"""Takes in what is for a load-balancing endpoint, and sees it through to its row in the request log.
+
+`gateway.app` calls it for `/lb/{endpoint}/…` and for hosts named `{endpoint}.anything`. Per request: check
+the key and the kind of endpoint; take a slot of a routable worker or of the one asked for, or wait for it;
+pass the request on while it still arrives, and the answer while it is still made. There is no queue and no
+second try. WebSockets take the same steps and then become a tunnel.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import structlog
+
+from pilotlight.core.affinity import HEADER, parse_affinity
+from pilotlight.domain.endpoint import Endpoint, EndpointKind
+from pilotlight.domain.usage import Outcome, RequestRecord
+from pilotlight.gateway.asgi import Headers, Receive, Scope, Send
+from pilotlight.gateway.directory import Directory, secret_of
+from pilotlight.gateway.exchange import Exchange
+from pilotlight.gateway.load_balancer.body import ClientBody
+from pilotlight.gateway.load_balancer.choice import WorkerChoice
+from pilotlight.gateway.load_balancer.forward import Forwarder
+from pilotlight.gateway.load_balancer.head import Call, Framing, request_head, upgrade_head
+from pilotlight.gateway.load_balancer.refusal import Refusal
+from pilotlight.gateway.load_balancer.tunnel import TUNNEL, WebSocketTunnel
+from pilotlight.gateway.slots import SlotTable, WorkerSlots
+from pilotlight.gateway.upstream import UpstreamError
+from pilotlight.ports.clock import Clock
+from pilotlight.ports.fleet import Fleet
+from pilotlight.settings import LoadBalancerSettings
+
+_log = structlog.get_logger()
+
+
+class LoadBalancer:
+    """ASGI callable for load-balancing endpoints.
+
+    Args:
+        directory: Endpoints and keys.
+        slots: Admission and the hold.
+        fleet: Tells whether a worker that is asked for exists, and starts it again.
+        clock: Time.
+        settings: Bounds.
+        entropy: Random bytes, for ids in the request log.
+        record: Takes the row of the request log.
+        start_failed: The class of errors with which held requests fail when their endpoint gives up.
+
+    Attributes:
+        pool: Connections to workers.
+    """
+
+    def __init__(
+        self,
+        *,
+        directory: Directory,
+        slots: SlotTable,
+        fleet: Fleet,
+        clock: Clock,
+        settings: LoadBalancerSettings,
+        entropy: Callable[[int], bytes],
+        record: Callable[[RequestRecord], None],
+        start_failed: type[Exception],
+    ) -> None:
+        self._directory = directory
+        self._slots = slots
+        self._clock = clock
+        self._settings = settings
+        self._entropy = entropy
+        self._record = record
+        self._choice = WorkerChoice(
+            directory=directory, slots=slots, fleet=fleet, settings=settings, start_failed=start_failed
+        )
+        self._forwarder = Forwarder(slots=slots, clock=clock, settings=settings)
+        self.pool = self._forwarder.pool
+
+    def serves_host(self, host: bytes) -> str | None:
+        """The load-balancing endpoint that a Host header names by its first label; None for any other."""
+        label, dot, _ = host.partition(b".")
+        if not dot or len(label) != 14:
+            return None
+        endpoint = self._directory.endpoint(label.decode("latin-1").lower())
+        return endpoint.id if endpoint is not None and endpoint.kind is EndpointKind.LOAD_BALANCER else None
+
+    async def __call__(
+        self, scope: Scope, receive: Receive, send: Send, *, endpoint_id: str, path: str, prefix: str
+    ) -> None:
+        """Serve one request or WebSocket.
+
+        Args:
+            scope: The connection (ASGI).
+            receive: Its incoming events.
+            send: Takes its outgoing events.
+            endpoint_id: From path or host.
+            path: What the worker sees, percent-encoded, with the query.
+            prefix: What was taken away from the path.
+        """
+        exchange = Exchange.begin(endpoint_id, path, clock=self._clock, entropy=self._entropy)
+        tunnel: WebSocketTunnel | None = (scope.get("extensions") or {}).get(TUNNEL)
+        try:
+            call = Call(scope, Headers(scope["headers"]), path, prefix)
+            endpoint = self._authorise(exchange, call)
+            if tunnel is not None:
+                await self._upgrade(exchange, endpoint, call, tunnel)
+            else:
+                await self._request(exchange, endpoint, call, receive, send)
+        except Refusal as refusal:
+            exchange.outcome, exchange.status = refusal.outcome, refusal.status
+            await self._refuse(exchange, refusal, tunnel, send)
+        except Exception:  # noqa: BLE001 - logged whole and answered
+            _log.exception("load_balancer_failed", request=exchange.request_id, endpoint=endpoint_id)
+            await self._refuse(exchange, Refusal.broken(), tunnel, send)
+        finally:
+            self._finish(exchange)
+
+    def _authorise(self, exchange: Exchange, call: Call) -> Endpoint:
+        key = self._directory.key(secret_of(call.headers))
+        if key is None:
+            raise Refusal.unauthorized()
+        exchange.key_id = key.id
+        endpoint = self._directory.endpoint(exchange.endpoint_id)
+        if endpoint is None:
+            raise Refusal.unknown_endpoint()
+        if not key.may_call(endpoint.id):
+            raise Refusal.access_denied()
+        if endpoint.kind is not EndpointKind.LOAD_BALANCER:
+            raise Refusal.wrong_kind()
+        return endpoint
+
+    async def _request(
+        self, exchange: Exchange, endpoint: Endpoint, call: Call, receive: Receive, send: Send
+    ) -> None:
+        limit, framing = self._settings.body_bytes, Framing.of(call.scope["headers"])
+        if (framing.length or 0) > limit:
+            raise Refusal.too_large()
+        head, method = request_head(call, endpoint, framing), call.scope["method"]
+        # While the request waits, or its answer is made, the client may leave at any moment.
+        task = asyncio.current_task()
+        assert task is not None
+        body = ClientBody(receive, framing, limit=limit, on_gone=task.cancel)
+        body.start()
+        try:
+            slots = await self._slot(exchange, endpoint, call)
+            try:
+                async with asyncio.timeout(self._settings.request_s):
+                    await self._forwarder.forward(exchange, method, head, body, slots, send)
+            except TimeoutError as error:
+                _log.warning(
+                    "request_cut", endpoint=endpoint.id, worker=slots.worker_id, reason="time",
+                    seconds=self._settings.request_s,
+                )  # fmt: skip
+                raise Refusal.timed_out() from error
+            finally:
+                self._slots.release_request(slots)
+        except asyncio.CancelledError:
+            if not body.gone:
+                raise
+            task.uncancel()
+            exchange.outcome = Outcome.DISCONNECTED
+        finally:
+            await body.stop()
+
+    async def _upgrade(
+        self, exchange: Exchange, endpoint: Endpoint, call: Call, tunnel: WebSocketTunnel
+    ) -> None:
+        head = upgrade_head(call, endpoint)
+        task = asyncio.current_task()
+        assert task is not None
+        tunnel.on_gone = task.cancel
+        slots: WorkerSlots | None = None
+        try:
+            slots = await self._slot(exchange, endpoint, call)
+            assert slots.registration is not None
+            async with asyncio.timeout(self._settings.websocket_s):
+                exchange.status = await tunnel.relay(
+                    slots.registration.engine,
+                    head,
+                    worker_id=slots.worker_id,
+                    answer_s=self._settings.request_s,
+                    answer_bytes=self._settings.response_bytes,
+                )
+            exchange.outcome = Outcome.OK if exchange.status == 101 else Outcome.REJECTED
+        except UpstreamError as error:
+            raise self._forwarder.refusal(exchange, error) from error
+        except TimeoutError:
+            exchange.outcome = Outcome.TIMED_OUT
+        except asyncio.CancelledError:
+            if not tunnel.gone:
+                raise
+            task.uncancel()
+            exchange.outcome = Outcome.DISCONNECTED
+        finally:
+            tunnel.on_gone = None
+            if slots is not None:
+                self._slots.release_request(slots)
+            if exchange.outcome is not Outcome.FAILED:
+                tunnel.close()
+
+    async def _slot(self, exchange: Exchange, endpoint: Endpoint, call: Call) -> WorkerSlots:
+        affinity = parse_affinity(call.headers.get(HEADER.encode()).decode("latin-1"))
+        slots = await self._choice.take(endpoint, affinity)
+        exchange.worker_id = slots.worker_id
+        exchange.wait_ns = self._clock.monotonic_ns() - exchange.started_ns
+        return slots
+
+    async def _refuse(
+        self, exchange: Exchange, refusal: Refusal, tunnel: WebSocketTunnel | None, send: Send
+    ) -> None:
+        """Answer an error, unless an answer has begun; that stays visibly incomplete."""
+        headers = refusal.headers(exchange.worker_id)
+        if tunnel is not None:
+            tunnel.refuse(refusal.status, refusal.body, headers)
+        elif not exchange.head_sent:
+            exchange.head_sent = True
+            await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
+            await send({"type": "http.response.body", "body": refusal.body})
+
+    def _finish(self, exchange: Exchange) -> None:
+        row = exchange.row(self._clock.monotonic_ns())
+        if row is not None:
+            self._record(row)

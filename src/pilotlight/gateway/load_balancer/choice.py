@@ -1,0 +1,132 @@
+"""Which worker gets a request: any that has room, or the one it is pinned to (serverless-api.md §3)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+from pilotlight.core.admission import Verdict
+from pilotlight.core.affinity import Affinity, Pin
+from pilotlight.domain.endpoint import Endpoint
+from pilotlight.domain.usage import Outcome
+from pilotlight.domain.worker import WorkerState
+from pilotlight.errors import ClusterError, NotFoundError
+from pilotlight.gateway.directory import Directory
+from pilotlight.gateway.load_balancer.refusal import Refusal
+from pilotlight.gateway.slots import HoldExpiredError, SlotTable, WorkerGoneError, WorkerSlots
+from pilotlight.ports.fleet import Fleet
+from pilotlight.settings import LoadBalancerSettings
+
+_OPEN = frozenset({WorkerState.STARTING, WorkerState.READY})
+"""States of workers that may be waited for; from any other a worker only ends."""
+
+
+class WorkerChoice:
+    """Finds workers, and waits for them where that is allowed.
+
+    Args:
+        directory: Endpoints, which change while a request waits.
+        slots: Admission and the hold.
+        fleet: Tells whether a worker that is asked for exists, and starts it again.
+        settings: Bounds.
+        start_failed: The class of errors with which held requests fail when their endpoint gives up.
+    """
+
+    def __init__(
+        self,
+        *,
+        directory: Directory,
+        slots: SlotTable,
+        fleet: Fleet,
+        settings: LoadBalancerSettings,
+        start_failed: type[Exception],
+    ) -> None:
+        self._directory = directory
+        self._slots = slots
+        self._fleet = fleet
+        self._settings = settings
+        self._start_failed = start_failed
+
+    async def take(self, endpoint: Endpoint, affinity: Affinity | None) -> WorkerSlots:
+        """A slot of the worker asked for or of any, waited for if need be; it must be released.
+
+        Raises:
+            Refusal: None became free in time, or none is going to.
+        """
+        try:
+            if affinity is None or affinity.pin is Pin.PREFER:
+                return await self._any(endpoint, affinity)
+            return await self._pinned(endpoint, affinity)
+        except self._start_failed as error:
+            raise Refusal.no_workers(Outcome.FAILED) from error
+
+    async def _any(self, endpoint: Endpoint, affinity: Affinity | None) -> WorkerSlots:
+        if affinity is not None:
+            preferred = self._slots.take_of(endpoint.id, affinity.worker_id)
+            if preferred is not None:
+                return preferred
+        admission, slots = self._slots.admit(endpoint.id, 0)
+        if slots is not None:
+            return slots
+        if admission.verdict is Verdict.SHED:
+            raise Refusal.no_workers(Outcome.SHED, retry_after_s=admission.retry_after_s)
+        try:
+            return await self._slots.hold(endpoint.id, 0, timeout_s=self._settings.wait_s)
+        except HoldExpiredError as error:
+            raise Refusal.no_workers(Outcome.EXPIRED) from error
+
+    async def _pinned(self, endpoint: Endpoint, affinity: Affinity) -> WorkerSlots:
+        slots = self._slots.take_of(endpoint.id, affinity.worker_id)
+        if slots is not None:
+            return slots
+        try:
+            async with asyncio.timeout(self._settings.pinned_wait_s):
+                if affinity.pin is Pin.STRICT_RESUME:
+                    return await self._hold_resumed(endpoint, affinity.worker_id)
+                return await self._hold_pinned(endpoint, affinity.worker_id)
+        except (TimeoutError, HoldExpiredError) as error:
+            raise Refusal.worker_timeout() from error
+        except WorkerGoneError as error:
+            raise Refusal.worker_gone() from error
+
+    async def _hold_resumed(self, endpoint: Endpoint, worker_id: str) -> WorkerSlots:
+        while True:
+            await self._resume(endpoint, worker_id)
+            # It may be scaled down once more before it has room.
+            with contextlib.suppress(WorkerGoneError):
+                return await self._hold_pinned(endpoint, worker_id)
+
+    async def _resume(self, endpoint: Endpoint, worker_id: str) -> None:
+        """See to it that a worker that was scaled down is started again; one that is ending first ends."""
+        worker = self._fleet.worker(worker_id)
+        if worker is not None and worker.endpoint_id == endpoint.id and worker.state not in _OPEN:
+            self._check_room(endpoint)
+            await self._slots.wait_end(endpoint.id, worker_id)
+            worker = self._fleet.worker(worker_id)
+        if worker is not None:
+            return
+        # A drain can take minutes, in which the endpoint may have been revised or deleted.
+        current = self._directory.endpoint(endpoint.id)
+        if current is None:
+            raise Refusal.worker_gone()
+        try:
+            await self._fleet.resume(current, worker_id)
+        except NotFoundError as error:
+            raise Refusal.worker_gone() from error
+        except ClusterError as error:
+            raise Refusal.no_workers(Outcome.FAILED) from error
+
+    async def _hold_pinned(self, endpoint: Endpoint, worker_id: str) -> WorkerSlots:
+        worker = self._fleet.worker(worker_id)
+        if worker is None or worker.endpoint_id != endpoint.id or worker.state not in _OPEN:
+            raise Refusal.worker_gone()
+        self._check_room(endpoint)
+        return await self._slots.hold(
+            endpoint.id, 0, timeout_s=self._settings.pinned_wait_s, worker_id=worker_id
+        )
+
+    def _check_room(self, endpoint: Endpoint) -> None:
+        """Refuse a request for which there is no place to wait."""
+        admission, _ = self._slots.admit(endpoint.id, 0, take=False)
+        if admission.verdict is Verdict.SHED:
+            raise Refusal.no_workers(Outcome.SHED, retry_after_s=admission.retry_after_s)
