@@ -27,8 +27,8 @@ TINY = Load(
     polling_workers=1,
     window=16,
     rate=20,
-    deep=500,
-    shallow_per_s=200,
+    deep=8000,
+    shallow_per_s=8000,
     peers=(),
 )
 SERVERS = {"redis-server": shutil.which("redis-server"), "postgresql": postgresql_program("postgres")}

@@ -37,6 +37,16 @@ class TestApply:
         assert (applied.after.status, applied.after.output) == (JobStatus.COMPLETED, b'"done"')
         assert applied.after.finished_ms == 3_000
 
+    async def test_a_job_at_hand_is_the_job(self, store, queue) -> None:
+        """A store may have nothing at hand, but never anything else than what `job` gives."""
+        assert store.job_at_hand("a") is None
+        await queue.submit("a")
+        assert store.job_at_hand("a") in {None, await store.job("a")}
+        await store.take(E1, "w1", count=1, now_ms=2_000)
+        assert store.job_at_hand("a") in {None, await store.job("a")}
+        applied = await queue.finish("a")
+        assert store.job_at_hand("a") in {None, applied.after}
+
     async def test_unknown_jobs(self, store) -> None:
         with pytest.raises(NotFoundError, match="nobody"):
             await store.apply("nobody", Cancelled(now_ms=1))

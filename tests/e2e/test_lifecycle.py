@@ -88,7 +88,7 @@ def test_jobs_end_to_end(shared, tools, tmp_path):
     )
     held = shared.background(lambda: list(read(endpoint, "x y z")))
     tools.until(lambda: endpoint.health()["jobs"]["inQueue"] == 4, "three jobs and a held request wait")
-    assert endpoint.health()["workers"]["initializing"] == 1
+    tools.until(lambda: endpoint.health()["workers"]["initializing"] == 1, "a worker starts")
     assert endpoint.job(first)["status"] == "IN_QUEUE"
 
     gate.touch()

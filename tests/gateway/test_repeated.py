@@ -53,7 +53,7 @@ def test_a_request_with_the_fields_of_an_earlier_one_is_read():
     known = learnt(request())
     found = known.read(request(b"GET /v2/other/status/1-e1?ttl=5%20 HTTP/1.1", body=b"next"))
     assert (found.method, found.path, found.query) == ("GET", "/v2/other/status/1-e1", "ttl=5%20")
-    assert found.headers == {b"host": b"x", b"authorization": b"Bearer k", b"content-length": b"4"}
+    assert found.fields.headers == {b"host": b"x", b"authorization": b"Bearer k", b"content-length": b"4"}
     assert found.body == b"next"
     bare = learnt(request(b"GET /v2/e/health HTTP/1.1", b"Host: x", b""))
     assert bare.read(request(b"GET /v2/e/health HTTP/1.1", b"Host: x", b"")).body == b""
@@ -159,5 +159,5 @@ def test_nothing_is_read_that_the_parser_reads_otherwise(fields, line, body):
     if found is not None:
         target = f"{found.path}?{found.query}" if found.query else found.path
         assert (found.method.encode(), target.encode()) == (parsed.method, parsed.url)
-        assert (found.body, found.headers) == (parsed.body, dict(parsed.headers))
+        assert (found.body, found.fields.headers) == (parsed.body, dict(parsed.headers))
         assert (parsed.complete, parsed.version) == (1, "1.1")

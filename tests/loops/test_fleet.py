@@ -8,6 +8,7 @@ import itertools
 import pytest
 
 from pilotlight.core.autoscaling import ScaleReason
+from pilotlight.domain.key import hash_secret
 from pilotlight.domain.worker import Address, Failure, Registration, Stage, WorkerState
 from pilotlight.errors import ClusterError, StoreError
 from pilotlight.ports.fleet import StageReport
@@ -40,10 +41,10 @@ async def test_only_the_workers_own_credential_opens_its_routes(world):
     world.deploy()
     worker = await world.fleet.start(world.endpoints["e"])
     secret = world.cluster.running[worker.id][0].env["SECRET"]
-    assert world.fleet.authenticate("e", worker.id, secret).id == worker.id
-    assert world.fleet.authenticate("other", worker.id, secret) is None
-    assert world.fleet.authenticate("e", worker.id, secret + "x") is None
-    assert world.fleet.authenticate("e", "unknown", secret) is None
+    assert world.fleet.authenticate("e", worker.id, hash_secret(secret)).id == worker.id
+    assert world.fleet.authenticate("other", worker.id, hash_secret(secret)) is None
+    assert world.fleet.authenticate("e", worker.id, hash_secret(secret + "x")) is None
+    assert world.fleet.authenticate("e", "unknown", hash_secret(secret)) is None
     assert secret not in repr(world.cluster.running[worker.id][0])
 
 

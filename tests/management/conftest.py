@@ -62,7 +62,7 @@ class FakeFleet:
     def workers(self, endpoint_id: str) -> Sequence[Worker]:
         return [worker for worker in self.living.values() if worker.endpoint_id == endpoint_id]
 
-    def authenticate(self, endpoint_id: str, worker_id: str, secret: str) -> Worker | None:
+    def authenticate(self, endpoint_id: str, worker_id: str, secret_hash: str) -> Worker | None:
         return None
 
     def health(self, endpoint_id: str) -> Health:

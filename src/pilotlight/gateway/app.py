@@ -109,9 +109,9 @@ class Gateway:
 
     def serve_whole(
         self, request: WholeRequest, connection: ClientStream, gone: Callable[[], asyncio.Future[None]]
-    ) -> Awaitable[Response] | None:
-        """Begin to answer a request of the job road; None leaves any other to `__call__`."""
-        if self.closing or self._balancer.serves_host(request.headers.get(b"host", b"")) is not None:
+    ) -> Response | Awaitable[Response] | None:
+        """Answer a request of the job road, or begin to; None leaves any other to `__call__`."""
+        if self.closing or self._balancer.serves_host(request.fields.headers.get(b"host", b"")) is not None:
             return None
         return self._jobs.serve_whole(request, connection, gone)
 

@@ -51,6 +51,10 @@ class Directory:
         """
         return self._keys.get(hash_secret(secret)) if secret else None
 
+    def key_of_hash(self, secret_hash: str) -> ApiKey | None:
+        """The key whose secret has this hash (`secret_hash_of`); None when unknown."""
+        return self._keys.get(secret_hash)
+
 
 class _Headers(Protocol):
     """Header lookup by lower-case name."""
@@ -76,3 +80,9 @@ def secret_of(headers: _Headers) -> str:
     else:
         secret = headers.get(b"x-api-key", b"").strip()
     return secret.decode("latin-1")
+
+
+def secret_hash_of(headers: _Headers) -> str:
+    """The hash of the secret a client sent, as it is stored with a key; "" when there is none."""
+    secret = secret_of(headers)
+    return hash_secret(secret) if secret else ""

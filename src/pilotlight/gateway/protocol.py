@@ -71,10 +71,10 @@ class ClientStream:
 
 
 ServeWhole = Callable[
-    [WholeRequest, ClientStream, Callable[[], "asyncio.Future[None]"]], Awaitable[Response] | None
+    [WholeRequest, ClientStream, Callable[[], "asyncio.Future[None]"]], Response | Awaitable[Response] | None
 ]
-"""Begins to answer a request, given its connection and what makes a future that is done when the client goes;
-None leaves the request to ASGI. An application offers this as its method `serve_whole`."""
+"""Answers a request, or begins to; None leaves it to ASGI. It is given the request, its connection, and what
+makes a future that is done when the client goes. An application offers this as its method `serve_whole`."""
 
 
 class GatewayProtocol(HttpToolsProtocol):
@@ -107,9 +107,13 @@ class GatewayProtocol(HttpToolsProtocol):
                 self.flow.pause_reading()
             return
         between = not self._in_message and (self.cycle is None or self.cycle.response_complete)
-        if between and self._serve is not None:
+        # A client that does not read what it asks for waits until it has, in the parser's pipeline.
+        if between and self._serve is not None and not self.flow.write_paused:
             request = self._known.read(data)
             answering = None if request is None else self._serve(request, self._stream, self._gone_future)
+            if isinstance(answering, Response):
+                self._write_whole(answering)
+                return
             if answering is not None:
                 self._serving = self.loop.create_task(self._answer_whole(answering))
                 self.tasks.add(self._serving)
@@ -138,25 +142,29 @@ class GatewayProtocol(HttpToolsProtocol):
             response = await answering
             if self.flow.write_paused:
                 await self.flow.drain()
-            if self.transport.is_closing():
-                return
-            end = b"connection: close\r\n\r\n" if self._last else b"\r\n"
-            common = _common.encoded(self.server_state.default_headers)
-            self.transport.write(b"".join((response.head(), common, end, response.body)))
-            self.server_state.total_requests += 1
-            if self._last:
-                self.transport.close()
         finally:
             assert self._serving is not None
             self.tasks.discard(self._serving)
             self._serving = None
-        self._idle_since_s = self.loop.time()
-        if self.timeout_keep_alive_task is None:
-            self._watch_idleness(self.timeout_keep_alive)
+        self._write_whole(response)
         if self._later:
             data, self._later = self._later, b""
             self.flow.resume_reading()
             self.data_received(data)
+
+    def _write_whole(self, response: Response) -> None:
+        if self.transport.is_closing():
+            return
+        end = b"connection: close\r\n\r\n" if self._last else b"\r\n"
+        common = _common.encoded(self.server_state.default_headers)
+        self.transport.write(b"".join((response.head(), common, end, response.body)))
+        self.server_state.total_requests += 1
+        if self._last:
+            self.transport.close()
+            return
+        self._idle_since_s = self.loop.time()
+        if self.timeout_keep_alive_task is None:
+            self._watch_idleness(self.timeout_keep_alive)
 
     def _watch_idleness(self, delay_s: float) -> None:
         self.timeout_keep_alive_task = self.loop.call_later(delay_s, self.timeout_keep_alive_handler)

@@ -20,29 +20,29 @@ _BLOCKS_MAX = 8
 
 _BLOCK_BYTES_MAX = 2048
 
-_METHODS = {b"GET": "GET", b"POST": "POST"}
-
-_TARGET = re.compile(rb"/v2/[A-Za-z0-9/_.~-]+(?:\?[A-Za-z0-9/_.~=&,:%+-]*)?")
-"""Targets that are read here: nothing in the path to decode, and nothing anybody could read otherwise."""
+_LINE = re.compile(rb"(GET|POST) (/v2/[A-Za-z0-9/_.~-]+)(?:\?([A-Za-z0-9/_.~=&,:%+-]*))? HTTP/1\.1")
+"""Request lines that are read here: nothing in the path to decode, nothing anybody could read otherwise."""
 
 _SPECIAL = frozenset({b"transfer-encoding", b"expect", b"upgrade", b"trailer", b"te"})
 """Fields that change how a message is read; requests with one are always parsed."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Fields:
     """What a block of header fields says.
 
     Attributes:
         headers: By lower-case name; of repeated ones the last counts.
         length: Bytes of the body.
+        secret_hash: Hash of the key among them, once somebody has made it.
     """
 
     headers: dict[bytes, bytes]
     length: int
+    secret_hash: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class WholeRequest:
     """A request that has arrived completely.
 
@@ -50,14 +50,14 @@ class WholeRequest:
         method: GET or POST.
         path: Without anything to decode.
         query: Percent-encoded, without the question mark.
-        headers: By lower-case name.
+        fields: Its header fields.
         body: All of it.
     """
 
     method: str
     path: str
     query: str
-    headers: dict[bytes, bytes]
+    fields: Fields
     body: bytes
 
 
@@ -76,13 +76,11 @@ class KnownFields:
         fields = self._blocks.get(data[line_end + 2 : head_end])
         if fields is None or len(data) != head_end + 4 + fields.length:
             return None
-        method, _, rest = data[:line_end].partition(b" ")
-        target, _, version = rest.partition(b" ")
-        known_method = _METHODS.get(method)
-        if known_method is None or version != b"HTTP/1.1" or _TARGET.fullmatch(target) is None:
+        line = _LINE.fullmatch(data, 0, line_end)
+        if line is None:
             return None
-        path, _, query = target.decode("ascii").partition("?")
-        return WholeRequest(known_method, path, query, fields.headers, data[head_end + 4 :])
+        method, path, query = line.groups(b"")
+        return WholeRequest(method.decode(), path.decode(), query.decode(), fields, data[head_end + 4 :])
 
     def learn(self, data: bytes, headers: Iterable[tuple[bytes, bytes]]) -> None:
         """Remember the header fields of a request that the parser has accepted.

@@ -19,7 +19,6 @@ from pilotlight.domain.job import Job
 from pilotlight.domain.worker import Address, Failure, Registration, Stage, Worker
 from pilotlight.errors import InvalidInputError, PilotlightError
 from pilotlight.gateway.asgi import Response
-from pilotlight.gateway.directory import secret_of
 from pilotlight.gateway.errors import PayloadTooLargeError, UnauthorizedError, native_error
 from pilotlight.gateway.jobs.desk import TooManyPollsError, WorkerDesk
 from pilotlight.gateway.jobs.http import Call, Operation, SegmentRoute, json_answer
@@ -249,7 +248,7 @@ class _WorkerApi:
 
     def _worker(self, call: Call) -> Worker | None:
         worker_id = call.ids[0]
-        worker = self._fleet.authenticate(call.endpoint_id, worker_id, secret_of(call.headers))
+        worker = self._fleet.authenticate(call.endpoint_id, worker_id, call.secret_hash)
         if worker is None:
             self._warn_of_key(worker_id)
         return worker

@@ -32,7 +32,7 @@ from pilotlight.ports.traffic import Traffic, TrafficReader
 
 _log = structlog.get_logger()
 
-_REST_S = 0.1
+_REST_S = 0.02
 """Pause between two looks at one endpoint; a cold start begins with the first one, so nobody waits for it."""
 
 _RETRY_S = 5.0

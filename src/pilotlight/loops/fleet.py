@@ -134,12 +134,12 @@ class WorkerFleet:
         live = self._live.get(worker_id)
         return 0 if live is None else live.capacity
 
-    def authenticate(self, endpoint_id: str, worker_id: str, secret: str) -> Worker | None:
+    def authenticate(self, endpoint_id: str, worker_id: str, secret_hash: str) -> Worker | None:
         """The living worker whose credential this is; None when anything does not match."""
         live = self._live.get(worker_id)
         if live is None or live.worker.endpoint_id != endpoint_id:
             return None
-        return live.worker if hmac.compare_digest(live.worker.key_hash, hash_secret(secret)) else None
+        return live.worker if hmac.compare_digest(live.worker.key_hash, secret_hash) else None
 
     def stages(self, worker_id: str) -> Sequence[tuple[str, int]]:
         """Steps of a living worker's start so far, each with its moment in ms; empty when unknown."""

@@ -55,7 +55,7 @@ class Fleet(Protocol):
         """The endpoint's living workers, oldest first."""
         ...
 
-    def authenticate(self, endpoint_id: str, worker_id: str, secret: str) -> Worker | None:
+    def authenticate(self, endpoint_id: str, worker_id: str, secret_hash: str) -> Worker | None:
         """The living worker whose credential this is; None when anything does not match."""
         ...
 

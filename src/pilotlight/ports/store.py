@@ -175,6 +175,10 @@ class JobStore(Protocol):
         """One job without its input. NotFoundError when unknown, pruned or purged."""
         ...
 
+    def job_at_hand(self, job_id: str) -> Job | None:
+        """The same, for a job that is in memory; None for any other, whether it exists or not."""
+        ...
+
     async def jobs(
         self,
         endpoint_id: str,

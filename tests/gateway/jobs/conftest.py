@@ -98,9 +98,13 @@ class RecordingFleet:
     def workers(self, endpoint_id: str) -> list[Worker]:
         return [worker for worker in self.living.values() if worker.endpoint_id == endpoint_id]
 
-    def authenticate(self, endpoint_id: str, worker_id: str, secret: str) -> Worker | None:
+    def authenticate(self, endpoint_id: str, worker_id: str, secret_hash: str) -> Worker | None:
         worker = self.living.get(worker_id)
-        ok = worker and worker.endpoint_id == endpoint_id and self.secrets[worker_id] == secret
+        ok = (
+            worker
+            and worker.endpoint_id == endpoint_id
+            and hash_secret(self.secrets[worker_id]) == secret_hash
+        )
         return worker if ok else None
 
     def stages(self, worker_id: str) -> list[tuple[str, int]]:

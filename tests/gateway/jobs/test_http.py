@@ -249,6 +249,54 @@ async def test_the_second_request_with_the_same_fields_needs_no_parser(echo):
         assert (await receive())[0] is True
 
 
+async def test_what_can_be_answered_at_once_is(serve_app):
+    def at_once(call):
+        if call.ids[0] == "wait":
+            return None
+        if call.ids[0] == "wrong":
+            raise KeyError
+        return json_answer(b'"at once"')
+
+    async with (
+        serve_app(JobRoad([SegmentRoute({("echo", 1): Operation(POST, _echo, at_once)})])) as port,
+        connected(port) as (send, receive, _),
+    ):
+        send(post(b"/v2/e/echo/0"))
+        assert (await receive())[0] is False
+        for job_id in (b"a", b"b"):
+            send(post(b"/v2/e/echo/" + job_id))
+            assert await receive() == "at once"
+        for job_id in (b"wait", b"wrong"):
+            send(post(b"/v2/e/echo/" + job_id))
+            assert (await receive())[0] is True
+        get = b"GET /v2/e/echo/a HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n"
+        for _ in range(2):
+            send(get)
+            assert (await receive())["error"] == "method not allowed"
+
+
+async def test_a_client_that_asks_and_does_not_read_is_not_answered_without_end(serve_app):
+    answered = 0
+
+    def at_once(_):
+        nonlocal answered
+        answered += 1
+        return json_answer(b'"%b"' % (b"x" * 100_000))
+
+    async with (
+        serve_app(JobRoad([SegmentRoute({("echo", 1): Operation(POST, _echo, at_once)})])) as port,
+        connected(port) as (send, receive, writer),
+    ):
+        send(post(b"/v2/e/echo/0"))
+        await receive()
+        for _ in range(1000):
+            send(post(b"/v2/e/echo/1"))
+            # One by one, or they would arrive as one piece and be parsed.
+            await asyncio.sleep(0.0005)
+        assert answered < 200
+        writer.transport.abort()
+
+
 async def test_requests_that_come_in_pieces_or_all_at_once_are_answered_in_order(echo):
     async with connected(echo) as (send, receive, writer):
         send(post(b"/v2/e/echo/0"))

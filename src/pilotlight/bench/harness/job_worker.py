@@ -1,7 +1,8 @@
 """A worker that does nothing, as leanly as possible: takes jobs in batches and posts results in batches.
 
 `python -m pilotlight.bench.harness.job_worker LOOPS BATCH` in the environment of a worker. Every loop takes
-up to BATCH jobs over one connection and posts their results over it, with BATCH 1 by those for single ones.
+up to BATCH jobs over one connection and posts their results over it, which brings the next jobs as it does
+for our worker program; with BATCH 1 by the routes for single ones, where it does not.
 The output of a job is the time from the moment in its input to its arrival here, in nanoseconds; both are of
 the machine's monotonic clock. Like every worker it listens for stops and sends heartbeats.
 """
@@ -40,8 +41,13 @@ class _Done(msgspec.Struct, rename={"is_stream": "isStream"}):
     body: dict[str, Any]
 
 
+class _Answer(msgspec.Struct):
+    jobs: list[_Job]
+
+
 _one = msgspec.json.Decoder(_Job)
 _many = msgspec.json.Decoder(list[_Job])
+_next = msgspec.json.Decoder(_Answer)
 _encoder = msgspec.json.Encoder()
 
 
@@ -62,7 +68,7 @@ class NoopWorker:
         assert urls.ping is not None
         self._output = target_of(urls.output)[1]
         self._batch_output = f"{urls.take.partition('/job-take/')[0]}/job-done-batch/{worker_id}"
-        self._batch_output = target_of(self._batch_output)[1]
+        self._batch_output = f"{target_of(self._batch_output)[1]}?take={batch}"
         self._stop = self._get(target_of(urls.stop)[1])
         self._ping = target_of(urls.ping)[1]
 
@@ -78,15 +84,16 @@ class NoopWorker:
         while True:
             status, body = await connection.ask(self._take)
             if status == 200:
-                now = time.monotonic_ns()
                 jobs = [_one.decode(body)] if self._batch == 1 else _many.decode(body)
-                await self._finish(connection, jobs, now)
+                while jobs:
+                    jobs = await self._finish(connection, jobs, time.monotonic_ns())
             elif status != 204:
                 await asyncio.sleep(_PAUSE_S)
                 connection.close()
                 connection = await lean_connect(self._port)
 
-    async def _finish(self, connection: LeanConnection, jobs: list[_Job], now: int) -> None:
+    async def _finish(self, connection: LeanConnection, jobs: list[_Job], now: int) -> list[_Job]:
+        """Post the results of jobs that came at a moment; the next jobs, if any came with the answer."""
         ids = {job.id for job in jobs}
         self._running |= ids
         if self._batch == 1:
@@ -96,8 +103,9 @@ class NoopWorker:
         else:
             path = self._batch_output
             body = _encoder.encode([_Done(job.id, False, {"output": now - job.input.t}) for job in jobs])
-        await connection.ask(lean_request("POST", path, self._key, body))
+        status, answer = await connection.ask(lean_request("POST", path, self._key, body))
         self._running -= ids
+        return _next.decode(answer).jobs if status == 200 and self._batch > 1 else []
 
     async def _stops(self) -> None:
         connection = await lean_connect(self._port)

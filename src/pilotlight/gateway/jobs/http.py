@@ -7,6 +7,7 @@ and because REST v2 shares the prefix `/v2/`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from urllib.parse import parse_qsl
@@ -16,6 +17,7 @@ import structlog
 from pilotlight.domain.endpoint import RESERVED_ENDPOINT_IDS
 from pilotlight.errors import PilotlightError
 from pilotlight.gateway.asgi import GONE, JSON, ClientGoneError, Message, Receive, Response, Scope, Send
+from pilotlight.gateway.directory import secret_hash_of
 from pilotlight.gateway.errors import BodyTimeoutError, PayloadTooLargeError, native_error, native_error_of
 from pilotlight.gateway.jobs.waiting import Gone, watched
 from pilotlight.gateway.protocol import EXTENSION, ClientStream
@@ -70,6 +72,11 @@ class Call:
     def _raw_query(self) -> str:
         raw: bytes = self.scope["query_string"]
         return raw.decode("latin-1")
+
+    @property
+    def secret_hash(self) -> str:
+        """The hash of the key that it came with; "" for none."""
+        return secret_hash_of(self.headers)
 
     @property
     def connection(self) -> ClientStream | None:
@@ -152,7 +159,7 @@ class WholeCall(Call):
         self.endpoint_id = endpoint_id
         self.ids = ids
         self.method = request.method
-        self.headers = request.headers
+        self.headers = request.fields.headers
         self._query = None
         self._request = request
         self._connection = connection
@@ -160,6 +167,14 @@ class WholeCall(Call):
 
     def _raw_query(self) -> str:
         return self._request.query
+
+    @property
+    def secret_hash(self) -> str:
+        """See `Call`; made once for all requests with these fields."""
+        fields = self._request.fields
+        if fields.secret_hash is None:
+            fields.secret_hash = secret_hash_of(self.headers)
+        return fields.secret_hash
 
     @property
     def connection(self) -> ClientStream:
@@ -191,10 +206,13 @@ class Operation:
     Attributes:
         methods: HTTP methods it answers.
         handler: Serves it; may raise errors of our tree.
+        at_once: Serves it where nothing has to be waited for, which spares a task; None, or an error of our
+            tree, leaves it to `handler`.
     """
 
     methods: frozenset[str]
     handler: Handler
+    at_once: Callable[[Call], Response | None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,13 +279,20 @@ class JobRoad:
 
     def serve_whole(
         self, request: WholeRequest, connection: ClientStream, gone: Callable[[], Gone]
-    ) -> Awaitable[Response] | None:
-        """Begin to answer a request that has arrived completely; None for a path that is in no table."""
+    ) -> Response | Awaitable[Response] | None:
+        """Answer a request that has arrived completely, or begin to; None for a path that is in no table."""
         found = self._find(request.path)
         if found is None:
             return None
         operation, endpoint_id, ids = found
-        return _serve_whole(operation, WholeCall(request, connection, gone, endpoint_id, ids))
+        call = WholeCall(request, connection, gone, endpoint_id, ids)
+        if operation.at_once is not None and call.method in operation.methods:
+            # Whatever goes wrong goes wrong once more in the handler, and is answered and logged there.
+            with contextlib.suppress(Exception):
+                response = operation.at_once(call)
+                if response is not None:
+                    return response
+        return _serve_whole(operation, call)
 
     def _find(self, path: str) -> tuple[Operation, str, tuple[str, ...]] | None:
         segments = [segment for segment in path.split("/") if segment]

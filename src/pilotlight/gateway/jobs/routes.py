@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 import structlog
 
@@ -12,7 +13,7 @@ from pilotlight.domain.job import Job, JobStatus
 from pilotlight.domain.key import ApiKey
 from pilotlight.errors import ConflictError, InvalidInputError, NotFoundError, StoreError
 from pilotlight.gateway.asgi import Response
-from pilotlight.gateway.directory import Directory, secret_of
+from pilotlight.gateway.directory import Directory
 from pilotlight.gateway.errors import (
     AccessDeniedError,
     RateLimitedError,
@@ -97,14 +98,19 @@ def job_routes(
         ("health", 0): (_GET, group.HEALTH, api.health),
         ("requests", 0): (_GET, group.REQUESTS, api.requests),
     }
-    return [
-        SegmentRoute(
-            {
-                key: Operation(methods, admitted(group, serve, directory, service.rates))
-                for key, (methods, group, serve) in table.items()
-            }
-        )
-    ]
+    operations = {
+        key: Operation(methods, admitted(group, serve, directory, service.rates))
+        for key, (methods, group, serve) in table.items()
+    }
+    if service.rates is None:
+        status = operations["status", 1]
+
+        def at_once(call: Call) -> Response | None:
+            endpoint, _ = authorize(call, directory)
+            return api.status_at_hand(call, endpoint)
+
+        operations["status", 1] = replace(status, at_once=at_once)
+    return [SegmentRoute(operations)]
 
 
 def admitted(group: OperationGroup, serve: _Serve, directory: Directory, rates: RateTable | None) -> Handler:
@@ -148,7 +154,7 @@ def authorize(call: Call, directory: Directory, *, for_queues: bool = True) -> t
         AccessDeniedError: The key is for other endpoints.
         InvalidInputError: The endpoint has no queue.
     """
-    key = directory.key(secret_of(call.headers))
+    key = directory.key_of_hash(call.secret_hash)
     if key is None:
         raise UnauthorizedError
     endpoint = directory.endpoint(call.endpoint_id)
@@ -190,6 +196,11 @@ class _JobApi:
         if not with_timeline:
             return json_answer(job_view(job))
         return json_answer(timeline_view(job, await self._service.waiting(endpoint, job)))
+
+    def status_at_hand(self, call: Call, endpoint: Endpoint) -> Response | None:
+        """The status of a job that the store has at hand, which is most of those that are asked for."""
+        job = None if call.query else self._service.job_at_hand(endpoint.id, call.ids[0])
+        return None if job is None else json_answer(job_view(job))
 
     async def status_sync(self, call: Call, endpoint: Endpoint, _: ApiKey) -> Response:
         wait_ms = _wait(call, _WAIT_DEFAULT_MS)

@@ -283,6 +283,11 @@ class JobService:
             raise NotFoundError(JOB_NOT_FOUND)
         return job
 
+    def job_at_hand(self, endpoint_id: str, job_id: str) -> Job | None:
+        """The job as `job` would give it, where that takes no waiting; else None, also for an unknown one."""
+        job = self._store.job_at_hand(job_id)
+        return None if job is None or job.endpoint_id != endpoint_id or self._gone(job) else job
+
     async def jobs(
         self, endpoint_id: str, *, status: JobStatus | None, before: tuple[int, str] | None, limit: int
     ) -> tuple[Sequence[Job], tuple[int, str] | None]:

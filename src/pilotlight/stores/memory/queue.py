@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -13,6 +14,7 @@ from pilotlight.core.lifecycle import Applied, Cancelled, JobEvent, Taken
 from pilotlight.domain.batch import Batch, BatchDraft, BatchStatus
 from pilotlight.domain.job import Idempotency, Job, JobCounts, JobStatus, QueueDemand
 from pilotlight.domain.webhook import WebhookDelivery
+from pilotlight.errors import NotFoundError
 from pilotlight.ports.store import Chunk, ChunkFate
 from pilotlight.stores import common
 from pilotlight.stores.memory.records import MemoryRecords
@@ -110,6 +112,12 @@ class MemoryQueue(MemoryRecords):
             return None
         common.check_fingerprint(idempotency, fingerprint)
         return self._entry(job_id).job
+
+    def job_at_hand(self, job_id: str) -> Job | None:
+        """See `JobStore.job_at_hand`."""
+        with contextlib.suppress(NotFoundError):
+            return self._entry(job_id).job
+        return None
 
     def _add(self, job: Job) -> _JobEntry:
         assert job.status is JobStatus.IN_QUEUE

@@ -242,9 +242,15 @@ class SqliteStore:
     async def job(self, job_id: str) -> Job:
         """See `JobStore.job`."""
         # Most reads are of jobs written a moment ago; a hop to the reader takes thirty times as long.
-        if self._closing is None and (known := self._known.get(job_id)) is not None:
-            return known[0]
+        known = self.job_at_hand(job_id)
+        if known is not None:
+            return known
         return await self._reader.call(lambda transaction: jobs.job(transaction, job_id))
+
+    def job_at_hand(self, job_id: str) -> Job | None:
+        """See `JobStore.job_at_hand`."""
+        known = self._known.get(job_id) if self._closing is None else None
+        return None if known is None else known[0]
 
     async def jobs(
         self,
