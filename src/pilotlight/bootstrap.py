@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 
 import structlog
-import uvicorn
 
 from pilotlight.client.discovery import KEY_FILE, SERVER_FILE
 from pilotlight.clusters.devices import read_host
@@ -50,9 +49,7 @@ from pilotlight.gateway.jobs.openapi import describe
 from pilotlight.gateway.listener import FleetListener
 from pilotlight.gateway.load_balancer import LoadBalancer
 from pilotlight.gateway.load_balancer.checks import check_health
-from pilotlight.gateway.load_balancer.tunnel import WebSocketTunnel
 from pilotlight.gateway.openai_rates import LimitedOpenAI
-from pilotlight.gateway.protocol import GatewayProtocol
 from pilotlight.gateway.recorder import RequestRecorder
 from pilotlight.gateway.slots import SlotTable
 from pilotlight.gateway.upstream import UpstreamPool
@@ -70,7 +67,7 @@ from pilotlight.net.s3 import S3Uploader
 from pilotlight.ports.clock import Clock
 from pilotlight.ports.store import Store
 from pilotlight.sealing import SECRET_FILE, InstallationSecret, open_secret
-from pilotlight.serving import Server, bind
+from pilotlight.serving import Server, bind, server_config
 from pilotlight.settings import Settings
 from pilotlight.stores import open_store
 from pilotlight.system import SystemClock
@@ -145,6 +142,7 @@ class Installation:
             wake=self.autoscaler.wake,
             buckets=self._buckets(),
             webhook_due=self.webhooks.wake,
+            note=self.cluster.logs.note,
         )
         self._listener.jobs = self.jobs
         self.checker = self._health_checker()
@@ -231,9 +229,11 @@ class Installation:
         await _attempt("autoscaler", self.autoscaler.stop())
         for endpoint in self.directory.endpoints():
             self.slots.fail_held(endpoint.id, StartFailedError("the gateway is stopping", retry_after_s=5))
-        # From here on a job that loses its worker is requeued without using up its retry.
-        await _attempt("jobs", self.jobs.close())
+        # From here on a job that loses its worker is requeued without using up its retry. Workers are told to
+        # end before their polls are answered, or they would ask again instead (worker-protocol.md §6.3).
+        self.jobs.begin_close()
         await _attempt("workers", self.fleet.close())
+        await _attempt("jobs", self.jobs.close())
         await _attempt("health checks", self.checker.stop())
         await _attempt("reaper", self.reaper.stop())
         await _attempt("meter", self.meter.stop())
@@ -422,12 +422,16 @@ class Installation:
         return next((text[:_LAST_LINE_MAX] for text in reversed(written) if text), "")
 
     def _worker_environment(self, endpoint: Endpoint, worker_id: str, secret: str) -> Mapping[str, str]:
+        gpus = read_host().gpus if endpoint.revision.gpu_count else ()
         platform = worker_environment(
             self.local_url,
             endpoint.id,
             worker_id,
             secret,
             ping_interval_ms=self.settings.jobs.ping_interval_ms,
+            gpu_type=gpus[0].name if gpus else None,
+            gpu_count=endpoint.revision.gpu_count,
+            cpu_count=len(os.sched_getaffinity(0)),
             host_name=socket.gethostname(),
         )
         if endpoint.kind is EndpointKind.QUEUE:
@@ -559,19 +563,7 @@ async def open_installation(
     reached_at = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104 - compared, not bound
     local_url = f"http://{reached_at}:{port}"
     installation = Installation(settings, store, local_url, secret)
-    config = uvicorn.Config(
-        installation.app,
-        http=GatewayProtocol,
-        ws=WebSocketTunnel,
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=1,
-    )
-    server = Server(config)
+    server = Server(server_config(installation.app))
     serving: asyncio.Task[None] | None = None
     server_file = settings.home / SERVER_FILE
     try:

@@ -11,6 +11,9 @@ from collections.abc import Iterator
 import uvicorn
 
 from pilotlight.errors import SettingsError
+from pilotlight.gateway.asgi import App
+from pilotlight.gateway.load_balancer.tunnel import WebSocketTunnel
+from pilotlight.gateway.protocol import GatewayProtocol
 from pilotlight.settings import Settings
 
 
@@ -55,3 +58,21 @@ class Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Leave the signals to whoever has them."""
         yield
+
+
+def server_config(app: App) -> uvicorn.Config:
+    """How the gateway is served."""
+    return uvicorn.Config(
+        app,
+        http=GatewayProtocol,
+        ws=WebSocketTunnel,
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        # A worker that blocks its event loop posts its result on a connection that has been idle for up to
+        # 15 s, and loses it if we have closed that (worker-protocol.md §10.5).
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=1,
+    )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated
 
 import platformdirs
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -28,6 +28,8 @@ HOME_VARIABLE = "PILOTLIGHT_HOME"
 CONFIG_VARIABLE = "PILOTLIGHT_CONFIG"
 
 Positive = Annotated[int, Field(gt=0)]
+HoldSeconds = Annotated[int, Field(gt=0, le=60)]
+"""Hold of a poll: workers hang up after 90 s, and what is handed out in that moment may be lost."""
 NotNegative = Annotated[int, Field(ge=0)]
 
 
@@ -108,12 +110,13 @@ class JobSettings(_Section):
     """How long the result of an asynchronous job stays readable."""
     sync_retention_ms: Positive = 60_000
     """How long the result of a synchronous job stays readable (up to 300 s with a longer wait)."""
-    take_hold_s: Positive = 25
-    """Hold of an empty take (worker-protocol.md §8)."""
-    stop_hold_s: Positive = 15
-    """Hold of an empty stop poll."""
+    take_hold_s: HoldSeconds = 25
+    """Hold of an empty take, 60 at most (worker-protocol.md §8)."""
+    stop_hold_s: HoldSeconds = 15
+    """Hold of an empty stop poll, 60 at most."""
     confirm_s: Positive = 6
-    """A hand-out not confirmed by then is lost (worker-protocol.md §8)."""
+    """A hand-out not confirmed by then is lost; where it is not set, two heartbeat periods and 2 s
+    (worker-protocol.md §8)."""
     ping_interval_ms: Annotated[int, Field(ge=1000)] = 2000
     """Heartbeat period given to workers."""
     retries_max: Annotated[int, Field(ge=0, le=5)] = 1
@@ -122,6 +125,13 @@ class JobSettings(_Section):
     """How long the result of a request in a batch stays readable."""
     ttl_tombstone: bool = True
     """Keep a TIMED_OUT record of a job whose time ended in the queue; else it is gone (§12 item 3)."""
+
+    @model_validator(mode="after")
+    def _confirm_by_heartbeats(self) -> JobSettings:
+        if "confirm_s" not in self.model_fields_set:
+            # Frozen for everybody else; here it is still being made.
+            object.__setattr__(self, "confirm_s", -(-2 * self.ping_interval_ms // 1000) + 2)
+        return self
 
 
 class WebhookSettings(_Section):

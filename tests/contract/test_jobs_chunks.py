@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 
 import pytest
 
-from pilotlight.core.lifecycle import Cancelled, ExecutionTimedOut, PlatformInterrupted, Retried
+from pilotlight.core.lifecycle import (
+    STREAM_BEGUN,
+    Cancelled,
+    ExecutionTimedOut,
+    PlatformInterrupted,
+    Retried,
+)
 from pilotlight.domain.job import JobStatus
 from pilotlight.errors import NotFoundError
 from pilotlight.ports.store import ChunkFate
@@ -190,11 +197,41 @@ class TestReading:
         assert job.chunk_read
         assert (await store.job("a")).chunk_read
 
-    async def test_a_job_whose_stream_was_read_is_not_retried(self, queue) -> None:
+    @pytest.mark.parametrize("event", ["lost", "interrupted"])
+    @pytest.mark.parametrize("cursor", [None, 0])
+    async def test_a_job_whose_stream_was_read_is_queued_again_and_its_stream_begins_anew(
+        self, store, queue, event, cursor
+    ) -> None:
+        """worker-protocol.md §7.2, serverless-api.md §2.10: what the first attempt said is shown to nobody."""
         await queue.running("a")
-        await queue.chunk("a")
-        await queue.read("a")
-        assert (await queue.lose("a")).after.status is JobStatus.FAILED
+        for body in (b"read", b"unread"):
+            await queue.chunk("a", body)
+        assert await queue.read("a", limit=1, cursor=cursor) == [b"read"]
+        if event == "lost":
+            await queue.lose("a")
+        else:
+            await store.apply("a", PlatformInterrupted(now_ms=2_500))
+        job = await store.job("a")
+        assert (job.status, job.retries, job.chunk_read) == (JobStatus.IN_QUEUE, event == "lost", False)
+        assert [attempt.reason.endswith(STREAM_BEGUN) for attempt in job.attempts] == [True]
+        assert not await store.has_chunks("a")
+        assert not await store.has_chunks("a", cursor=0)
+        await queue.take("w2")
+        assert not (await store.job("a")).chunk_read
+        for body in (b"1", b"2"):
+            await queue.chunk("a", body, "w2")
+        assert await queue.read("a", cursor=0) == [b"1", b"2"]
+        assert await queue.read("a") == [b"1", b"2"]
+
+    async def test_the_second_loss_fails_a_job_whose_stream_was_read(self, queue) -> None:
+        """serverless-api.md §2.10: with the text that clients match on."""
+        await queue.running("a")
+        for worker in ("w1", "w2"):
+            await queue.chunk("a", b"x", worker)
+            assert await queue.read("a") == [b"x"]
+            lost = await queue.lose("a", worker)
+            await queue.take("w2")
+        assert (lost.after.status, lost.after.error) == (JobStatus.FAILED, "job timed out after 1 retries")
 
     async def test_unread_chunks_are_dropped_by_a_requeue(self, store, queue) -> None:
         for event in ("lost", "interrupted"):
@@ -239,6 +276,7 @@ class TestReading:
         assert await queue.read("a") == [b"1", b"2"]
 
     async def test_two_readers_split_the_chunks(self, queue) -> None:
+        """serverless-api.md §2.8: reads are destructive, and each chunk is returned to one of them."""
         await queue.running("a")
         for number in range(50):
             await queue.chunk("a", b"%02d" % number)
@@ -261,6 +299,121 @@ class TestReading:
             await asyncio.sleep(0)
         await posting
         assert read == [b"%03d" % number for number in range(100)]
+
+
+class TestReturning:
+    """A reader that left before it had its answer loses nothing (serverless-api.md §2.8, §13 item 8)."""
+
+    async def drained(self, store, queue, *bodies: bytes, limit: int = 1_000) -> list:
+        """What one drain returns of a running job with these chunks."""
+        await queue.running("a")
+        for body in bodies:
+            await queue.chunk("a", body)
+        _, chunks = await store.drain_chunks("a", limit_bytes=limit)
+        return chunks
+
+    async def test_the_next_drain_returns_them_again_in_order(self, store, queue) -> None:
+        chunks = await self.drained(store, queue, b"0", b"1", b"2")
+        await queue.chunk("a", b"3")
+        await store.return_chunks("a", chunks, attempt=1)
+        assert await store.has_chunks("a")
+        _, again = await store.drain_chunks("a", limit_bytes=1_000)
+        assert again[:3] == chunks
+        assert [chunk.body for chunk in again] == [b"0", b"1", b"2", b"3"]
+        assert not await store.has_chunks("a")
+        assert await queue.read("a") == []
+
+    async def test_what_was_drained_before_stays_drained(self, store, queue) -> None:
+        first = await self.drained(store, queue, b"0", b"1", b"2", limit=1)
+        assert [chunk.body for chunk in first] == [b"0"]
+        _, rest = await store.drain_chunks("a", limit_bytes=1_000)
+        await store.return_chunks("a", rest, attempt=1)
+        assert await queue.read("a") == [b"1", b"2"]
+
+    async def test_nothing_happens_when_others_have_drained_more_meanwhile(self, store, queue) -> None:
+        """Their reader would get the later ones a second time, and before the earlier ones."""
+        chunks = await self.drained(store, queue, b"0", b"1")
+        await queue.chunk("a", b"2")
+        assert await queue.read("a") == [b"2"]
+        await store.return_chunks("a", chunks, attempt=1)
+        assert not await store.has_chunks("a")
+        await queue.chunk("a", b"3")
+        assert await queue.read("a") == [b"3"]
+
+    async def test_twice_is_once(self, store, queue) -> None:
+        chunks = await self.drained(store, queue, b"0", b"1")
+        for _ in range(2):
+            await store.return_chunks("a", chunks, attempt=1)
+        assert await queue.read("a") == [b"0", b"1"]
+
+    @pytest.mark.parametrize("end", ["lost", "interrupted", "retried"])
+    async def test_nothing_happens_when_the_attempt_is_over(self, store, queue, end) -> None:
+        """In the queue, with the next worker, and while that one streams as much again."""
+        chunks = await self.drained(store, queue, b"old")
+        if end == "lost":
+            await queue.lose("a")
+        elif end == "interrupted":
+            await store.apply("a", PlatformInterrupted(now_ms=2_500))
+        else:
+            await queue.fail("a")
+            await store.apply("a", Retried(now_ms=4_000, expires_ms=10**9))
+        await store.return_chunks("a", chunks, attempt=1)
+        assert not await store.has_chunks("a")
+        await queue.take("w2", now_ms=5_000)
+        await store.return_chunks("a", chunks, attempt=1)
+        assert not await store.has_chunks("a")
+        await queue.chunk("a", b"new", "w2")
+        assert await queue.read("a") == [b"new"]
+        await store.return_chunks("a", chunks, attempt=1)
+        assert not await store.has_chunks("a")
+
+    async def test_after_the_end_of_the_job(self, store, queue) -> None:
+        """Its last chunks are as good as any: the next reader gets them with the terminal status."""
+        chunks = await self.drained(store, queue, b"0", b"1")
+        await queue.finish("a")
+        await store.return_chunks("a", chunks, attempt=1)
+        job, again = await store.drain_chunks("a", limit_bytes=1_000)
+        assert (job.status, list(again)) == (JobStatus.COMPLETED, chunks)
+
+    async def test_of_an_unknown_job(self, store, queue) -> None:
+        chunks = await self.drained(store, queue, b"0")
+        await store.return_chunks("nobody", chunks, attempt=1)
+        assert not await store.has_chunks("nobody")
+        assert not await store.has_chunks("a")
+
+    async def test_they_count_as_unread_again(self, store, queue) -> None:
+        """`limit_bytes` of `append_chunk`: what waits for a reader is bounded, however often it is returned."""
+        chunks = await self.drained(store, queue, b"x" * 60)
+        assert await queue.chunk("a", b"y" * 30, limit=100) is STORED
+        await store.return_chunks("a", chunks, attempt=1)
+        assert await queue.chunk("a", b"z" * 11, limit=100) is FULL
+        assert await queue.chunk("a", b"z" * 10, limit=100) is STORED
+        assert await queue.read("a") == [b"x" * 60, b"y" * 30, b"z" * 10]
+        assert await queue.chunk("a", b"z" * 100, limit=100) is STORED
+
+    async def test_what_was_trimmed_stays_gone(self, store, queue) -> None:
+        chunks = await self.drained(store, queue, b"x" * 60, b"y" * 30)
+        assert await store.trim_chunks("a", limit=1) == 1
+        await store.return_chunks("a", chunks, attempt=1)
+        assert await queue.chunk("a", b"z" * 71, limit=100) is FULL
+        assert await queue.chunk("a", b"z" * 70, limit=100) is STORED
+        assert await queue.read("a") == [b"y" * 30, b"z" * 70]
+
+    async def test_others_miss_nothing_and_get_all_in_order(self, store, queue) -> None:
+        """Every second reader leaves before its answer."""
+        await queue.running("a")
+        for number in range(60):
+            await queue.chunk("a", b"%02d" % number)
+        read: list[bytes] = []
+        for leaves in itertools.cycle((True, False)):
+            job, chunks = await store.drain_chunks("a", limit_bytes=6)
+            if not chunks:
+                break
+            if leaves:
+                await store.return_chunks("a", chunks, attempt=job.attempt)
+            else:
+                read += [chunk.body for chunk in chunks]
+        assert read == [b"%02d" % number for number in range(60)]
 
 
 class TestCursor:
@@ -293,7 +446,7 @@ class TestCursor:
         await queue.chunk("a")
         job, _ = await store.drain_chunks("a", limit_bytes=10, cursor=0)
         assert job.chunk_read
-        assert (await queue.lose("a")).after.status is JobStatus.FAILED
+        assert (await store.job("a")).chunk_read
 
     async def test_several_readers_see_everything(self, queue) -> None:
         await queue.running("a")

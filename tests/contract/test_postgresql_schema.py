@@ -177,7 +177,8 @@ async def test_the_queue_is_served_by_its_indices(postgresql_url: str, query: st
     try:
         await connection.execute("SET enable_seqscan = off")
         statement = await connection.prepare(QUERIES[query])
-        values = ["x" if parameter.name == "text" else 1 for parameter in statement.get_parameters()]
+        examples = {"text": "x", "text[]": ["x"]}
+        values = [examples.get(parameter.name, 1) for parameter in statement.get_parameters()]
         plan = "\n".join(row[0] for row in await connection.fetch(f"EXPLAIN {QUERIES[query]}", *values))
     finally:
         await connection.close()

@@ -46,11 +46,13 @@ def test_nothing_to_do_asks_for_no_further_look():
 
 
 def test_the_first_request_starts_one_worker_at_once():
+    """serverless-api.md §5.2, §12 item 32: waiting for nothing only adds latency."""
     decision = decide_scale(ScaleSnapshot(waiting=500, oldest_ms=NOW), NOW, settings())
     assert (decision.start, decision.reason) == (1, ScaleReason.FIRST_REQUEST)
 
 
 def test_low_priority_jobs_start_nothing():
+    """serverless-api.md §2.3: `policy.lowPriority` never triggers scale-up."""
     assert decide_scale(ScaleSnapshot(waiting_low=5), NOW, settings()).start == 0
 
 

@@ -15,6 +15,7 @@ from pilotlight.core import lifecycle
 from pilotlight.core.lifecycle import (
     EXECUTION_TIMEOUT_ERROR,
     JOB_TRANSITIONS,
+    STREAM_BEGUN,
     TTL_ERROR,
     Applied,
     Cancelled,
@@ -32,6 +33,7 @@ from pilotlight.core.lifecycle import (
     WorkerLost,
     apply,
     transition_table,
+    ttl_window_ms,
 )
 from pilotlight.domain.job import ATTEMPTS_KEPT, WIPED, Attempt, Job, JobStatus
 
@@ -49,7 +51,7 @@ EXPECTED: dict[tuple[JobStatus, type], set[JobStatus]] = {
     (RUNNING, Progressed): {RUNNING},
     (RUNNING, ResultPosted): {COMPLETED, FAILED, QUEUED},
     (RUNNING, WorkerLost): {QUEUED, FAILED},
-    (RUNNING, PlatformInterrupted): {QUEUED, FAILED},
+    (RUNNING, PlatformInterrupted): {QUEUED},
     (RUNNING, Cancelled): {CANCELLED},
     (RUNNING, ExecutionTimedOut): {FAILED},
     (RUNNING, TtlReached): {TIMED_OUT},
@@ -371,24 +373,36 @@ class TestRetries:
         )
         assert after.delay_ms is None
 
-    def test_a_job_whose_stream_was_read_is_never_run_again(self) -> None:
-        job = running(chunk_read=True, retries_max=5)
-        lost = apply(job, WorkerLost(worker_id="w1", now_ms=NOW, reason="worker died")).after
-        assert (lost.status, lost.retries) == (FAILED, 0)
-        assert lost.error == "worker died after part of the stream had been delivered; not retried"
-        retryable = ResultPosted(worker_id="w1", now_ms=NOW, error="died", retryable=True)
-        assert apply(job, retryable).after.status is FAILED
-        interrupted = apply(job, PlatformInterrupted(now_ms=NOW)).after
-        assert interrupted.status is FAILED
-        assert "gateway restarted" in (interrupted.error or "")
-
     @pytest.mark.parametrize("maximum", range(6))
-    def test_an_interruption_by_us_uses_up_no_retry(self, maximum: int) -> None:
+    def test_a_job_whose_stream_was_read_is_lost_as_often_as_any(self, maximum: int) -> None:
+        """serverless-api.md §2.10, worker-protocol.md §7.2: the stream of the new attempt begins anew."""
+        job = running(retries_max=maximum)
+        for number in range(1, maximum + 1):
+            lost = WorkerLost(worker_id="w1", now_ms=3_000, reason="worker died")
+            applied = apply(replace(job, chunk_read=True), lost)
+            assert applied.requeued
+            assert (applied.after.retries, applied.after.chunk_read) == (number, False)
+            job = apply(applied.after, Taken(worker_id="w1", now_ms=4_000)).after
+        end = apply(
+            replace(job, chunk_read=True), WorkerLost(worker_id="w1", now_ms=NOW, reason="gone")
+        ).after
+        assert (end.status, end.error) == (FAILED, f"job timed out after {maximum} retries")
+
+    @pytest.mark.parametrize("event", [event for event in EVENTS[ResultPosted] if event(0).retryable])
+    def test_a_retryable_error_after_a_chunk_was_read_is_forgiven_too(self, event: Make) -> None:
+        """vllm-worker.md §3.7."""
+        after = apply(running(chunk_read=True, retries_max=1), event(NOW)).after
+        assert (after.status, after.retries, after.chunk_read) == (QUEUED, 1, False)
+
+    @pytest.mark.parametrize("read", [False, True])
+    @pytest.mark.parametrize("maximum", range(6))
+    def test_an_interruption_by_us_uses_up_no_retry(self, maximum: int, read: bool) -> None:
+        """serverless-api.md §13 item 8: a restart of the gateway ends no job, whatever of it was read."""
         job = running(retries_max=maximum, retries=maximum)
         for _ in range(8):
-            interrupted = apply(job, PlatformInterrupted(now_ms=3_000))
+            interrupted = apply(replace(job, chunk_read=read), PlatformInterrupted(now_ms=3_000))
             assert interrupted.requeued
-            assert interrupted.after.retries == maximum
+            assert (interrupted.after.retries, interrupted.after.chunk_read) == (maximum, False)
             job = apply(interrupted.after, Taken(worker_id="w1", now_ms=4_000)).after
 
 
@@ -483,6 +497,51 @@ class TestRetriedByTheClient:
         assert (applied.effect, applied.after) == (Effect.IGNORED_WIPED, job)
 
 
+class TestTimeToLive:
+    """How long a job had to live, which a retry by its client gives it again (serverless-api.md §2.10)."""
+
+    def test_of_a_new_job(self) -> None:
+        assert ttl_window_ms(job_in(QUEUED, created_ms=1_000, queued_ms=1_000, expires_ms=21_000)) == 20_000
+
+    @pytest.mark.parametrize(
+        "loss",
+        [
+            WorkerLost(worker_id="w1", now_ms=4_000, reason="gone"),
+            PlatformInterrupted(now_ms=4_000),
+            ResultPosted(worker_id="w1", now_ms=4_000, error="died", retryable=True),
+        ],
+    )
+    def test_a_lost_attempt_changes_nothing(self, loss: JobEvent) -> None:
+        job = running(created_ms=1_000, queued_ms=1_000, expires_ms=21_000)
+        assert ttl_window_ms(chain(job, loss).after) == 20_000
+        assert ttl_window_ms(chain(job, loss, Taken(worker_id="w2", now_ms=5_000)).after) == 20_000
+
+    @pytest.mark.parametrize("lost", [False, True])
+    def test_the_same_after_every_retry(self, lost: bool) -> None:
+        """Counted from the retry, not from the submission or from what was queued again in between."""
+        job, now = job_in(QUEUED, created_ms=1_000, queued_ms=1_000, expires_ms=21_000), 1_000
+        for _ in range(ATTEMPTS_KEPT + 5):
+            events: list[JobEvent] = [Taken(worker_id="w1", now_ms=now + 1_000)]
+            if lost:
+                events += [
+                    WorkerLost(worker_id="w1", now_ms=now + 2_000, reason="gone"),
+                    Taken(worker_id="w1", now_ms=now + 3_000),
+                ]
+            events.append(ResultPosted(worker_id="w1", now_ms=now + 4_000, error="no"))
+            failed = chain(job, *events).after
+            assert ttl_window_ms(failed) == 20_000
+            now += 10_000
+            job = apply(failed, Retried(now_ms=now, expires_ms=now + ttl_window_ms(failed))).after
+            assert (ttl_window_ms(job), job.expires_ms - job.queued_ms) == (20_000, 20_000)
+
+    def test_of_a_job_that_ended_in_the_queue(self) -> None:
+        job = job_in(QUEUED, created_ms=1_000, queued_ms=1_000, expires_ms=21_000)
+        for now in (21_000, 50_000, 90_000):
+            ended = apply(job, TtlReached(now_ms=now)).after
+            assert ttl_window_ms(ended) == 20_000
+            job = apply(ended, Retried(now_ms=now + 5_000, expires_ms=now + 25_000)).after
+
+
 class TestS3Config:
     @pytest.mark.parametrize("status", [QUEUED, RUNNING])
     def test_every_terminal_state_wipes_it(self, status: JobStatus) -> None:
@@ -518,6 +577,23 @@ class TestStory:
                 reason="no heartbeat for 30 s",
             ),
         )
+
+    @pytest.mark.parametrize(
+        ("read", "reason", "told"),
+        [
+            (False, "gone", "gone"),
+            (True, "gone", f"gone{STREAM_BEGUN}"),
+            (True, "x" * 10_000, "x" * 500 + STREAM_BEGUN),
+        ],
+    )
+    @pytest.mark.parametrize("event", [WorkerLost, PlatformInterrupted])
+    def test_an_attempt_says_when_its_stream_had_begun(
+        self, event: type, read: bool, reason: str, told: str
+    ) -> None:
+        """worker-protocol.md §7.2: the break between two attempts is marked."""
+        interrupted = event(worker_id="w1", now_ms=3_000, reason=reason)
+        [attempt] = apply(running(chunk_read=read), interrupted).after.attempts
+        assert attempt.reason == told
 
     def test_a_job_that_ends_keeps_the_attempts_before(self) -> None:
         job = chain(

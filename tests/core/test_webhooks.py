@@ -1,4 +1,4 @@
-"""The decision after a try, and the signature (serverless-api.md §2.12, §12 items 24 and 25, §13.11)."""
+"""The decision after a try, and the signature (serverless-api.md §2.12, §12 items 24 and 25, §13 item 11)."""
 
 from __future__ import annotations
 

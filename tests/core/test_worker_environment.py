@@ -1,4 +1,4 @@
-"""The environment of workers (worker-protocol.md §2.1, §2.2)."""
+"""The environment of workers (worker-protocol.md §2.1, §2.2; serverless-api.md §4.1)."""
 
 from __future__ import annotations
 
@@ -19,11 +19,34 @@ def test_every_variable_of_the_table_is_there():
         "RUNPOD_POD_ID": "w",
         "RUNPOD_POD_HOSTNAME": "box",
         "RUNPOD_ENDPOINT_ID": "ep",
+        "RUNPOD_DC_ID": "LOCAL",
+        "RUNPOD_CPU_COUNT": "1",
+        "RUNPOD_GPU_COUNT": "0",
         "RUNPOD_LOG_LEVEL": "INFO",
         "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true",
         "RUNPOD_ENDPOINT_BASE_URL": "http://h:8400/v2",
         "RUNPOD_API_BASE_URL": "http://h:8400",
     }
+
+
+def test_hardware_is_named():
+    """serverless-api.md §4.1: also where the URLs say what the worker runs on."""
+    made = worker_environment(
+        "http://h:8400", "ep", "w", "secret", ping_interval_ms=2000,
+        gpu_type="NVIDIA RTX A5000", gpu_count=2, cpu_count=16,
+    )  # fmt: skip
+    assert (made["RUNPOD_CPU_COUNT"], made["RUNPOD_GPU_COUNT"]) == ("16", "2")
+    assert made["RUNPOD_GPU_TYPE_ID"] == "NVIDIA RTX A5000"
+    urls = [value for name, value in made.items() if name.startswith("RUNPOD_WEBHOOK_")]
+    assert len(urls) == 4
+    assert {url.partition("?")[2] for url in urls} == {"gpu=NVIDIA+RTX+A5000"}
+
+
+def test_nobody_can_choose_hardware_or_place():
+    """serverless-api.md §4.1, worker-protocol.md §2.2: what is not choosable is the platform's."""
+    names = ("RUNPOD_DC_ID", "RUNPOD_CPU_COUNT", "RUNPOD_GPU_COUNT")
+    joined = join_environment(dict.fromkeys(names, "forged"), PLATFORM)
+    assert [joined[name] for name in names] == ["LOCAL", "1", "0"]
 
 
 def test_the_platform_wins_but_for_what_may_be_chosen():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
 import threading
 
@@ -159,16 +160,16 @@ class Called:
 
 
 def test_a_queue_worker_comes_with_a_job_and_goes_without(deploy, tools):
-    """1. A job starts a worker from nothing. 2. It sees what §2.1 promises and an empty folder of its own.
-    3. After the idle timeout it is told to end, ends by itself, and nothing of it is left. 4. The next one
-    finds nothing of the first (worker-protocol.md §11)."""
+    """1. A job starts a worker from nothing. 2. It sees what worker-protocol.md §2.1 and serverless-api.md §4.1
+    promise and an empty folder of its own. 3. After the idle timeout it is told to end, ends by itself, and nothing of it is left. 4. The
+    next one finds nothing of the first (worker-protocol.md §11)."""
     endpoint = deploy(
         "queue", QUEUE_WORKER, arguments=["--size", "2 words"], idle_timeout_s=1, env={"MINE": "1"}
     )
     names = [
         "MINE", "RUNPOD_POD_ID", "RUNPOD_ENDPOINT_ID", "RUNPOD_PING_INTERVAL", "RUNPOD_LOG_LEVEL",
         "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS", "RUNPOD_ENDPOINT_BASE_URL", "NO_PROXY", "PILOTLIGHT_WORKER_STATE_URL",
-        "PILOTLIGHT_HOME",
+        "PILOTLIGHT_HOME", "RUNPOD_DC_ID", "RUNPOD_CPU_COUNT", "RUNPOD_GPU_COUNT", "RUNPOD_GPU_TYPE_ID",
     ]  # fmt: skip
     assert endpoint.view()["status"] == "idle"
     seen = []
@@ -189,6 +190,10 @@ def test_a_queue_worker_comes_with_a_job_and_goes_without(deploy, tools):
             "NO_PROXY": "127.0.0.1",
             "PILOTLIGHT_WORKER_STATE_URL": None,
             "PILOTLIGHT_HOME": None,
+            "RUNPOD_DC_ID": "LOCAL",
+            "RUNPOD_CPU_COUNT": str(len(os.sched_getaffinity(0))),
+            "RUNPOD_GPU_COUNT": "0",
+            "RUNPOD_GPU_TYPE_ID": None,
         }
         seen.append(output)
         tools.until(lambda: not endpoint.installation.processes(), "no process is left")
@@ -382,7 +387,7 @@ def test_a_worker_that_crashes_is_502_and_replaced(deploy, tools, tmp_path):
 
 
 def test_a_worker_that_never_listens_is_ended_and_told(make_installation, tools, tmp_path):
-    """§3: terminated after 8 min; until then nobody is routable."""
+    """serverless-api.md §3: terminated after 8 min; until then nobody is routable."""
     installation = make_installation(
         PILOTLIGHT_LOAD_BALANCER__UNHEALTHY_S="1", PILOTLIGHT_LOAD_BALANCER__WAIT_S="1"
     ).start()

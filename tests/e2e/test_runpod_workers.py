@@ -96,12 +96,31 @@ def test_lives_of_workers(installation, script, tools, tmp_path):
     gate.path.touch()
     done = endpoint.result(second)
     assert (done["status"], done["retries"]) == ("COMPLETED", 1)
-    # A worker that begins anew finds nothing of the one before (§11).
+    # A worker that begins anew finds nothing of the one before (worker-protocol.md §11).
     assert done["output"]["files"] == []
     assert done["output"]["worker"] != first["output"]["worker"]
     failure = tools.until(lambda: unfit.view().get("failure"), "the failure is shown")
     assert "model file is missing" in str(failure)
     unfit.installation.api.post(f"/v2/{unfit.id}/cancel/{waiting}")
+
+
+def test_idle_workers_end_by_themselves_when_the_gateway_stops(installation, script, tools):
+    """worker-protocol.md §6.3: signal, then answers to the polls, and the exit of an idle worker is a second.
+
+    All polls were answered before the first signal: most workers asked again, were answered 429, slept for 5 s,
+    and were killed when the grace of 4 s was over.
+    """
+    endpoint = Endpoint(installation, script, idle_timeout_s=600, min=3, max=3)
+    # Ready at their first take, which is held for longer than this test lasts.
+    health = f"/v2/{endpoint.id}/health"
+    tools.until(
+        lambda: installation.api.get(health).json()["workers"]["idle"] == 3, "three workers are ready"
+    )
+    assert installation.interrupt() == 0
+    logs = [path.read_text() for path in (installation.home / "logs").glob("*.log")]
+    assert len(logs) == 3
+    for log in logs:
+        assert "exited with status 0" in log, log[-2000:]
 
 
 def test_gateway_that_is_killed_while_a_job_runs(installation, script, tools, tmp_path):

@@ -143,6 +143,7 @@ async def test_malformed_json_is_a_400_in_openais_shape(rig, body):
 
 @pytest.mark.parametrize("announced", [True, False])
 async def test_a_body_over_the_limit_is_refused_before_it_is_read(rig, announced):
+    """413 in OpenAI's shape (vllm-worker.md §1.11), where the native routes have 400 (serverless-api.md §2.13)."""
     rig.open_worker()
 
     async def chunks():
@@ -304,6 +305,14 @@ async def test_duplicate_slashes_collapse(rig):
     """serverless-api.md §2.1."""
     rig.open_worker()
     assert (await rig.client.post("/v2//ep/openai//v1/chat/completions", json=BODY)).status_code == 200
+
+
+@pytest.mark.parametrize("path", [f"{CHAT}/", f"{CHAT}//", f"{CHAT}/?x=1"])
+async def test_a_trailing_slash_is_ignored(rig, path):
+    """serverless-api.md §2.1: also on the OpenAI routes, where it was 404."""
+    rig.open_worker()
+    assert (await rig.client.post(path, json=BODY)).status_code == 200
+    assert rig.engine.requests[0][1] == "/v1/chat/completions" + ("?x=1" if "?" in path else "")
 
 
 async def test_a_gateway_that_stops_says_so(rig):

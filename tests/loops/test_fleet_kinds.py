@@ -54,7 +54,8 @@ async def test_an_idle_worker_is_signalled_before_its_polls_are_answered(world):
 
 
 async def test_a_busy_worker_is_signalled_when_its_jobs_are_done(world):
-    """Releases of the library before 1.7 end at once when signalled, and their job with them (§11)."""
+    """Releases of the library before 1.7 end at once when signalled, and their job with them
+    (worker-protocol.md §11)."""
     worker = await world.fleet.start(deploy(world))
     await world.fleet.took(worker.id, slots=1)
     assert world.slots.reserve_jobs(worker.id, 1) == 1
@@ -65,6 +66,22 @@ async def test_a_busy_worker_is_signalled_when_its_jobs_are_done(world):
     world.fleet.slots_idle("e")
     await world.settle()
     assert world.cluster.log[-1] == ("terminate", worker.id)
+
+
+@pytest.mark.parametrize(("wanted_s", "given_s"), [(0, 5), (10, 10)])
+async def test_the_time_from_signal_to_kill_may_be_asked_for(world, wanted_s, given_s):
+    """worker-protocol.md §8: 5 s for an idle worker, 10 s for one that asked to be replaced (`stopPod`)."""
+    worker = await world.fleet.start(deploy(world))
+    await world.fleet.took(worker.id, slots=1)
+    assert world.slots.reserve_jobs(worker.id, 1) == 1
+    await world.fleet.drain(worker.id, reason="test", grace_s=wanted_s)
+    world.slots.release_jobs(worker.id)
+    signalled_s = asyncio.get_running_loop().time()
+    world.fleet.slots_idle("e")
+    await world.settle()
+    assert world.cluster.log[-1] == ("terminate", worker.id)
+    left_s = world.fleet._live[worker.id].deadline.when() - signalled_s
+    assert given_s <= left_s < given_s + 1
 
 
 async def test_an_end_in_silence_is_explained_by_the_last_line(world):
@@ -105,7 +122,7 @@ async def test_health_checks_take_a_worker_out_of_rotation_and_back(world):
 
 
 async def test_only_its_checks_decide_how_long_a_load_balancing_start_may_take(world):
-    """§3 gives it 8 minutes, more than the boot deadline of workers that take jobs."""
+    """serverless-api.md §3 gives it 8 minutes, more than the boot deadline of workers that take jobs."""
     worker = await world.fleet.start(deploy(world, EndpointKind.LOAD_BALANCER))
     assert world.fleet._live[worker.id].deadline is None
     other = await world.fleet.start(deploy(world, EndpointKind.QUEUE))

@@ -1,5 +1,5 @@
 """The sender with real receivers on loopback, the in-memory store and a clock that moves when told to
-(serverless-api.md §2.12, §12 items 24 and 25, §13.11)."""
+(serverless-api.md §2.12, §12 items 24 and 25, §13 item 11)."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ async def receiver():
 
 
 async def test_a_delivery_that_is_answered_204_is_sent_once_and_forgotten(world, receiver):
-    """§13.11, §12 item 25."""
+    """§13 item 11, §12 item 25."""
     receiver.statuses(204)
     await world.store.put_webhook(world.delivery(receiver.url))
     sender = world.sender()
@@ -161,7 +161,7 @@ async def test_its_headers(world, receiver):
 
 
 async def test_three_tries_at_0_10_and_20_seconds_and_then_a_dead_letter(world, receiver):
-    """§13.11: the receiver answers 500; each try has the same id, its own timestamp and signature."""
+    """§13 item 11: the receiver answers 500; each try has the same id, its own timestamp and signature."""
     receiver.statuses(500)
     await world.store.put_webhook(world.delivery(receiver.url))
     sender = world.sender()

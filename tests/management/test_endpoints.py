@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from pilotlight.domain.endpoint import RESERVED_ENDPOINT_IDS
 from pilotlight.domain.worker import Failure, WorkerState
 from pilotlight.errors import EngineEnvironmentError
 from pilotlight.ports.fleet import Health
@@ -59,6 +60,31 @@ async def test_an_endpoint_has_the_documented_defaults(management):
     )
     assert management.directory.endpoint(stored.id) == stored
     assert management.wakes == [stored.id]
+
+
+async def test_reserved_ids_are_never_given(management, monkeypatch):
+    """serverless-api.md §1, §13 item 16: chance may not make an endpoint of a word that REST v2 has."""
+    drawn = iter([bytes([number] * 14) for number in (1, 2, 3)])
+    monkeypatch.setattr(management.service, "_entropy", lambda _: next(drawn))
+    reserved = RESERVED_ENDPOINT_IDS | {"1" * 14, "2" * 14}
+    monkeypatch.setattr("pilotlight.management.service.RESERVED_ENDPOINT_IDS", reserved)
+    assert (await management.create())["id"] == "3" * 14
+    assert [endpoint.id for endpoint in await management.store.endpoints()] == ["3" * 14]
+
+
+async def test_an_id_in_use_is_not_given_again(management, monkeypatch):
+    """serverless-api.md §1."""
+    drawn = iter([bytes([number] * 14) for number in (1, 1, 2)])
+    monkeypatch.setattr(management.service, "_entropy", lambda _: next(drawn))
+    assert [(await management.create())["id"] for _ in range(2)] == ["1" * 14, "2" * 14]
+
+
+def test_reserved_ids_are_those_of_the_contract():
+    """serverless-api.md §1."""
+    assert {
+        "serverless", "pods", "templates", "network-volumes", "registries", "catalog", "billing", "clusters",
+        "account", "openapi.json", "docs", "health", "graphql", "batch",
+    } == RESERVED_ENDPOINT_IDS  # fmt: skip
 
 
 async def test_every_setting_is_stored(management):

@@ -1,4 +1,4 @@
-"""REST v2 for endpoints of models: shapes, workers, logs (serverless-api.md §7.2 to §7.4)."""
+"""REST v2 for endpoints of models: shapes, workers, logs (serverless-api.md §5.4, §7.2 to §7.4)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from pilotlight.domain.worker import Address, Failure, Registration, WorkerState
+from pilotlight.ports.fleet import Health
 
 
 async def test_an_endpoint_has_the_contracts_shape(management):
@@ -68,7 +69,7 @@ async def test_shapes_follow_scaler_and_hardware(management, gpu_engine, gpu_hos
 
 
 async def test_workers_are_listed_in_both_vocabularies(management, gpu_host):
-    """starting is initializing; ready is idle or running; draining is running; failed is unhealthy (§5.4)."""
+    """§5.4: starting is initializing; ready is idle or running; draining is running; failed is unhealthy."""
     created = await management.create()
     endpoint_id = created["id"]
     add, slots = management.fleet.add, management.slots
@@ -127,6 +128,26 @@ async def test_workers_are_listed_in_both_vocabularies(management, gpu_host):
     management.fleet.living["w2"] = replace(worker, devices=(0, 1))
     body = (await management.http.get(f"/v2/serverless/{endpoint_id}/workers")).json()
     assert (body["workers"][1]["gpuCount"], body["workers"][1]["gpuTypeId"]) == (2, "NVIDIA H200")
+
+
+async def test_the_summary_counts_what_has_no_worker_to_list(management):
+    """serverless-api.md §5.4, §13 item 13: as in `/health`, failed starts are unhealthy, no room is throttled."""
+    endpoint_id = (await management.create())["id"]
+    management.fleet.add("w1", endpoint_id, WorkerState.READY)
+    management.fleet.add("w2", endpoint_id, WorkerState.FAILED)
+    for failures, throttled, shown in ((0, None, (1, 0)), (1, None, (1, 0)), (3, "no room", (3, 1))):
+        management.fleet.healths[endpoint_id] = Health(failures=failures, throttled=throttled)
+        summary = (await management.http.get(f"/v2/serverless/{endpoint_id}/workers")).json()["summary"]
+        assert (summary["unhealthy"], summary["throttled"]) == shown
+        assert (summary["idle"], summary["total"]) == (1, 2)
+
+
+async def test_the_summary_of_no_workers(management):
+    """serverless-api.md §5.4."""
+    endpoint_id = (await management.create())["id"]
+    body = (await management.http.get(f"/v2/serverless/{endpoint_id}/workers")).json()
+    assert body["workers"] == []
+    assert set(body["summary"].values()) == {0}
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ from pilotlight.core.lifecycle import (
 from pilotlight.domain.batch import Batch, BatchDraft
 from pilotlight.domain.job import Idempotency, Job, JobCounts, QueueDemand
 from pilotlight.errors import ConflictError, NotFoundError
-from pilotlight.ports.store import ChunkFate, Store
+from pilotlight.ports.store import Chunk, ChunkFate, Store
 
 ENDPOINTS = ("e1", "e2")
 WORKERS = ("w1", "w2", "w3")
@@ -50,6 +50,9 @@ picks = st.integers(0, 10_000)
 tokens = st.sampled_from(["right", "right", "unnamed", "late", "stranger"])
 bodies = st.binary(min_size=1, max_size=9)
 happenings = st.lists(st.tuples(tokens, kinds | bodies), max_size=4)
+readings = st.lists(
+    bodies | st.sampled_from(["read", "read", "read", "peek", "leave", "late", "lose"]), max_size=12
+)
 
 
 @dataclass
@@ -89,6 +92,15 @@ class ModelJob:
         return (self.lane, self.attempts == 0, self.queued if self.attempts else 0, self.number)
 
 
+@dataclass(frozen=True)
+class Drained:
+    """What one reader got of a stream."""
+
+    job_id: str
+    attempt: int
+    chunks: tuple[Chunk, ...]
+
+
 @dataclass
 class ModelBatch:
     """What ought to be true of one batch."""
@@ -108,6 +120,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.runner = asyncio.Runner()
         self.jobs: dict[str, ModelJob] = {}
         self.ended: dict[str, Job] = {}
+        self.drained: list[Drained] = []
         self.purged: list[ModelJob] = []
         self.batches: dict[str, ModelBatch] = {}
         self.keys: dict[tuple[str, str], tuple[str, bytes]] = {}
@@ -145,7 +158,7 @@ class StoreMachine(RuleBasedStateMachine):
             self.batches[job.batch].ends[ended] += 1
 
     def requeue_or_fail(self, job: ModelJob, *, free: bool = False) -> None:
-        if job.read or (job.retries >= job.retries_max and not free):
+        if job.retries >= job.retries_max and not free:
             self.finish(job, "FAILED")
         elif job.batch is not None and self.batches[job.batch].cancelled:
             self.finish(job, "CANCELLED")
@@ -156,6 +169,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def requeue(self, job: ModelJob) -> None:
         job.status, job.queued, job.unread, job.cursor = "IN_QUEUE", self.now, [], 0
+        job.read = False
 
     def forget(self, job: ModelJob) -> None:
         del self.jobs[job.id]
@@ -361,7 +375,9 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.jobs)
     @rule(number=picks, remember=st.booleans())
     def read_stream(self, number: int, remember: bool) -> None:
-        job = self.pick(number)
+        self.read(self.pick(number), remember=remember)
+
+    def read(self, job: ModelJob, *, remember: bool) -> None:
         cursor = None if remember else job.cursor
         assert self.run(self.store.has_chunks(job.id, cursor=cursor)) == bool(job.unread)
         stored, chunks = self.run(self.store.drain_chunks(job.id, limit_bytes=1_000_000, cursor=cursor))
@@ -370,9 +386,45 @@ class StoreMachine(RuleBasedStateMachine):
         job.read = job.read or bool(chunks)
         if remember:
             job.unread = []
-            job.cursor = chunks[-1].sequence + 1 if chunks else job.cursor
+            if chunks:
+                job.cursor = chunks[-1].sequence + 1
+                self.drained.append(Drained(job.id, stored.attempt, tuple(chunks)))
         if job.id in self.ended:
             self.ended[job.id] = stored
+
+    @precondition(any_running)
+    @rule(number=picks, steps=readings)
+    def stream(self, number: int, steps: list[Any]) -> None:
+        """Chunks of one job, readers that stay or leave, and losses of its worker, close to each other."""
+        job = self.pick(number, running=True)
+        for step in steps:
+            match step:
+                case "read" | "peek":
+                    self.read(job, remember=step == "read")
+                case "leave":
+                    self.read(job, remember=True)
+                    self.return_chunks(0)
+                case "late":
+                    self.return_chunks(1)
+                case "lose" if job.worker is not None:
+                    self.lose_worker(job.worker)
+                    self.take(job.endpoint, job.worker, len(self.jobs))
+                case bytes() if job.running:
+                    self.chunk(job, *self.named(job, "right"), step)
+
+    @precondition(lambda self: self.drained)
+    @rule(number=picks)
+    def return_chunks(self, number: int) -> None:
+        """A reader has gone, perhaps long ago; only if nobody has read on is what it got unread again."""
+        if not self.drained:
+            return
+        drained = self.drained[-1 - number % len(self.drained)]
+        self.run(self.store.return_chunks(drained.job_id, drained.chunks, attempt=drained.attempt))
+        job = self.jobs.get(drained.job_id)
+        if job is None or job.attempts != drained.attempt or job.cursor != drained.chunks[-1].sequence + 1:
+            return
+        job.cursor = drained.chunks[0].sequence
+        job.unread = [*(chunk.body for chunk in drained.chunks), *job.unread]
 
     @precondition(lambda self: self.jobs)
     @rule(number=picks)
@@ -395,7 +447,7 @@ class StoreMachine(RuleBasedStateMachine):
         if job.batch is not None:
             self.batches[job.batch].ends["failed"] -= 1
         self.requeue(job)
-        job.expires, job.retries, job.read = self.now + ttl, 0, False
+        job.expires, job.retries = self.now + ttl, 0
         self.totals[job.endpoint]["retried"] += 1
         del self.ended[job.id]
 

@@ -126,6 +126,7 @@ class WaitReason(StrEnum):
     DRAINING = "draining"
     BEHIND_NORMAL = "behind_normal_priority"
     BUSY = "busy"
+    WITHHELD = "withheld"
     POSITION = "position"
     NEXT = "next"
 
@@ -141,6 +142,7 @@ class WorkerSight:
         stage_ms: Since when it has been at that step.
         occupied: Slots in use.
         free: Slots free.
+        withholds: Whether it must not be given the job, because it may still hold an earlier attempt of it.
     """
 
     id: str
@@ -149,6 +151,7 @@ class WorkerSight:
     stage_ms: int
     occupied: int = 0
     free: int = 0
+    withholds: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,7 +194,8 @@ def explain_wait(snapshot: WaitSnapshot, now_ms: int) -> Wait:
     """The first thing that must change before a queued job can run.
 
     1. The endpoint is paused. 2. No worker is up: it backs off, one starts, none fits, none is wanted, or the
-    last is leaving. 3. Workers are up: others come first, or all slots are in use. 4. Nothing: it is next.
+    last is leaving. 3. Workers are up: others come first, all slots are in use, or who has one free must not
+    have it. 4. Nothing: it is next.
 
     Args:
         snapshot: The endpoint at this moment.
@@ -216,6 +220,11 @@ def _why(snapshot: WaitSnapshot, now_ms: int) -> tuple[WaitReason, str]:
         occupied = sum(worker.occupied for worker in up)
         slots = "the only slot is" if occupied == 1 else f"all {occupied} slots of {_workers(len(up))} are"
         return WaitReason.BUSY, f"{slots} in use{_before(snapshot)}"
+    if all(worker.withholds for worker in up if worker.free > 0):
+        return (
+            WaitReason.WITHHELD,
+            "the only workers with a free slot may still hold an earlier attempt of it",
+        )
     if snapshot.ahead:
         return WaitReason.POSITION, f"{_jobs(snapshot.ahead)} must be served before it"
     return WaitReason.NEXT, "it is next: a worker with a free slot takes it as soon as it asks for work"

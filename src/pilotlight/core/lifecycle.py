@@ -149,7 +149,7 @@ JOB_TRANSITIONS: Mapping[tuple[JobStatus, type[JobEvent]], frozenset[JobStatus]]
         (_RUNNING, Progressed): frozenset({_RUNNING}),
         (_RUNNING, ResultPosted): frozenset({_COMPLETED, _FAILED, _QUEUED}),
         (_RUNNING, WorkerLost): frozenset({_QUEUED, _FAILED}),
-        (_RUNNING, PlatformInterrupted): frozenset({_QUEUED, _FAILED}),
+        (_RUNNING, PlatformInterrupted): frozenset({_QUEUED}),
         (_RUNNING, Cancelled): frozenset({_CANCELLED}),
         (_RUNNING, ExecutionTimedOut): frozenset({_FAILED}),
         (_RUNNING, TtlReached): frozenset({_TIMED_OUT}),
@@ -288,8 +288,6 @@ def _next(job: Job, event: JobEvent) -> Job | Effect:
         case WorkerLost(now_ms=now, reason=reason):
             return _after_loss(job, now, reason)
         case PlatformInterrupted(now_ms=now, reason=reason):
-            if job.chunk_read:
-                return _finish(job, JobStatus.FAILED, now, error=_CUT_STREAM.format(reason=reason))
             return _requeue(job, now, reason, retries=job.retries)
         case Cancelled(now_ms=now):
             return _finish(job, JobStatus.CANCELLED, now)
@@ -301,20 +299,15 @@ def _next(job: Job, event: JobEvent) -> Job | Effect:
             return _after_retry(job, event)
 
 
-_CUT_STREAM = "{reason} after part of the stream had been delivered; not retried"
-
-
 def _after_result(job: Job, event: ResultPosted) -> Job:
     if event.error is None:
         return _finish(job, JobStatus.COMPLETED, event.now_ms, output=event.output)
-    if event.retryable and not job.chunk_read and job.retries < job.retries_max:
+    if event.retryable and job.retries < job.retries_max:
         return _requeue(job, event.now_ms, event.error, retries=job.retries + 1)
     return _finish(job, JobStatus.FAILED, event.now_ms, output=event.output, error=event.error)
 
 
 def _after_loss(job: Job, now_ms: int, reason: str) -> Job:
-    if job.chunk_read:
-        return _finish(job, JobStatus.FAILED, now_ms, error=_CUT_STREAM.format(reason=reason))
     if job.retries >= job.retries_max:
         # The text clients match on (serverless-api.md §2.10); the story is in the attempts.
         return _finish(job, JobStatus.FAILED, now_ms, error=f"job timed out after {job.retries} retries")
@@ -330,8 +323,22 @@ def _after_retry(job: Job, event: Retried) -> Job | Effect:
         return Effect.IGNORED_WIPED
     reason = f"{RETRIED_BY_CLIENT} {job.status}: {job.error or 'no reason'}"
     again = _requeue(job, event.now_ms, reason, retries=0)
-    return replace(again, expires_ms=event.expires_ms, finished_ms=None, chunk_read=False)
+    return replace(again, expires_ms=event.expires_ms, finished_ms=None)
 
+
+def ttl_window_ms(job: Job) -> int:
+    """How long a time to live the job has had, from its submission or the last retry by its client."""
+    begun_ms = job.created_ms
+    # When each attempt was queued, and the current one: after a retry, the moment of that.
+    queued_ms = [*(attempt.queued_ms for attempt in job.attempts), job.queued_ms]
+    for attempt, next_queued_ms in zip(job.attempts, queued_ms[1:], strict=True):
+        if attempt.reason.startswith(RETRIED_BY_CLIENT):
+            begun_ms = next_queued_ms
+    return job.expires_ms - begun_ms
+
+
+STREAM_BEGUN = "; its stream had been read and begins anew"
+"""What the reason of an attempt ends with whose chunks had reached a reader (worker-protocol.md §7.2)."""
 
 _REASON_MAX = 500
 """Characters of a reason kept in the story of a job."""
@@ -346,7 +353,7 @@ def _requeue(job: Job, now_ms: int, reason: str, *, retries: int) -> Job:
         confirmed_ms=job.confirmed_ms,
         first_output_ms=job.first_output_ms,
         ended_ms=now_ms if job.finished_ms is None else job.finished_ms,
-        reason=reason[:_REASON_MAX],
+        reason=reason[:_REASON_MAX] + (STREAM_BEGUN if job.chunk_read else ""),
     )
     # delayTime is recomputed from the requeue (serverless-api.md §2.9).
     return replace(
@@ -358,6 +365,7 @@ def _requeue(job: Job, now_ms: int, reason: str, *, retries: int) -> Job:
         started_ms=None,
         confirmed_ms=None,
         first_output_ms=None,
+        chunk_read=False,
         output=None,
         error=None,
         attempts=(*job.attempts, ended)[-ATTEMPTS_KEPT:],

@@ -8,6 +8,9 @@ from urllib.parse import quote_plus, urlsplit
 STATE_URL_VARIABLE = "PILOTLIGHT_WORKER_STATE_URL"
 """Where our own worker program reports its stages; unset on other platforms."""
 
+DATA_CENTER = "LOCAL"
+"""The id of the one data center there is: the owner's machines."""
+
 
 def worker_environment(
     base_url: str,
@@ -16,7 +19,9 @@ def worker_environment(
     secret: str,
     *,
     ping_interval_ms: int,
-    gpu: str = "cpu",
+    gpu_type: str | None = None,
+    gpu_count: int = 0,
+    cpu_count: int = 1,
     host_name: str = "localhost",
 ) -> dict[str, str]:
     """The environment that makes any program using RunPod's Python library a worker of ours.
@@ -27,14 +32,17 @@ def worker_environment(
         worker_id: Who it is.
         secret: Its own credential, good for its own callbacks only.
         ping_interval_ms: Heartbeat period, at least 1000.
-        gpu: Kind of device; it also supplies the query that the library appends to without looking.
+        gpu_type: Product name of its GPUs; None where it has none.
+        gpu_count: How many it has.
+        cpu_count: Processors that it may use.
         host_name: Name of its machine, for error reports.
 
     Returns:
         Variables to add to the worker's environment, as `join_environment` does it.
     """
     base = base_url.rstrip("/")
-    prefix, query = f"{base}/v2/{endpoint_id}", f"gpu={quote_plus(gpu)}"
+    # There has to be a query: the library appends to it without looking.
+    prefix, query = f"{base}/v2/{endpoint_id}", f"gpu={quote_plus(gpu_type or 'cpu')}"
     return {
         "RUNPOD_WEBHOOK_GET_JOB": f"{prefix}/job-take/$ID?{query}",
         "RUNPOD_WEBHOOK_POST_OUTPUT": f"{prefix}/job-done/$RUNPOD_POD_ID/$ID?{query}",
@@ -45,6 +53,10 @@ def worker_environment(
         "RUNPOD_POD_ID": worker_id,
         "RUNPOD_POD_HOSTNAME": host_name,
         "RUNPOD_ENDPOINT_ID": endpoint_id,
+        "RUNPOD_DC_ID": DATA_CENTER,
+        "RUNPOD_CPU_COUNT": str(cpu_count),
+        "RUNPOD_GPU_COUNT": str(gpu_count),
+        **({"RUNPOD_GPU_TYPE_ID": gpu_type} if gpu_type else {}),
         "RUNPOD_LOG_LEVEL": "INFO",
         # The library's own checks need open internet and read the host's memory, not the worker's share.
         "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true",

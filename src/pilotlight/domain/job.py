@@ -92,7 +92,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         started_ms: When the (last) attempt was handed out.
         confirmed_ms: When the worker first showed that it holds the job (ping, chunk, progress).
         first_output_ms: When the first stream chunk of the attempt arrived.
-        chunk_read: Whether a stream chunk has reached a reader.
+        chunk_read: Whether a stream chunk of the current attempt has reached a reader.
         finished_ms: When it became terminal.
         output: Raw JSON: result, or the latest progress while running.
         error: Error text, stored untouched.

@@ -24,6 +24,7 @@ from pilotlight import __version__
 from pilotlight.domain.endpoint import RESERVED_ENDPOINT_IDS
 from pilotlight.gateway.asgi import App, Message, Receive, Response, Scope, Send, send_json
 from pilotlight.gateway.elsewhere import FOLLOWER_RETRY_S, FOLLOWS, follower_body
+from pilotlight.gateway.errors import native_error
 from pilotlight.gateway.jobs.http import JobRoad
 from pilotlight.gateway.load_balancer import LoadBalancer
 from pilotlight.gateway.load_balancer.tunnel import TUNNEL
@@ -92,7 +93,7 @@ class Gateway:
         root = parts[1] if len(parts) > 1 else b""
         operation = parts[3] if len(parts) > 3 else b""
         if self.closing and operation not in WORKER_OPERATIONS and not path.startswith(_WORKER_STATE):
-            await self._unavailable(send)
+            await self._unavailable(send, native=root == b"v2" and operation != b"openai")
         elif root == b"v2" and operation == b"openai":
             await self._openai(scope, receive, send, parts)
         elif path.startswith(_WORKER_STATE) or (root == b"v2" and _names_endpoint(parts)):
@@ -178,15 +179,19 @@ class Gateway:
             self._managing.discard(task)
 
     async def _openai(self, scope: Scope, receive: Receive, send: Send, parts: list[bytes]) -> None:
-        path = "/" + (parts[4].decode("latin-1") if len(parts) > 4 else "")
+        path = "/" + (parts[4].rstrip(b"/").decode("latin-1") if len(parts) > 4 else "")
         query = scope["query_string"].decode("latin-1")
         endpoint_id = parts[2].decode("latin-1")
         await self._openai_of(endpoint_id)(
             scope, receive, send, endpoint_id=endpoint_id, path=f"{path}?{query}" if query else path
         )
 
-    async def _unavailable(self, send: Send) -> None:
-        body = openai_body(503, "the gateway is stopping", type="server_error", code="stopping")
+    async def _unavailable(self, send: Send, *, native: bool = False) -> None:
+        text = "the gateway is stopping"
+        if native:
+            body = native_error(503, text).body
+        else:
+            body = openai_body(503, text, type="server_error", code="stopping")
         await send_json(send, 503, body, [(b"retry-after", b"5")])
 
 

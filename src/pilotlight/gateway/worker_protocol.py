@@ -1,8 +1,9 @@
 """The HTTP protocol of workers (worker-protocol.md), and the state URL of our own worker program.
 
 Whatever the worker's library cannot survive is avoided here: a quick empty answer or refusal makes it ask
-thousands of times a second, so takes are held and only 429 refuses; an answer of 4xx to a result loses the
-result, so posts are answered 200 unless the caller is not the worker it says it is.
+thousands of times a second, so takes are held and only 429 refuses, which is held, too; an answer of 4xx to a
+result loses the result, so posts are answered 200 unless the caller is not the worker it says it is, and 503
+when their body does not arrive.
 """
 
 from __future__ import annotations
@@ -19,8 +20,13 @@ from pilotlight.domain.job import Job
 from pilotlight.domain.worker import Address, Failure, Registration, Stage, Worker
 from pilotlight.errors import InvalidInputError, PilotlightError
 from pilotlight.gateway.asgi import Response
-from pilotlight.gateway.errors import PayloadTooLargeError, UnauthorizedError, native_error
-from pilotlight.gateway.jobs.desk import TooManyPollsError, WorkerDesk
+from pilotlight.gateway.errors import (
+    BodyTimeoutError,
+    PayloadTooLargeError,
+    UnauthorizedError,
+    native_error,
+)
+from pilotlight.gateway.jobs.desk import WorkerDesk
 from pilotlight.gateway.jobs.http import Call, Operation, SegmentRoute, json_answer
 from pilotlight.gateway.jobs.service import JobService
 from pilotlight.gateway.jobs.submission import parse_number
@@ -35,7 +41,14 @@ _BATCH_MAX = 1000
 
 _REFUSED_HOLD_S = 5.0
 _REFUSED_MAX = 256
-"""Calls with a wrong key are held, so that they cannot become a storm, but not more than this many."""
+"""Refused calls are held, so that they cannot become a storm, but not more than this many: libraries before
+1.7 ask again at once even after 429 (worker-protocol.md §11)."""
+
+_CLOSING_HOLD_S = 1.0
+"""Hold of takes while the gateway stops: longer would delay the exit of workers, and of the gateway."""
+
+_POST_BODY_S = 600.0
+"""How long the body of a result may take: as long as the library itself waits (worker-protocol.md §3.4)."""
 
 _JOB_IDS_COMPLETE = 60_000
 """The library cuts a heartbeat's list at 64 KiB; a longer one may be incomplete (§3.6)."""
@@ -92,7 +105,8 @@ def worker_routes(service: JobService, fleet: Fleet, *, limits: LimitSettings) -
     """
     api = _WorkerApi(service, fleet, limits)
     table = {
-        path: Operation(methods, partial(handler, api)) for path, (methods, handler) in _OPERATIONS.items()
+        path: Operation(methods, partial(api.post, handler) if methods is _POST else partial(handler, api))
+        for path, (methods, handler) in _OPERATIONS.items()
     }
     return [
         SegmentRoute(table),
@@ -122,10 +136,14 @@ class _WorkerApi:
 
     async def _take(self, call: Call, *, count: int, single: bool) -> Response:
         worker = self._worker(call)
-        if worker is None or self._service.closing:
-            return await self._refuse(call)
-        async with call.client_gone() as gone:
-            try:
+        if worker is None:
+            return await self._refuse(call, "unauthorized")
+        if self._service.closing:
+            # Not 429: the pause that follows it is longer than the grace of workers that end with us (§6.3).
+            await _hold(call, _CLOSING_HOLD_S)
+            return Response(status_code=204)
+        try:
+            async with call.client_gone() as gone:
                 jobs = await self._desk.take(
                     worker,
                     count=count,
@@ -133,19 +151,19 @@ class _WorkerApi:
                     gone=gone,
                     connection=call.connection,
                 )
-            except (TooManyPollsError, PilotlightError) as error:
-                # Anything but 429 would make the worker ask again at once (§9).
-                _log.warning("take_refused", worker_id=worker.id, error=str(error))
-                return native_error(429, str(error))
-            except Exception:  # noqa: BLE001 - a defect of ours must not become a storm of takes
-                _log.exception("take_failed", worker_id=worker.id)
-                return native_error(429, "internal server error")
+        except PilotlightError as error:
+            # Anything but 429 would make the worker ask again at once (§9).
+            _log.warning("take_refused", worker_id=worker.id, error=str(error))
+            return await self._refuse(call, str(error))
+        except Exception:  # noqa: BLE001 - a defect of ours must not become a storm of takes
+            _log.exception("take_failed", worker_id=worker.id)
+            return await self._refuse(call, "internal server error")
         return json_answer(taken_view(jobs, single=single)) if jobs else Response(status_code=204)
 
     async def stop(self, call: Call) -> Response:
         worker = self._worker(call)
         if worker is None:
-            return await self._refuse(call)
+            return await self._refuse(call, "unauthorized")
         async with call.client_gone() as gone:
             ids = await self._desk.stop_poll(worker, gone=gone)
         if not ids:
@@ -172,12 +190,20 @@ class _WorkerApi:
         )
         return json_answer(b"{}")
 
+    async def post(self, handler: Callable[[_WorkerApi, Call], Awaitable[Response]], call: Call) -> Response:
+        """Take a post, whose body may be slow: 503, as the library tries again after nothing else (§3.4)."""
+        try:
+            return await handler(self, call)
+        except BodyTimeoutError as error:
+            _log.warning("post_too_slow", worker_id=call.ids[0][:100], error=str(error))
+            return native_error(503, str(error))
+
     async def done(self, call: Call) -> Response:
         worker, job_id = self._poster(call), call.ids[1]
         link = self._desk.link(worker) if worker is not None else None
         if worker is not None and link is not None:
             with link.posting(job_id):
-                body, size = await call.body(limit=self._limits.worker_body_bytes)
+                body, size = await self._body(call)
                 final_stream = call.query.get("isStream") == "true"
                 await self._desk.result(worker, job_id, body, size, final_stream=final_stream)
         return json_answer(b"{}")
@@ -195,7 +221,7 @@ class _WorkerApi:
             return json_answer(b"[]")
         link = self._desk.link(worker)
         with link.receiving() if link is not None else contextlib.nullcontext():
-            body, _ = await call.body(limit=self._limits.worker_body_bytes)
+            body, _ = await self._body(call)
         if body is None:
             limit = self._limits.worker_body_bytes
             raise PayloadTooLargeError(f"a list of results may have {limit} bytes; post them one by one")
@@ -226,7 +252,7 @@ class _WorkerApi:
         link = self._desk.link(worker) if worker is not None else None
         if worker is not None and link is not None:
             with link.posting(job_id):
-                body, size = await call.body(limit=self._limits.worker_body_bytes)
+                body, size = await self._body(call)
                 number = call.query.get("seq", "")
                 sequence = int(number) if number.isascii() and number.isdigit() and len(number) < 10 else None
                 await self._desk.chunk(worker, job_id, body, size, sequence=sequence)
@@ -245,6 +271,9 @@ class _WorkerApi:
         # A worker that registers brings slots.
         self._service.slots_freed(worker.endpoint_id)
         return json_answer(b"{}")
+
+    async def _body(self, call: Call) -> tuple[bytes | None, int]:
+        return await call.body(limit=self._limits.worker_body_bytes, within_s=_POST_BODY_S)
 
     def _worker(self, call: Call) -> Worker | None:
         worker_id = call.ids[0]
@@ -276,16 +305,21 @@ class _WorkerApi:
                 advice="a file ~/.runpod/config.toml in the worker's image replaces its key; remove it",
             )
 
-    async def _refuse(self, call: Call) -> Response:
+    async def _refuse(self, call: Call, why: str) -> Response:
         # Only 429 slows a worker down, and it comes from dead workers' orphans, too (§8, §13).
-        if self._refused < _REFUSED_MAX and not self._service.closing:
+        if self._refused < _REFUSED_MAX:
             self._refused += 1
             try:
-                async with call.client_gone() as gone:
-                    await asyncio.wait({gone}, timeout=_REFUSED_HOLD_S)
+                await _hold(call, _CLOSING_HOLD_S if self._service.closing else _REFUSED_HOLD_S)
             finally:
                 self._refused -= 1
-        return native_error(429, "unauthorized", {"Retry-After": "5"})
+        return native_error(429, why, {"Retry-After": "5"})
+
+
+async def _hold(call: Call, seconds: float) -> None:
+    """Keep a call that will get nothing, until its client goes at most."""
+    async with call.client_gone() as gone:
+        await asyncio.wait({gone}, timeout=seconds)
 
 
 _OPERATIONS: Mapping[

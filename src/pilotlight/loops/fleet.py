@@ -59,6 +59,7 @@ class _Live:
     metered_ms: int = 0
     usage_sequence: int = 0
     deadline: asyncio.TimerHandle | None = None
+    grace_s: float = 0
     wanted_end: str | None = None
     killed: bool = False
     failure: Failure | None = None
@@ -415,12 +416,18 @@ class WorkerFleet:
 
     # Ending.
 
-    async def drain(self, worker_id: str, *, reason: str) -> None:
-        """Hand out nothing more to the worker and let it finish and end; idempotent."""
+    async def drain(self, worker_id: str, *, reason: str, grace_s: float = 0) -> None:
+        """Hand out nothing more to the worker and let it finish and end; idempotent.
+
+        Args:
+            worker_id: Which; nothing happens to one that ends already.
+            reason: For its record.
+            grace_s: From SIGTERM to SIGKILL at least, where that is more than `workers.stop_grace_s`.
+        """
         live = self._live.get(worker_id)
         if live is None or live.worker.state not in _OPEN_STATES:
             return
-        live.wanted_end = reason
+        live.wanted_end, live.grace_s = reason, grace_s
         self._change(live, WorkerState.DRAINING)
         bound_s = min(live.endpoint.execution_timeout_ms / 1000, self._settings.drain_max_s)
         self._set_deadline(live, bound_s, self._drain_over)
@@ -448,7 +455,7 @@ class WorkerFleet:
         if live.worker.state is not WorkerState.DRAINING:
             return
         self._change(live, WorkerState.STOPPING)
-        self._set_deadline(live, self._settings.stop_grace_s, self._grace_over)
+        self._set_deadline(live, max(live.grace_s, self._settings.stop_grace_s), self._grace_over)
         # The signal before the answers to its open polls: one that has not been told would open new ones,
         # and its end would have to wait for those (worker-protocol.md §6.3).
         await self._cluster.terminate(live.worker.id)

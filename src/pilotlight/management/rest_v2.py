@@ -80,7 +80,8 @@ def serverless_routes(
         host = await service.host()
         workers = service.workers(endpoint_id)
         counts = {worker.id: count for worker in workers if (count := slots.worker(worker.id)) is not None}
-        return views.v2_workers(endpoint, workers, counts, now_ms=clock.now_ms(), host=host)
+        health = service.health(endpoint_id)
+        return views.v2_workers(endpoint, workers, counts, health, now_ms=clock.now_ms(), host=host)
 
     @router.get("/{endpoint_id}/workers/{worker_id}/logs", response_class=StreamingResponse)
     async def read_logs(

@@ -42,7 +42,7 @@ from pilotlight.management.schemas import (
 )
 from pilotlight.management.views import endpoint_view
 from pilotlight.ports.clock import Clock
-from pilotlight.ports.fleet import Fleet
+from pilotlight.ports.fleet import Fleet, Health
 from pilotlight.ports.store import EndpointStore, WorkerStore
 from pilotlight.settings import Settings
 
@@ -130,6 +130,10 @@ class EndpointService:
     def workers(self, endpoint_id: str) -> Sequence[Worker]:
         """The living workers of an endpoint, oldest first."""
         return self._fleet.workers(endpoint_id)
+
+    def health(self, endpoint_id: str) -> Health:
+        """The recent starts of an endpoint."""
+        return self._fleet.health(endpoint_id)
 
     async def worker(self, endpoint_id: str, worker_id: str) -> Worker:
         """One worker of an endpoint, living or remembered. NotFoundError when there is none."""

@@ -17,6 +17,8 @@ from msgspec import structs
 
 from pilotlight.core.health_check import health_path
 from pilotlight.core.placement import HostResources
+from pilotlight.core.worker_counts import ServiceStatus, count_workers, service_status
+from pilotlight.core.worker_environment import DATA_CENTER
 from pilotlight.domain.endpoint import Endpoint, EndpointKind, ScalerType
 from pilotlight.domain.key import ApiKey
 from pilotlight.domain.usage import RequestRecord, StartRecord, UsageInterval
@@ -46,18 +48,9 @@ ENGINE_URL_IMAGE = "pilotlight/engine-url"
 """The same for an endpoint of a fixed engine."""
 
 CPU_FLAVOR = "cpu3g"
-DATA_CENTER = "LOCAL"
 GPU_POOL = "LOCAL"
 DISK_GB = 10
 """REST v2 wants a container disk; process workers have none, so the service's own default is shown."""
-
-_LISTED: Mapping[WorkerState, str] = {
-    WorkerState.STARTING: "INITIALIZING",
-    WorkerState.READY: "IDLE",
-    WorkerState.DRAINING: "RUNNING",
-    WorkerState.FAILED: "UNHEALTHY",
-}
-"""Our states in the service's words; the others are not listed (serverless-api.md §5.4)."""
 
 
 class SlotCount(Protocol):
@@ -287,6 +280,7 @@ def v2_workers(
     endpoint: Endpoint,
     workers: Sequence[Worker],
     slots: Mapping[str, SlotCount],
+    health: Health,
     *,
     now_ms: int,
     host: HostResources,
@@ -297,17 +291,18 @@ def v2_workers(
         endpoint: The endpoint.
         workers: Its living workers.
         slots: By worker id, of those that have any.
+        health: Its recent starts.
         now_ms: Now.
         host: What this host has, for the names of GPUs.
     """
+    occupied = {worker_id: count.occupied for worker_id, count in slots.items()}
+    statuses = [service_status(worker, occupied=occupied.get(worker.id, 0)) for worker in workers]
     listed = [
-        _v2_worker(endpoint, worker, slots.get(worker.id), now_ms=now_ms, host=host)
-        for worker in workers
-        if worker.state in _LISTED
+        _v2_worker(endpoint, worker, status, slots.get(worker.id), now_ms=now_ms, host=host)
+        for worker, status in zip(workers, statuses, strict=True)
+        if status is not None
     ]
-    summary = dict.fromkeys(("running", "idle", "initializing", "throttled", "unhealthy"), 0)
-    for worker in listed:
-        summary[worker["status"].lower()] += 1
+    summary = count_workers(statuses, failed_starts=health.failures, throttled=health.throttled is not None)
     return {
         "workers": listed,
         "summary": summary | {"total": len(listed)},
@@ -316,13 +311,14 @@ def v2_workers(
 
 
 def _v2_worker(
-    endpoint: Endpoint, worker: Worker, slots: SlotCount | None, *, now_ms: int, host: HostResources
+    endpoint: Endpoint,
+    worker: Worker,
+    status: ServiceStatus,
+    slots: SlotCount | None,
+    *,
+    now_ms: int,
+    host: HostResources,
 ) -> dict[str, Any]:
-    occupied = slots.occupied if slots else 0
-    status = _LISTED[worker.state]
-    if worker.state is WorkerState.READY:
-        # Out of rotation, the stages are called in the service's words as in ours.
-        status = worker.stage.upper() if worker.out_of_rotation else "RUNNING" if occupied else "IDLE"
     failure = failure_view(worker.failure)
     names = {gpu.index: gpu.name for gpu in host.gpus}
     return {
@@ -341,7 +337,7 @@ def _v2_worker(
         "failure": failure.model_dump() if failure else None,
         "memory_bytes": worker.memory_bytes,
         "pid": worker.process.pid if worker.process else None,
-        "occupied": occupied,
+        "occupied": slots.occupied if slots else 0,
         "capacity": slots.capacity if slots else endpoint.concurrency,
     }
 

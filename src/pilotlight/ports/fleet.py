@@ -89,8 +89,14 @@ class Fleet(Protocol):
         """
         ...
 
-    async def drain(self, worker_id: str, *, reason: str) -> None:
-        """Hand out nothing more to the worker and let it finish and end; idempotent."""
+    async def drain(self, worker_id: str, *, reason: str, grace_s: float = 0) -> None:
+        """Hand out nothing more to the worker and let it finish and end; idempotent.
+
+        Args:
+            worker_id: Which.
+            reason: For its record.
+            grace_s: From SIGTERM to SIGKILL at least; it may be more.
+        """
         ...
 
     async def kill(self, worker_id: str, *, reason: str) -> None:

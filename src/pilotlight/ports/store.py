@@ -146,11 +146,20 @@ class JobStore(Protocol):
         """
         ...
 
-    async def take(self, endpoint_id: str, worker_id: str, *, count: int, now_ms: int) -> Sequence[Job]:
+    async def take(
+        self,
+        endpoint_id: str,
+        worker_id: str,
+        *,
+        count: int,
+        now_ms: int,
+        without: frozenset[str] = frozenset(),
+    ) -> Sequence[Job]:
         """Hand out up to `count` jobs with their inputs, lane by lane (`Job.lane`), none expired.
 
         Within a lane those handed out before come first, by `queued_ms`, then the others in the order of
-        their submission, whatever the clock said (serverless-api.md §12 item 34).
+        their submission, whatever the clock said (serverless-api.md §12 item 34). Jobs of the ids in
+        `without` are passed by.
         When the caller is cancelled meanwhile, jobs already picked go back to the queue as by
         `PlatformInterrupted`.
         """
@@ -212,6 +221,19 @@ class JobStore(Protocol):
         a `cursor` the chunks from that sequence on are read instead, but for those that were trimmed, and
         nothing is remembered but `chunk_read`. The job (without its input) is the state in the same moment,
         so a terminal status with an empty list means the stream is complete.
+        """
+        ...
+
+    async def return_chunks(self, job_id: str, returned: Sequence[Chunk], *, attempt: int) -> None:
+        """Take chunks back that were drained for a reader who has gone: the next drain returns them again.
+
+        Nothing happens when others have drained more meanwhile, when the attempt is over, or when the job is
+        unknown; those that were trimmed stay gone.
+
+        Args:
+            job_id: Of which job.
+            returned: All that one drain returned; not empty.
+            attempt: Of the job that came with them.
         """
         ...
 

@@ -128,7 +128,7 @@ class RecordingFleet:
     async def resume(self, endpoint: Endpoint, worker_id: str) -> Worker:
         raise NotFoundError(worker_id)
 
-    async def drain(self, worker_id: str, *, reason: str) -> None:
+    async def drain(self, worker_id: str, *, reason: str, grace_s: float = 0) -> None:
         self.drained.append((worker_id, reason))
         self.become(worker_id, WorkerState.DRAINING)
         self.changed.set()
@@ -160,6 +160,7 @@ class Platform:
     app: JobRoad
     records: list[RequestRecord]
     woken: list[str]
+    notes: list[tuple[str, str]]
     base: str = ""
     client: httpx.AsyncClient = field(default=None)  # type: ignore[assignment]
 
@@ -227,6 +228,13 @@ class Platform:
             json={"output": value},
         )
 
+    async def pass_time(self, seconds: int) -> None:
+        """Let time pass, second by second, with the reaper's look at workers and hand-outs after each."""
+        for _ in range(seconds):
+            self.clock.advance(1)
+            await self.service.lose_unconfirmed()
+            await self.service.kill_stuck()
+
     async def ping(self, *job_ids: str, worker: str = "w1") -> httpx.Response:
         """Send a heartbeat."""
         listed = f"&job_id={'%2C'.join(job_ids)}" if job_ids else ""
@@ -243,6 +251,11 @@ class Platform:
         watches = self.service._ledger.signals._watches
         while sum(len(events) for events in watches.values()) < number:
             await asyncio.sleep(0.001)
+
+    async def reshape(self, **changes: Any) -> None:
+        """Change the endpoint."""
+        await self.store.update_endpoint(replace(self.endpoint, **changes))
+        await self.directory.refresh()
 
     async def parked(self, number: int = 1) -> None:
         """Return when that many takes are parked. Signalled by the event loop: each turn lets I/O happen."""
@@ -302,6 +315,11 @@ async def _fill(store: Store) -> None:
     )
 
 
+def _digits(number: int, size: int) -> bytes:
+    """A number in bytes below 36, so that ids that use each byte modulo 36 differ, too."""
+    return bytes(number // 36**place % 36 for place in reversed(range(size)))
+
+
 async def build(settings: Settings, store: Store) -> Platform:
     if not await store.endpoints():
         await _fill(store)
@@ -312,6 +330,7 @@ async def build(settings: Settings, store: Store) -> Platform:
     fleet = RecordingFleet(slots)
     records: list[RequestRecord] = []
     woken: list[str] = []
+    notes: list[tuple[str, str]] = []
     counter = itertools.count(1)
     secret = InstallationSecret(bytes(32))
     uploader = S3Uploader(http=GuardedHttp(allow_private=True), clock=clock, timeout_s=30)
@@ -322,11 +341,12 @@ async def build(settings: Settings, store: Store) -> Platform:
         directory=directory,
         clock=clock,
         settings=settings,
-        entropy=lambda size: next(counter).to_bytes(size, "big") if size > 1 else b"\x80",
+        entropy=lambda size: _digits(next(counter), size) if size > 1 else b"\x80",
         record=records.append,
         wake=woken.append,
         buckets=Buckets(secret, uploader, store),
         webhook_due=lambda: woken.append("webhooks"),
+        note=lambda worker_id, text: notes.append((worker_id, text)),
     )
     fleet.service = service
     slots.on_free = service.slots_freed
@@ -336,7 +356,7 @@ async def build(settings: Settings, store: Store) -> Platform:
         *batch_routes(service.batches, directory, limits=settings.limits, rates=service.rates),
     ]
     app = JobRoad(routes)
-    return Platform(store, clock, slots, fleet, directory, settings, service, app, records, woken)
+    return Platform(store, clock, slots, fleet, directory, settings, service, app, records, woken, notes)
 
 
 @pytest.fixture

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
+
+from pilotlight.domain.endpoint import EndpointKind
+from pilotlight.settings import LimitSettings
 
 from .conftest import Platform
 
@@ -46,7 +50,13 @@ async def summary(platform: Platform, batch_id: str) -> dict[str, Any]:
     return dict(answer.json())
 
 
+def ended(view: dict[str, Any]) -> bool:
+    """Whether a client that goes by the documented rule sees that a batch is done."""
+    return view["requestCompleted"] + view["requestFailed"] == view["requestTotal"]
+
+
 async def test_a_draft_collects_requests_and_runs_nothing(platform):
+    """§2.16: DRAFT, its summary (§12 item 37), and what may be done to it."""
     platform.fleet.add(capacity=4)
     batch_id = await draft(platform)
     answer = await platform.call(
@@ -75,7 +85,8 @@ async def test_a_draft_collects_requests_and_runs_nothing(platform):
 
 
 async def test_finalized_requests_run_as_jobs_that_carry_the_batch(platform):
-    """The job handed to a worker carries `batchId`; a failed child never fails the batch."""
+    """§2.16: only FINALIZED batches execute; the job handed to a worker carries `batchId`; a failed child never
+    fails the batch; child timestamps are RFC 3339."""
     platform.fleet.add(capacity=4)
     batch_id = await finalized(platform, {"n": 1}, {"n": 2}, {"n": 3})
     assert platform.woken[-1] == "ep1"
@@ -102,6 +113,7 @@ async def test_finalized_requests_run_as_jobs_that_carry_the_batch(platform):
 
 
 async def test_pages(platform):
+    """§2.16: `offset` and `limit`, 50 by default."""
     batch_id = await finalized(platform, *range(5))
     whole = await requests(platform, batch_id)
     assert (whole["total"], whole["offset"], whole["limit"], whole["hasMore"]) == (5, 0, 50, False)
@@ -112,11 +124,11 @@ async def test_pages(platform):
     for query in ("?limit=0", "?limit=101", "?offset=-1", "?limit=x"):
         answer = await platform.call("GET", f"/batch/{batch_id}/requests{query}")
         assert answer.status_code == 400, query
-        assert "must be a number between" in answer.json()["error"]
+        assert "must be an integer between" in answer.json()["error"]
 
 
 async def test_single_jobs_go_before_batches(platform):
-    """Separate from `/run` traffic: a batch never delays it."""
+    """§2.16: separate from `/run` traffic, which a batch never delays."""
     platform.fleet.add(capacity=4)
     await finalized(platform, "batch")
     job_id = await platform.run({"input": "single"})
@@ -127,6 +139,7 @@ async def test_single_jobs_go_before_batches(platform):
 
 
 async def test_cancel_ends_what_is_queued_and_lets_the_rest_finish(platform):
+    """§2.16: CANCELLED at once, not counted as failed; the batch turns CANCELLED after the others drained."""
     platform.fleet.add(capacity=1)
     batch_id = await finalized(platform, 1, 2, 3)
     (job,) = (await platform.take(batch=2)).json()
@@ -139,12 +152,13 @@ async def test_cancel_ends_what_is_queued_and_lets_the_rest_finish(platform):
     ]
     await platform.done(job["id"], {"output": 1})
     view = await summary(platform, batch_id)
-    assert (view["status"], view["requestCompleted"]) == ("CANCELLED", 1)
+    assert (view["status"], view["requestCompleted"], view["requestFailed"]) == ("CANCELLED", 1, 0)
     again = await platform.call("POST", f"/batch/{batch_id}/cancel")
     assert (again.status_code, again.json()["status"]) == (200, "CANCELLED")
 
 
 async def test_a_request_of_a_cancelled_batch_is_not_run_again(platform):
+    """§2.16, §2.10: the retry of a lost worker's job is for nobody any more."""
     platform.fleet.add(capacity=1)
     batch_id = await finalized(platform, 1)
     await platform.take(batch=2)
@@ -155,6 +169,7 @@ async def test_a_request_of_a_cancelled_batch_is_not_run_again(platform):
 
 
 async def test_what_is_not_a_draft_cannot_be_changed(platform):
+    """§2.16: 409 `batch is not in DRAFT`."""
     batch_id = await finalized(platform, 1)
     (child,) = (await requests(platform, batch_id))["requests"]
     for method, path, body in (
@@ -169,6 +184,7 @@ async def test_what_is_not_a_draft_cannot_be_changed(platform):
 
 
 async def test_name(platform):
+    """§2.16: `PUT` gives a display name and answers the summary (§12 item 37)."""
     batch_id = await draft(platform)
     answer = await platform.call("PUT", f"/batch/{batch_id}", json={"name": "nightly"})
     assert answer.json()["name"] == "nightly"
@@ -179,6 +195,7 @@ async def test_name(platform):
 
 
 async def test_batches_are_listed_newest_first(platform):
+    """§2.16."""
     first = await draft(platform, 1)
     platform.clock.advance(1)
     second = await draft(platform)
@@ -189,7 +206,7 @@ async def test_batches_are_listed_newest_first(platform):
 
 
 async def test_limits(platform):
-    """10 active batches, 5,000 requests, 50,000 queued; here 2, 5 and 6."""
+    """§2.16: 10 active batches, 5,000 requests, 50,000 queued; here 2, 5 and 6."""
     first = await draft(platform, 1, 2, 3, 4)
     second = await draft(platform, 1, 2, 3, 4)
     third = await platform.call("POST", "/batch", json=[])
@@ -206,6 +223,37 @@ async def test_limits(platform):
     assert (await platform.call("POST", "/batch", json=[])).status_code == 200
 
 
+def test_limits_are_those_of_the_contract() -> None:
+    """§2.16, §2.13."""
+    limits = LimitSettings()
+    assert (limits.batches, limits.batch_requests, limits.batch_queued) == (10, 5_000, 50_000)
+    assert limits.batch_body_bytes == 10 * 1_048_576
+
+
+async def test_limits_of_an_installation_that_changed_none(make_platform):
+    """§2.16: the tenth batch, its 5,000th request and its 10 MiB of body are taken, and no more."""
+    async with make_platform() as platform:
+        requests = [{"input": 1}] * 5_000
+        answer = await platform.call("POST", "/batch", json=requests)
+        assert answer.status_code == 200
+        more = await platform.call(
+            "POST", f"/batch/{answer.json()['id']}/requests", json={"requests": requests[:1]}
+        )
+        assert (more.status_code, "limit of 5000 requests per batch" in more.json()["error"]) == (429, True)
+        for _ in range(9):
+            last = await draft(platform)
+        eleventh = await platform.call("POST", "/batch", json=[])
+        assert (eleventh.status_code, "limit of 10 active batches" in eleventh.json()["error"]) == (429, True)
+        body = b'{"requests":[{"input":1}]}'
+        body += b" " * (10 * 1_048_576 - len(body))
+        answer = await platform.call("POST", f"/batch/{last}/requests", content=body)
+        assert (answer.status_code, answer.json()["requestTotal"]) == (200, 1)
+        answer = await platform.call("POST", f"/batch/{last}/requests", content=body + b" ")
+        text = "request body exceeds 10 MB limit"
+        assert answer.status_code == 400
+        assert answer.json() == {"error": text, "detail": text, "code": "payload_too_large"}
+
+
 @pytest.mark.parametrize(
     ("body", "words"),
     [
@@ -218,6 +266,7 @@ async def test_limits(platform):
     ],
 )
 async def test_bad_bodies(platform, body, words):
+    """§2.16, §2.14."""
     answer = await platform.call("POST", "/batch", content=body)
     assert answer.status_code == 400
     assert words in answer.json()["error"]
@@ -225,11 +274,13 @@ async def test_bad_bodies(platform, body, words):
 
 
 async def test_an_empty_body_is_an_empty_draft(platform):
+    """§2.16: `[]` is legal."""
     answer = await platform.call("POST", "/batch", content=b"")
     assert (answer.status_code, answer.json()["status"]) == (200, "DRAFT")
 
 
 async def test_unknown_things(platform):
+    """§2.14."""
     for method, path, status in (
         ("GET", "/batch/batch_none", 404),
         ("POST", "/batch/batch_none/finalize", 404),
@@ -248,10 +299,69 @@ async def test_unknown_things(platform):
 
 
 async def test_children_are_jobs_on_the_native_routes_too(platform):
+    """§2.16, §2.15: a request that was cancelled by itself counts as failed, so that the batch ends.
+
+    It counted as nothing, and a client that waited for `requestCompleted + requestFailed` waited for ever.
+    """
     platform.fleet.add(capacity=1)
-    batch_id = await finalized(platform, 1)
-    (child,) = (await requests(platform, batch_id))["requests"]
-    assert await platform.status(child["id"]) == {"id": child["id"], "status": "IN_QUEUE"}
-    cancelled = await platform.call("POST", f"/cancel/{child['id']}")
+    batch_id = await finalized(platform, 1, 2)
+    first, second = (await requests(platform, batch_id))["requests"]
+    assert await platform.status(first["id"]) == {"id": first["id"], "status": "IN_QUEUE"}
+    cancelled = await platform.call("POST", f"/cancel/{first['id']}")
     assert cancelled.json()["status"] == "CANCELLED"
-    assert (await summary(platform, batch_id))["requestTotal"] == 1
+    view = await summary(platform, batch_id)
+    assert (view["requestTotal"], view["requestFailed"], ended(view)) == (2, 1, False)
+    assert (await platform.take()).json()["id"] == second["id"]
+    # A running one, too.
+    await platform.call("POST", f"/cancel/{second['id']}")
+    view = await summary(platform, batch_id)
+    assert (view["status"], view["requestFailed"], ended(view)) == ("FINALIZED", 2, True)
+
+
+async def test_a_purge_ends_a_batch(platform):
+    """§2.15, §2.16: what is purged from the queue counts as failed, and what runs goes on."""
+    platform.fleet.add(capacity=1)
+    batch_id = await finalized(platform, 1, 2, 3)
+    running = (await platform.take()).json()["id"]
+    await platform.run()
+    assert (await platform.call("POST", "/purge-queue")).json() == {"removed": 3, "status": "completed"}
+    view = await summary(platform, batch_id)
+    assert (view["requestTotal"], view["requestInProgress"], view["requestFailed"]) == (3, 1, 2)
+    assert not ended(view)
+    await platform.done(running, {"output": 1})
+    view = await summary(platform, batch_id)
+    assert (view["status"], view["requestCompleted"], view["requestFailed"]) == ("FINALIZED", 1, 2)
+    assert ended(view)
+    # It is no longer under way.
+    assert (await platform.call("POST", "/batch", json=[])).status_code == 200
+    assert (await platform.call("POST", "/batch", json=[])).status_code == 200
+
+
+async def test_the_list_counts_as_the_summary_does(platform):
+    """§2.16: `GET /batch` is a list of summaries."""
+    batch_id = await finalized(platform, 1)
+    await platform.call("POST", "/purge-queue")
+    (listed,) = (await platform.call("GET", "/batch")).json()["batches"]
+    assert listed == await summary(platform, batch_id)
+    assert ended(listed)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"engine_url": "http://127.0.0.1:1"}, "has a fixed engine and no workers that take jobs"),
+        ({"kind": EndpointKind.LOAD_BALANCER}, "not allowed for QB API"),
+    ],
+)
+async def test_an_endpoint_without_a_queue_takes_no_batches(platform, changes, words):
+    """§2.14: as `/run`; its requests would wait for workers that never come."""
+    endpoint = platform.endpoint
+    revision = replace(endpoint.revision, endpoint_id="other", engine_url=changes.get("engine_url"))
+    kind = changes.get("kind", endpoint.kind)
+    await platform.store.add_endpoint(replace(endpoint, id="other", name="o", kind=kind, revision=revision))
+    await platform.directory.refresh()
+    for verb, body in (("/run", {"input": 1}), ("/batch", [{"input": 1}]), ("/batch", [])):
+        answer = await platform.call("POST", verb, endpoint="other", json=body)
+        assert answer.status_code == 400, verb
+        assert words in answer.json()["error"]
+    assert not await platform.store.batches("other")

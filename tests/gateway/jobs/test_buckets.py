@@ -135,7 +135,7 @@ async def test_a_result_of_a_normal_size_does_not(platform, bucket):
 
 
 async def test_without_a_bucket_the_job_fails_with_the_size(platform):
-    """§12 item 9, §13.4."""
+    """§12 item 9, §13 item 4."""
     job_id, _ = await taken(platform, None)
     await platform.done(job_id, {"output": BIG})
     status = await platform.status(job_id)

@@ -1,13 +1,22 @@
-"""The conformance checklist of serverless-api.md §13, items 1 to 12, as far as other files do not have it.
+"""The conformance checklist of serverless-api.md §13, as far as other files do not have it.
 
-Item 11 (webhooks) is in the tests of webhooks, item 12 (rate limits) in `test_limits.py`.
+Item 11 (webhooks) is in the tests of webhooks, item 12 (rate limits) in `test_limits.py`; item 6 with a real
+worker and a clock in `real_sdk`; items 14 and 15 belong to the fleet, item 16 to the management API.
 """
 
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
+
+from pilotlight.core.placement import HostResources
+from pilotlight.domain.worker import Stage, WorkerState
+from pilotlight.management.views import v2_workers
+from pilotlight.ports.fleet import Health
+
+from .conftest import ADMIN, ENDPOINT
 
 MIB = 1_048_576
 
@@ -178,6 +187,84 @@ async def test_8_stream_over_a_restart(make_platform):
         assert len(again["stream"]) == 300
 
 
+async def test_8_restart_in_the_middle_of_a_stream(make_platform):
+    """§13 item 8, §2.10: the job goes on with another worker, at no price, and its stream begins anew.
+
+    1. A reader has some of what the first worker said. 2. The gateway restarts. 3. The reader asks again and gets
+    all that the second worker says, in order, and the end.
+    """
+    async with make_platform(sqlite=True) as first:
+        first.fleet.add(capacity=1)
+        job_id = await first.run()
+        await first.take()
+        for number in range(3):
+            await first.chunk(job_id, f"first {number}")
+            if number == 1:
+                await first.call("GET", f"/stream/{job_id}")
+    async with make_platform(sqlite=True) as second:
+        await second.service.recover()
+        assert await second.status(job_id) == {"id": job_id, "status": "IN_QUEUE"}
+        held = asyncio.create_task(second.call("GET", f"/stream/{job_id}?wait=300000"))
+        await second.watched()
+        second.fleet.add("w2", capacity=1)
+        assert (await second.take("w2")).json()["id"] == job_id
+        assert (await held).json() == {"status": "IN_PROGRESS", "stream": []}
+        for number in range(3):
+            await second.chunk(job_id, f"second {number}", "w2")
+        await second.done(job_id, {"output": []}, "w2", stream=True)
+        answer = (await second.call("GET", f"/stream/{job_id}")).json()
+        assert answer["status"] == "COMPLETED"
+        assert [chunk["output"] for chunk in answer["stream"]] == [f"second {number}" for number in range(3)]
+
+
+@pytest.mark.parametrize("ended", [False, True])
+@pytest.mark.parametrize("sqlite", [False, True])
+async def test_8_answer_that_was_lost(make_platform, sqlite, ended):
+    """§13 item 8, §2.8: a client that hung up while its chunks were read gets them the next time.
+
+    Python's client gives up after 10 s; the read of the store and the answer are not one moment.
+    """
+    async with make_platform(sqlite=sqlite) as platform:
+        platform.fleet.add(capacity=1)
+        job_id = await platform.run()
+        await platform.take()
+        for number in range(3):
+            await platform.chunk(job_id, number)
+        if ended:
+            await platform.done(job_id, {"output": []}, stream=True)
+        stream, drain = platform.service.stream, platform.store.drain_chunks
+        drained, served, left = asyncio.Event(), asyncio.Event(), []
+
+        async def noting_who_leaves(*arguments, hold_s, gone):
+            left.append(gone)
+            try:
+                return await stream(*arguments, hold_s=hold_s, gone=gone)
+            finally:
+                served.set()
+
+        async def drain_slowly(*arguments, **named):
+            found = await drain(*arguments, **named)
+            drained.set()
+            await asyncio.wait(left)
+            return found
+
+        platform.service.stream, platform.store.drain_chunks = noting_who_leaves, drain_slowly
+        host, port = platform.base.removeprefix("http://").split(":")
+        _, writer = await asyncio.open_connection(host, int(port))
+        writer.write(
+            f"GET /v2/{ENDPOINT}/stream/{job_id} HTTP/1.1\r\nhost: h\r\nauthorization: {ADMIN}\r\n\r\n".encode()
+        )
+        await drained.wait()
+        platform.service.stream, platform.store.drain_chunks = stream, drain
+        writer.close()
+        await served.wait()
+        answer = (await platform.call("GET", f"/stream/{job_id}")).json()
+        assert answer == {
+            "status": "COMPLETED" if ended else "IN_PROGRESS",
+            "stream": [{"output": number} for number in range(3)],
+        }
+
+
 async def test_queue_survives_a_restart(make_platform):
     """§2.4: what was answered 200 is there, with its idempotency key; what ran goes back to the head."""
     headers = {"idempotency-key": "order-1"}
@@ -233,6 +320,45 @@ async def test_10_results_vanish_in_time(platform, verb, seconds):
     while await platform.store.prune_jobs(now_ms=platform.clock.now_ms()):
         pass
     assert (await platform.call("GET", f"/status/{job_id}")).status_code == 404
+
+
+async def test_13_health_agrees_with_the_list_of_workers(platform):
+    """§13 item 13, §2.15, §5.4: every counter that both have, and the same sums, whatever the fleet looks like.
+
+    Workers come up one by one in every state, with and without work, in and out of rotation; starts fail, and
+    there is no room for one.
+    """
+
+    async def compare(failures=0, throttled=None):
+        platform.fleet.state = Health(failures=failures, throttled=throttled)
+        workers = platform.fleet.workers(ENDPOINT)
+        slots = {
+            worker.id: found for worker in workers if (found := platform.slots.worker(worker.id)) is not None
+        }
+        host = HostResources(memory_bytes_total=1, memory_bytes_available=1, gpus=())
+        view = v2_workers(platform.endpoint, workers, slots, platform.fleet.state, now_ms=0, host=host)
+        shown = (await platform.call("GET", "/health")).json()["workers"]
+        ready = shown.pop("ready")
+        assert ready <= shown["idle"] + shown["running"]
+        assert view["summary"] == shown | {"total": len(view["workers"])}
+        listed = [worker["status"].lower() for worker in view["workers"]]
+        if not failures and not throttled:
+            assert {name: listed.count(name) for name in shown} == shown
+        return shown
+
+    fleet = [(state, Stage.READY, busy) for state in WorkerState for busy in (0, 1)]
+    fleet += [(WorkerState.READY, stage, busy) for stage in Stage for busy in (0, 1)]
+    for number, (state, stage, busy) in enumerate(fleet):
+        name = f"w{number}"
+        platform.fleet.add(name, capacity=2)
+        platform.fleet.living[name] = replace(platform.fleet.living[name], stage=stage)
+        platform.slots.reserve_jobs(name, busy)
+        if platform.fleet.living[name].out_of_rotation:
+            platform.slots.close_worker(name, for_good=False)
+        platform.fleet.become(name, state)
+        await compare()
+    shown = await compare(failures=7, throttled="no room")
+    assert (shown["throttled"], shown["unhealthy"]) == (1, 7)
 
 
 async def test_delay_time_is_absent_until_a_worker_took_the_job(platform):

@@ -1,4 +1,7 @@
-"""What the reaper makes the job service do: timeouts, unconfirmed hand-outs, workers that will not let go."""
+"""What the reaper makes the job service do: timeouts, unconfirmed hand-outs, workers that will not let go.
+
+A bare § is one of serverless-api.md (§2.10, §2.11, §12 items 1, 3 and 4).
+"""
 
 from __future__ import annotations
 
@@ -52,9 +55,7 @@ async def test_unconfirmed_hand_out_goes_back(platform):
     ids = [await platform.run() for _ in range(2)]
     await platform.take(batch=2)
     await platform.ping(ids[0])
-    await platform.service.lose_unconfirmed()
-    platform.clock.advance(7)
-    await platform.service.lose_unconfirmed()
+    await platform.pass_time(7)
     first, second = [await platform.store.job(job_id) for job_id in ids]
     assert (first.status, second.status, second.retries) == ("IN_PROGRESS", "IN_QUEUE", 1)
     assert platform.slots.worker("w1").jobs == 1

@@ -136,7 +136,7 @@ async def test_late_ones_of_an_ended_worker_change_nothing(platform):
 
 
 async def test_failure_of_the_store_is_ours(platform):
-    """503 for all of it, nothing applied, and remembered against us (§7.1 L2)."""
+    """503 for all of it, nothing applied, and remembered against us (worker-protocol.md §7.1 L2)."""
     platform.fleet.add(capacity=2)
     ids = await taken(platform, 2)
     apply_of_store = platform.store.apply_many

@@ -1,4 +1,7 @@
-"""Jobs on their way to a worker: wake-ups before the commit, old libraries, ids that must not come twice."""
+"""Jobs on their way to a worker: wake-ups before the commit, old libraries, ids that must not come twice.
+
+A bare § is one of worker-protocol.md (§3.2, §5 to §7, §11); serverless-api.md §4.2 has the outline.
+"""
 
 from __future__ import annotations
 
@@ -127,13 +130,15 @@ async def test_id_that_the_worker_still_lists(platform):
 
 
 async def test_result_of_a_worker_that_lost_the_job(platform):
-    """§7.2: it changes nothing, also while the job is queued again or runs elsewhere."""
+    """§7.2: it changes nothing, also while the job is queued again or runs elsewhere.
+
+    The contract would let the first result win; with leases it is the lease that counts.
+    """
     platform.fleet.add("w1", capacity=1)
     platform.fleet.add("w2", capacity=1)
     job_id = await platform.run()
     await platform.take("w1")
-    platform.clock.advance(7)
-    await platform.service.lose_unconfirmed()
+    await platform.pass_time(7)
     assert (await platform.done(job_id, {"output": "late"}, "w1")).status_code == 200
     assert (await platform.status(job_id))["status"] == "IN_QUEUE"
     assert (await platform.take("w2")).json()["id"] == job_id

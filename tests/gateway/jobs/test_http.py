@@ -9,6 +9,7 @@ import msgspec
 import pytest
 import uvicorn
 
+from pilotlight.gateway import protocol
 from pilotlight.gateway.asgi import Response
 from pilotlight.gateway.jobs.http import (
     JobRoad,
@@ -120,6 +121,7 @@ async def test_answers_on_one_connection_one_after_the_other(asked):
 
 
 async def test_refusals_defects_and_empty_answers(asked):
+    """serverless-api.md §2.14: of a fault of ours nothing is told but that it was one."""
     assert (await asked("/v2/e/nothing"))[0].startswith("http/1.1 404 ")
     assert (await asked("/v2/serverless/run"))[0].startswith("http/1.1 404 ")
     head, _ = await asked("/v2/e/run", "POST", "content-length: 0\r\n")
@@ -127,7 +129,7 @@ async def test_refusals_defects_and_empty_answers(asked):
     assert "allow: get\r\n" in head
     head, body = await asked("/v2/e/defect")
     assert head.startswith("http/1.1 500 ")
-    assert "KeyError" not in body
+    assert msgspec.json.decode(body) == {"error": "internal server error", "detail": "internal server error"}
     head, body = await asked("/v2/e/empty")
     assert head.startswith("http/1.1 204 ")
     assert "content-length" not in head
@@ -158,7 +160,7 @@ def test_a_line_break_cannot_be_put_into_a_header():
 
 
 async def test_a_body_that_does_not_come_ends(serve_app):
-    """§2.13: half a body must not hold a connection for ever."""
+    """serverless-api.md §2.13: half a body must not hold a connection for ever."""
 
     async def read(call):
         await call.body(limit=100)
@@ -191,6 +193,90 @@ async def test_a_client_that_goes_is_noticed_with_the_help_of_the_server_and_wit
             await entered.wait()
             writer.close()
             await noticed.wait()
+
+
+# How long connections last on which no request comes: `gateway.protocol`.
+
+REQUEST = b"GET /v2/e/run HTTP/1.1\r\nhost: x\r\n\r\n"
+ANSWER = b'"first"'
+
+
+async def test_a_connection_that_was_opened_long_before_its_first_byte_is_served(serve_app, monkeypatch):
+    """worker-protocol.md §10.5: a worker connects, runs blocking handlers for a minute, and then posts.
+
+    The wait for a head was counted from the accept, so the connection was closed after 30 s, and the result
+    was lost for good.
+    """
+    monkeypatch.setattr(protocol, "HEAD_S", 0.05)
+    async with serve_app(JobRoad([road(run=_first)])) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(reader.read(1), 0.5)
+        monkeypatch.setattr(protocol, "HEAD_S", 30)
+        writer.write(REQUEST)
+        async with asyncio.timeout(30):
+            assert (await reader.readuntil(ANSWER)).startswith(b"HTTP/1.1 200 ")
+        writer.close()
+
+
+async def test_a_connection_on_which_no_byte_comes_ends_some_time(serve_app, monkeypatch):
+    """worker-protocol.md §3.4: not before the library gives up, which it does after 600 s."""
+    assert protocol.FIRST_BYTE_S > 600
+    monkeypatch.setattr(protocol, "FIRST_BYTE_S", 0.05)
+    async with serve_app(JobRoad([road(run=_first)])) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        async with asyncio.timeout(30):
+            assert await reader.read() == b""
+        writer.close()
+
+
+@pytest.mark.parametrize("before", [b"", REQUEST, REQUEST * 2], ids=["first", "second", "third"])
+@pytest.mark.parametrize("begun", [b"G", REQUEST[:30], b"\r\n"], ids=["a byte", "half", "empty line"])
+async def test_a_head_that_was_begun_and_does_not_end_ends_the_connection(
+    serve_app, monkeypatch, before, begun
+):
+    """Whatever came before it, and however slowly its bytes drip in.
+
+    An empty line after an answer used to end the wait for the next request, and began none: such a connection
+    stood for ever.
+    """
+    monkeypatch.setattr(protocol, "HEAD_S", 0.1)
+    async with serve_app(JobRoad([road(run=_first)]), timeout_keep_alive=60) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        async with asyncio.timeout(30):
+            for _ in range(before.count(b"GET")):
+                writer.write(REQUEST)
+                await reader.readuntil(ANSWER)
+            writer.write(begun)
+            while not reader.at_eof():
+                # Bytes that only prolong it: of the head, or one empty line more.
+                with contextlib.suppress(ConnectionError):
+                    writer.write(b"\n" if begun == b"\r\n" else b"x")
+                with contextlib.suppress(TimeoutError, ConnectionError):
+                    await asyncio.wait_for(reader.read(), 0.02)
+        writer.close()
+
+
+@pytest.mark.parametrize("between", [b"", b"\r\n"], ids=["nothing", "empty line"])
+async def test_the_wait_for_a_head_is_over_when_the_head_is_there(serve_app, monkeypatch, between):
+    """An answer that takes longer than a head may is given, to a first request and to a repeated one."""
+
+    async def slow(_):
+        await asyncio.sleep(0.3)
+        return json_answer(ANSWER)
+
+    monkeypatch.setattr(protocol, "HEAD_S", 0.2)
+    async with serve_app(JobRoad([road(run=slow)])) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        async with asyncio.timeout(30):
+            for _ in range(3):
+                writer.write(between)
+                await writer.drain()
+                # In a piece of its own, as only a whole request is read without the parser.
+                await asyncio.sleep(0.01)
+                writer.write(REQUEST)
+                await reader.readuntil(ANSWER)
+        writer.close()
 
 
 # Requests that repeat the fields of an earlier one on their connection: `gateway.repeated`.
@@ -295,6 +381,18 @@ async def test_a_client_that_asks_and_does_not_read_is_not_answered_without_end(
             await asyncio.sleep(0.0005)
         assert answered < 200
         writer.transport.abort()
+
+
+async def test_an_answer_that_the_connection_does_not_take_at_once_arrives_whole(serve_app):
+    """Far more than the buffers of a socket hold."""
+    large = b'"%b"' % (bytes(range(97, 123)) * 200_000)
+    table = {("echo", 1): Operation(POST, _echo, lambda _: json_answer(large))}
+    async with serve_app(JobRoad([SegmentRoute(table)])) as port, connected(port) as (send, receive, _):
+        send(post(b"/v2/e/echo/0"))
+        await receive()
+        for _ in range(2):
+            send(post(b"/v2/e/echo/1"))
+            assert await receive() == large[1:-1].decode()
 
 
 async def test_requests_that_come_in_pieces_or_all_at_once_are_answered_in_order(echo):

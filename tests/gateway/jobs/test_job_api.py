@@ -5,21 +5,47 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+from dataclasses import replace
 
 import pytest
 
+from pilotlight.domain.endpoint import RESERVED_ENDPOINT_IDS
 from pilotlight.domain.usage import Outcome, Road
-from pilotlight.domain.worker import WorkerState
+from pilotlight.domain.worker import Stage, WorkerState
 from pilotlight.gateway.jobs import service as service_module
 from pilotlight.ports.fleet import Health
 
 ERROR_KEYS = {"error", "detail"}
+ROUTES = [
+    ("POST", "/run"), ("POST", "/runsync"), ("GET", "/status/x"), ("GET", "/status-sync/x"), ("GET", "/stream/x"),
+    ("POST", "/cancel/x"), ("POST", "/retry/x"), ("POST", "/purge-queue"), ("GET", "/health"),
+    ("GET", "/requests"), ("GET", "/batch"),
+]  # fmt: skip
 
 
 async def finish(platform, job_id, output, **more):
     taken = await platform.take()
     assert taken.json()["id"] == job_id
     await platform.done(job_id, {"output": output, **more})
+
+
+@pytest.fixture
+def holds(platform, monkeypatch):
+    """How many seconds the service was asked to hold each request; it holds none of them."""
+    asked = []
+    wait, stream = platform.service.wait, platform.service.stream
+
+    async def no_wait(*arguments, timeout_s, gone=None):
+        asked.append(timeout_s)
+        return await wait(*arguments, timeout_s=0, gone=gone)
+
+    async def no_hold(*arguments, hold_s, gone=None):
+        asked.append(hold_s)
+        return await stream(*arguments, hold_s=0, gone=gone)
+
+    monkeypatch.setattr(platform.service, "wait", no_wait)
+    monkeypatch.setattr(platform.service, "stream", no_hold)
+    return asked
 
 
 async def test_run_answers_at_once_and_the_job_can_be_read(platform):
@@ -65,6 +91,89 @@ async def test_runsync_that_is_not_finished_in_time_is_still_200(platform):
     assert (answer.status_code, answer.json()["status"]) == (200, "IN_QUEUE")
 
 
+async def test_runsync_of_a_job_that_runs_is_200_with_what_is_known(platform, monkeypatch):
+    """§2.5: `{"delayTime":…,"id":"sync-…","status":"IN_PROGRESS"}`, and the job goes on."""
+    platform.fleet.add(capacity=1)
+    wait = platform.service.wait
+
+    async def taken_meanwhile(*arguments, timeout_s, gone=None):
+        await platform.take()
+        return await wait(*arguments, timeout_s=0, gone=gone)
+
+    monkeypatch.setattr(platform.service, "wait", taken_meanwhile)
+    answer = await platform.call("POST", "/runsync", json={"input": 1})
+    job = answer.json()
+    assert (answer.status_code, job["status"], job["workerId"]) == (200, "IN_PROGRESS", "w1")
+    assert job.keys() == {"id", "status", "delayTime", "workerId"}
+    await platform.done(job["id"], {"output": 1})
+    assert (await platform.status(job["id"]))["status"] == "COMPLETED"
+
+
+async def test_runsync_of_a_job_that_fails_is_200(platform):
+    """§2.5: a handler failure is told by the status of the job."""
+    platform.fleet.add(capacity=1)
+    call = asyncio.create_task(platform.call("POST", "/runsync", json={"input": 1}))
+    job_id = (await platform.take()).json()["id"]
+    await platform.done(job_id, {"error": "boom"})
+    answer = await call
+    job = answer.json()
+    assert (answer.status_code, job["status"], job["error"]) == (200, "FAILED", "boom")
+
+
+@pytest.mark.parametrize(
+    ("verb", "query", "seconds"),
+    [
+        ("runsync", "", 90),
+        ("runsync", "?wait=", 90),
+        ("runsync", "?wait=1000", 1),
+        ("runsync", "?wait=999", 1),
+        ("runsync", "?wait=0", 1),
+        ("runsync", "?wait=-5", 1),
+        ("runsync", "?wait=300000", 300),
+        ("runsync", "?wait=300001", 300),
+        ("runsync", "?wait=99999999999", 300),
+        ("status-sync", "", 90),
+        ("status-sync", "?wait=1", 1),
+        ("status-sync", "?wait=300000", 300),
+        ("status-sync", "?wait=300001", 300),
+        ("stream", "", 8),
+        ("stream", "?wait=1", 1),
+        ("stream", "?wait=300000", 300),
+        ("stream", "?wait=300001", 300),
+    ],
+)
+async def test_how_long_requests_are_held(platform, holds, verb, query, seconds):
+    """§2.5, §2.7, §2.8, §12 items 11 and 14: defaults, and 1 s to 300 s, outside of which `wait` is clamped.
+
+    Python's client gives up reading a stream after 10 s, so that is not its default.
+    """
+    if verb == "runsync":
+        answer = await platform.call("POST", f"/runsync{query}", json={"input": 1})
+    else:
+        answer = await platform.call("GET", f"/{verb}/{await platform.run()}{query}")
+    assert (answer.status_code, holds) == (200, [seconds])
+
+
+@pytest.mark.parametrize(("wait", "seconds"), [("1500.5", 1.5), ("0.5", 1), ("-0.5", 1), ("300000.9", 300)])
+@pytest.mark.parametrize("verb", ["runsync", "status-sync", "stream"])
+async def test_a_wait_may_be_a_fraction(platform, holds, verb, wait, seconds):
+    """§2.5, §12 item 14: JavaScript's client sends what it was given, clamped and not rounded."""
+    path = f"/{verb}" if verb == "runsync" else f"/{verb}/{await platform.run()}"
+    answer = await platform.call("POST", f"{path}?wait={wait}", json={"input": 1})
+    assert (answer.status_code, holds) == (200, [seconds])
+
+
+@pytest.mark.parametrize("wait", ["NaN", "Infinity", "abc", "1e3", "1.", ".5", "--1", "1" * 19, "²", "1 000"])
+async def test_a_wait_that_is_no_number_is_named(platform, wait):
+    """§2.14: 400, and no job was queued by it."""
+    job_id = await platform.run()
+    for path in ("/runsync", f"/status-sync/{job_id}", f"/stream/{job_id}"):
+        answer = await platform.call("POST", path, params={"wait": wait}, json={"input": 1})
+        assert answer.status_code == 400
+        assert "wait must be a number of milliseconds between 1000 and 300000" in answer.json()["error"]
+    assert (await platform.call("GET", "/health")).json()["jobs"]["inQueue"] == 1
+
+
 async def test_runsync_goes_on_when_its_caller_hangs_up(platform):
     """§2.5: the job is not cancelled."""
     platform.fleet.add(capacity=1)
@@ -99,9 +208,20 @@ async def test_any_input_reaches_the_worker_unchanged(platform, value):
     assert (await platform.take()).json()["input"] == value
 
 
+async def test_other_keys_are_discarded(platform):
+    """§2.3: the handler sees neither what we do not know nor what is ours."""
+    platform.fleet.add(capacity=1)
+    body = {
+        "input": {"a": 1}, "foo": 1, "id": "mine", "batchId": "mine", "retries": 7,
+        "webhook": "https://example.com/", "policy": {"ttl": 20_000},
+    }  # fmt: skip
+    job_id = await platform.run(body)
+    assert (await platform.take()).json() == {"id": job_id, "input": {"a": 1}}
+
+
 @pytest.mark.parametrize("body", [{}, {"policy": {"ttl": 10_000}}])
 async def test_missing_input_is_an_empty_one_when_nothing_else_is_there(platform, body):
-    """§2.3: the Go client drops empty maps."""
+    """§2.3, §12 item 42: the Go client drops empty maps."""
     platform.fleet.add(capacity=1)
     answer = await platform.call("POST", "/run", json=body)
     assert answer.status_code == 200
@@ -118,7 +238,14 @@ async def test_missing_input_is_an_empty_one_when_nothing_else_is_there(platform
         (b"[1]", "must be a JSON object"),
         (b'{"prompt": "hi"}', 'input is required; wrap the payload in {"input": …}'),
         (b'{"input": 1, "policy": {"ttl": 9999}}', "policy.ttl must be between 10000 and 604800000"),
+        (b'{"input": 1, "policy": {"ttl": 604800001}}', "policy.ttl must be between 10000 and 604800000"),
+        (b'{"input": 1, "policy": {"ttl": 10000.5}}', "policy.ttl must be between 10000 and 604800000"),
+        (b'{"input": 1, "policy": {"ttl": true}}', "policy.ttl must be between 10000 and 604800000"),
         (b'{"input": 1, "policy": {"ttl": "1"}}', "policy.ttl must be between 10000 and 604800000"),
+        (
+            b'{"input": 1, "policy": {"executionTimeout": 4999}}',
+            "policy.executionTimeout must be between 5000 and 604800000",
+        ),
         (
             b'{"input": 1, "policy": {"executionTimeout": 604800001}}',
             "policy.executionTimeout must be between 5000 and 604800000",
@@ -146,7 +273,7 @@ async def test_half_an_emoji_is_legal_json(platform):
 
 
 async def test_oversize_bodies(make_platform):
-    """§2.13: 400 with a code, because old code tests for 400; /runsync has a limit of its own."""
+    """§2.13, §12 item 8: 400 with a code, because old code tests for 400; /runsync has a limit of its own."""
     limits = {"run_body_bytes": 1024 * 1024, "body_bytes": 2 * 1024 * 1024}
     async with make_platform(limits=limits) as platform:
         body = {"input": "x" * 1_500_000}
@@ -169,6 +296,35 @@ async def test_full_queue_sheds(make_platform):
         assert platform.records[-1].outcome is Outcome.SHED
         await platform.call("POST", f"/cancel/{first}")
         await platform.run()
+
+
+DAY_MS, WEEK_MS = 86_400_000, 604_800_000
+
+
+@pytest.mark.parametrize(
+    ("policy", "ttl_ms", "execution_ms"),
+    [
+        (..., DAY_MS, 123_000),
+        (None, DAY_MS, 123_000),
+        ({}, DAY_MS, 123_000),
+        ({"lowPriority": True}, DAY_MS, 123_000),
+        ({"ttl": None, "executionTimeout": None}, DAY_MS, 123_000),
+        ({"ttl": 10_000}, 10_000, 123_000),
+        ({"ttl": WEEK_MS}, WEEK_MS, 123_000),
+        ({"executionTimeout": 5_000}, DAY_MS, 5_000),
+        ({"executionTimeout": WEEK_MS}, DAY_MS, WEEK_MS),
+    ],
+)
+@pytest.mark.parametrize("verb", ["/run", "/runsync?wait=1000"])
+async def test_times_a_job_is_given(platform, holds, verb, policy, ttl_ms, execution_ms):
+    """§2.3, §2.11: 24 h and the endpoint's execution timeout, each where nothing else was asked for; the ends
+    of both ranges are legal."""
+    await platform.reshape(execution_timeout_ms=123_000)
+    body = {"input": 1} if policy is ... else {"input": 1, "policy": policy}
+    answer = await platform.call("POST", verb, json=body)
+    assert answer.status_code == 200, answer.text
+    job = await platform.store.job(answer.json()["id"])
+    assert (job.expires_ms - job.created_ms, job.execution_timeout_ms) == (ttl_ms, execution_ms)
 
 
 async def test_policy_reaches_the_job(platform):
@@ -222,8 +378,39 @@ async def test_keys_and_scopes(platform):
     assert await health("rpa_RUNNER", "ep2") == 403
     assert await health("rpa_RUNNER", "ep9") == 404
     assert await health("rpa_ADMIN", "ep9") == 404
-    refused = await platform.call("GET", "/health", key=None)
-    assert refused.json() == {"error": "unauthorized", "detail": "unauthorized"}
+
+
+@pytest.mark.parametrize(
+    ("key", "endpoint", "status", "text"),
+    [
+        (None, "ep1", 401, "unauthorized"),
+        ("rpa_WRONG", "ep1", 401, "unauthorized"),
+        ("rpa_WRONG", "ep9", 401, "unauthorized"),
+        ("rpa_RUNNER", "ep2", 403, "access denied"),
+        ("rpa_RUNNER", "ep9", 404, "endpoint not found"),
+        ("rpa_ADMIN", "ep9", 404, "endpoint not found"),
+    ],
+)
+async def test_who_may_not_is_told_why(platform, key, endpoint, status, text):
+    """§2.14, §10, §12 items 10 and 43: the texts, in both keys, on every route."""
+    for method, path in ROUTES:
+        answer = await platform.call(method, path, key=key, endpoint=endpoint)
+        assert (answer.status_code, answer.json()) == (status, {"error": text, "detail": text}), path
+
+
+async def test_a_key_in_the_query_is_none(platform):
+    """§10: queries end up in logs, so only REST v1 and GraphQL ever took keys there."""
+    for path in ("/health?api_key=rpa_ADMIN", "/requests?api_key=rpa_ADMIN"):
+        assert (await platform.call("GET", path, key=None)).status_code == 401
+
+
+@pytest.mark.parametrize("form", ["{}", "Bearer {}"])
+async def test_a_workers_secret_is_no_clients_key(platform, form):
+    """§10: it is valid for that worker's callback routes only."""
+    secret = platform.fleet.add(capacity=1)
+    for method, path in ROUTES:
+        answer = await platform.call(method, path, key=None, headers={"authorization": form.format(secret)})
+        assert (answer.status_code, answer.json()["error"]) == (401, "unauthorized"), path
 
 
 @pytest.mark.parametrize(
@@ -251,21 +438,47 @@ async def test_what_is_not_there_is_404(platform, path):
     assert (await platform.call("POST", path)).status_code == 404
 
 
-async def test_reserved_words_are_left_to_rest_v2(platform):
-    """§1: `/v2/serverless/health` is no endpoint of ours."""
-    answer = await platform.call("GET", "/health", endpoint="serverless")
+@pytest.mark.parametrize("word", sorted(RESERVED_ENDPOINT_IDS))
+async def test_reserved_words_are_left_to_rest_v2(platform, word):
+    """§1, §13 item 16: `/v2/serverless/health` is no endpoint of ours."""
+    answer = await platform.call("GET", "/health", endpoint=word)
     assert (answer.status_code, answer.json()["error"]) == (404, "not found")
 
 
-async def test_status_ttl_shortens_the_record(platform):
-    """§2.6: it may only shorten; values below 1 s are raised to it."""
+@pytest.mark.parametrize(("ttl", "seconds"), [("0", 1), ("1", 1), ("999", 1), ("1000", 1), ("5000", 5)])
+async def test_status_ttl_shortens_the_record(platform, ttl, seconds):
+    """§2.6: re-armed from now; values below 1 s are raised to it."""
+    platform.clock.freeze()
     platform.fleet.add(capacity=1)
     job_id = await platform.run()
     await finish(platform, job_id, 1)
-    assert (await platform.call("GET", f"/status/{job_id}?ttl=1")).status_code == 200
-    platform.clock.advance(1.5)
+    platform.clock.advance(100)
+    assert (await platform.call("GET", f"/status/{job_id}?ttl={ttl}")).status_code == 200
+    platform.clock.advance(seconds - 0.1)
+    assert (await platform.call("GET", f"/status/{job_id}")).status_code == 200
+    platform.clock.advance(0.2)
     assert (await platform.call("GET", f"/status/{job_id}")).status_code == 404
-    assert (await platform.call("GET", f"/status/{job_id}?ttl=abc")).status_code == 400
+
+
+async def test_status_ttl_never_prolongs_the_record(platform):
+    """§2.6, §2.11: 30 minutes remain 30 minutes."""
+    platform.clock.freeze()
+    platform.fleet.add(capacity=1)
+    job_id = await platform.run()
+    await finish(platform, job_id, 1)
+    for ttl in ("604800000", "99999999999"):
+        assert (await platform.call("GET", f"/status/{job_id}?ttl={ttl}")).status_code == 200
+    platform.clock.advance(1799)
+    assert (await platform.call("GET", f"/status/{job_id}?ttl=604800000")).status_code == 200
+    platform.clock.advance(2)
+    assert (await platform.call("GET", f"/status/{job_id}")).status_code == 404
+
+
+async def test_status_ttl_that_is_no_number_is_named(platform):
+    """§2.14."""
+    answer = await platform.call("GET", f"/status/{await platform.run()}?ttl=abc")
+    assert answer.status_code == 400
+    assert "ttl must be a number of milliseconds" in answer.json()["error"]
 
 
 async def test_progress_is_visible_while_running(platform):
@@ -293,8 +506,21 @@ async def test_status_sync_holds_until_the_end(platform):
     assert (job["status"], job["error"], job["output"]) == ("FAILED", "bad", {"partial": 1})
 
 
+@pytest.mark.parametrize("taken", [False, True])
+async def test_status_sync_whose_wait_is_over_shows_the_job_as_it_is(platform, holds, taken):
+    """§2.7: 200 with the current job object, as `/status` has it."""
+    platform.fleet.add(capacity=1)
+    job_id = await platform.run()
+    if taken:
+        await platform.take()
+    answer = await platform.call("GET", f"/status-sync/{job_id}?wait=1000")
+    assert (answer.status_code, answer.json()) == (200, await platform.status(job_id))
+    assert answer.json()["status"] == ("IN_PROGRESS" if taken else "IN_QUEUE")
+    assert holds == [1]
+
+
 async def test_stream_drains_and_ends(platform):
-    """§2.8: destructive, ordered, terminal answer carries the rest, then empty lists."""
+    """§2.8, §12 item 12: destructive, ordered, terminal answer carries the rest, then empty lists."""
     platform.fleet.add(capacity=1)
     job_id = await platform.run()
     await platform.take()
@@ -401,10 +627,34 @@ async def test_health_has_all_counters(platform):
     }  # fmt: skip
 
 
+async def test_health_wakes_nobody(platform):
+    """§2.15: also with jobs in the queue, and however often it is asked."""
+    await platform.run()
+    platform.woken.clear()
+    for _ in range(3):
+        assert (await platform.call("GET", "/health")).status_code == 200
+    assert platform.woken == []
+
+
+async def test_a_worker_out_of_rotation_is_not_idle(platform):
+    """§2.15: neither up and waiting nor able to take work; `unhealthy` is failing its checks."""
+    for name, stage in (("w1", Stage.UNHEALTHY), ("w2", Stage.INITIALIZING), ("w3", Stage.READY)):
+        platform.fleet.add(name, capacity=1)
+        platform.fleet.living[name] = replace(platform.fleet.living[name], stage=stage)
+        if stage is not Stage.READY:
+            platform.slots.close_worker(name, for_good=False)
+    assert (await platform.call("GET", "/health")).json()["workers"] == {
+        "idle": 1, "initializing": 1, "ready": 1, "running": 0, "throttled": 0, "unhealthy": 1,
+    }  # fmt: skip
+
+
 async def test_paused_endpoint_queues(platform):
-    """§12 item 40."""
+    """§12 item 40: until the time to live ends; `/health` shows no worker."""
     answer = await platform.call("POST", "/run", endpoint="ep2", json={"input": 1})
     assert (answer.status_code, answer.headers["x-endpoint-paused"]) == (200, "1")
+    health = (await platform.call("GET", "/health", endpoint="ep2")).json()
+    assert health["jobs"]["inQueue"] == 1
+    assert set(health["workers"].values()) == {0}
 
 
 async def test_one_row_per_job(platform):

@@ -1,13 +1,17 @@
-"""What is refused because it is too much: queue bounds and the profile `runpod` (serverless-api.md §2.14)."""
+"""What is refused because it is too much (serverless-api.md §2.13, §2.14).
+
+Sizes of bodies, queue bounds, and the profile `runpod`.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 
 import pytest
 
-from pilotlight.core.rate_limits import OperationGroup
+from pilotlight.core.rate_limits import RUNPOD_LIMITS, OperationGroup
 from pilotlight.domain.usage import Outcome
 from pilotlight.gateway.errors import QueueFullError, RateLimitedError
 from pilotlight.gateway.jobs.rates import RateTable
@@ -21,6 +25,31 @@ def refused(answer):
     assert answer.json().keys() == ERROR_KEYS
     assert answer.json()["error"].startswith("rate limit exceeded")
     return int(answer.headers["retry-after"])
+
+
+MIB = 1_048_576
+
+
+def body_of(size):
+    """A submission of exactly that many bytes."""
+    frame = b'{"input":"%b"}'
+    return frame % (b"x" * (size - len(frame) + 2))
+
+
+@pytest.mark.parametrize(("verb", "megabytes"), [("/run", 10), ("/runsync", 20), ("/run_sync", 20)])
+async def test_sizes_of_submissions(platform, monkeypatch, verb, megabytes):
+    """§2.4, §2.5, §2.13, §12 items 7 and 8: MiB, of which the last byte is accepted, and 400 beyond."""
+    wait = platform.service.wait
+    monkeypatch.setattr(
+        platform.service, "wait", lambda *jobs, timeout_s, gone: wait(*jobs, timeout_s=0, gone=gone)
+    )
+    answer = await platform.call("POST", verb, content=body_of(megabytes * MIB))
+    assert (answer.status_code, answer.json()["status"]) == (200, "IN_QUEUE")
+    answer = await platform.call("POST", verb, content=body_of(megabytes * MIB + 1))
+    text = f"request body exceeds {megabytes} MB limit"
+    assert answer.status_code == 400
+    assert answer.json() == {"error": text, "detail": text, "code": "payload_too_large"}
+    assert (await platform.call("GET", "/health")).json()["jobs"]["inQueue"] == 1
 
 
 async def test_queue_of_jobs_is_bounded_for_all_at_once(make_platform):
@@ -133,25 +162,81 @@ async def test_purge_twice_in_ten_seconds(limited):
     assert statuses == [200, 200, 429]
 
 
-async def test_requests_two_at_once(limited):
-    """§2.2 row 10: at most ten in 10 s, and two at once."""
+async def test_ten_requests_in_ten_seconds(limited):
+    """§2.2 row 10, its first number."""
     for _ in range(10):
         assert (await limited.call("GET", "/requests")).status_code == 200
     refused(await limited.call("GET", "/requests"))
 
 
-async def test_status_and_stream_share_one_count(limited):
-    """§2.2: routes 3, 4 and 5 share one bucket."""
-    table = RateTable(limited.clock, limited.fleet)
-    for _ in range(2000):
-        with table.admitted(OperationGroup.READ, limited.endpoint, limited.key):
+GROUPS = {
+    ("POST", "/run"): OperationGroup.RUN,
+    ("POST", "/runsync"): OperationGroup.RUNSYNC,
+    ("POST", "/run_sync"): OperationGroup.RUNSYNC,
+    ("GET", "/status/x"): OperationGroup.READ,
+    ("POST", "/status/x"): OperationGroup.READ,
+    ("GET", "/status-sync/x"): OperationGroup.READ,
+    ("POST", "/status-sync/x"): OperationGroup.READ,
+    ("GET", "/stream/x"): OperationGroup.READ,
+    ("POST", "/stream/x"): OperationGroup.READ,
+    ("POST", "/cancel/x"): OperationGroup.CANCEL,
+    ("POST", "/retry/x"): OperationGroup.RETRY,
+    ("POST", "/purge-queue"): OperationGroup.PURGE,
+    ("GET", "/health"): OperationGroup.HEALTH,
+    ("GET", "/requests"): OperationGroup.REQUESTS,
+    ("POST", "/batch"): OperationGroup.BATCH,
+    ("GET", "/batch"): OperationGroup.BATCH,
+    ("GET", "/batch/x"): OperationGroup.BATCH,
+    ("PUT", "/batch/x"): OperationGroup.BATCH,
+    ("POST", "/batch/x/requests"): OperationGroup.BATCH,
+    ("GET", "/batch/x/requests"): OperationGroup.BATCH,
+    ("POST", "/batch/x/finalize"): OperationGroup.BATCH,
+    ("POST", "/batch/x/cancel"): OperationGroup.BATCH,
+    ("DELETE", "/batch/x/requests/y"): OperationGroup.BATCH,
+}
+"""Each route of §2.2 and what it is counted with."""
+
+
+@pytest.mark.parametrize("group", [*dict.fromkeys(GROUPS.values())])
+async def test_which_routes_share_a_count(limited, group):
+    """§2.2: routes 3, 4 and 5 have one bucket, `run_sync` is `runsync`, and every other row has its own.
+
+    As many requests of one group are under way as may be at once (§2.2, the second number); with
+    `/purge-queue`, which has no such number, as many as may come in 10 s.
+    """
+    limit = RUNPOD_LIMITS[group]
+    with contextlib.ExitStack() as under_way:
+        for _ in range(limit.concurrent or limit.requests):
+            under_way.enter_context(limited.service.rates.admitted(group, limited.endpoint, limited.key))
+        how = (
+            f"{limit.requests} requests in 10 s"
+            if limit.concurrent is None
+            else f"{limit.concurrent} requests at once"
+        )
+        for (method, path), its_group in GROUPS.items():
+            answer = await limited.call(method, path, content=b"[1]")
+            if its_group is group:
+                refused(answer)
+                assert f"rate limit exceeded: {how} to {group} of endpoint ep1" in answer.json()["error"]
+            else:
+                assert answer.status_code != 429, path
+
+
+@pytest.mark.parametrize("requests", [1999, 2000])
+async def test_status_and_stream_fill_one_bucket(limited, requests):
+    """§2.2 rows 3 to 5: 2000 in 10 s, all together."""
+    for _ in range(requests):
+        with limited.service.rates.admitted(OperationGroup.READ, limited.endpoint, limited.key):
             pass
-    with (
-        pytest.raises(RateLimitedError) as caught,
-        table.admitted(OperationGroup.READ, limited.endpoint, limited.key),
-    ):
-        pass
-    assert 1 <= caught.value.retry_after_s <= 10
+    job_id = (await limited.call("POST", "/run", json={"input": 1})).json()["id"]
+    first, second = [
+        await limited.call("GET", f"/{verb}/{job_id}?wait=1000") for verb in ("status", "stream")
+    ]
+    if requests == 2000:
+        assert 1 <= refused(first) <= 10
+    else:
+        assert first.status_code == 200
+    refused(second)
 
 
 async def test_requests_that_are_held_count_at_once(limited):

@@ -1,4 +1,7 @@
-"""The unmodified `openai` package against an endpoint whose workers only take jobs (serverless-api.md §2.15)."""
+"""The unmodified `openai` package against an endpoint whose workers only take jobs (serverless-api.md §2.15).
+
+"Mechanics" are the numbered ones of `/openai/{path…}` there.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,21 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import anthropic
 import openai
 import pytest
 
+from pilotlight.domain.endpoint import EndpointKind
 from pilotlight.errors import StoreError
+from pilotlight.gateway.asgi import GONE
 from pilotlight.gateway.jobs.openai import JobOpenAI
 
 from .conftest import ADMIN, ENDPOINT, Platform, serving
 
+KEY = {"authorization": f"Bearer {ADMIN}"}
 MESSAGES = [{"role": "user", "content": "hi"}]
 WHOLE = {
     "id": "chatcmpl-1",
@@ -97,7 +104,21 @@ async def test_an_answer_that_was_only_streamed_is_read_from_the_stream(platform
         assert (await call).choices[0].message.content == "Hello there"
 
 
+@pytest.mark.parametrize("method", ["PUT", "PATCH", "DELETE"])
+async def test_any_verb_and_any_path_becomes_a_job(platform, base, method):
+    """§2.15: any verb, any sub-path; Mechanics 1: without a body only the route is set."""
+    url = base.removesuffix("/v1") + "/v2/things/7?x=1"
+    for content in (b"", b'{"a": 1}'):
+        call = platform.client.request(method, url, headers=KEY, content=content)
+        async with asked(call, platform) as (answer, job):
+            body = {"openai_input": {"a": 1}} if content else {}
+            assert job["input"] == {"openai_route": "/v2/things/7", **body}
+            await platform.done(job["id"], {"output": {"ok": True}})
+            assert ((await answer).status_code, (await answer).json()) == (200, {"ok": True})
+
+
 async def test_a_get_has_a_route_and_no_input(platform, client):
+    """Mechanics 1."""
     async with asked(client.models.list(), platform) as (call, job):
         assert job["input"] == {"openai_route": "/v1/models"}
         await platform.done(job["id"], {"output": {"object": "list", "data": [{"id": "m"}]}})
@@ -117,6 +138,144 @@ async def test_streams_are_written_verbatim_as_they_come(platform, client):
         await platform.chunk(job["id"], "data: [DONE]\n\n")
         await platform.done(job["id"], {"output": []}, stream=True)
         assert [chunk.choices[0].delta.content async for chunk in stream] == ["!"]
+
+
+async def test_a_stream_is_sent_as_events_that_nobody_keeps(platform, base):
+    """Mechanics 2: `text/event-stream`, `Cache-Control: no-cache`."""
+    request = platform.client.build_request(
+        "POST", f"{base}/chat/completions", headers=KEY, json={"stream": True}
+    )
+    async with asked(platform.client.send(request, stream=True), platform) as (call, job):
+        await platform.chunk(job["id"], "data: 1\n\n")
+        answer = await call
+        assert (answer.status_code, answer.headers["content-type"]) == (200, "text/event-stream")
+        assert answer.headers["cache-control"] == "no-cache"
+        await platform.done(job["id"], {"output": []}, stream=True)
+        assert await answer.aread() == b"data: 1\n\n"
+
+
+async def test_a_call_is_not_waited_for_beyond_300_s(platform, client, monkeypatch):
+    """Mechanics 3: then there is no answer, and its job, which nobody can ask for, does not go on."""
+    asked_s, wait = [], platform.service.wait
+
+    async def no_wait(*arguments: Any, timeout_s: float, gone: Any) -> Any:
+        asked_s.append(timeout_s)
+        await platform.take()
+        return await wait(*arguments, timeout_s=0, gone=gone)
+
+    monkeypatch.setattr(platform.service, "wait", no_wait)
+    with pytest.raises(openai.InternalServerError, match="no answer within 300 s") as caught:
+        await chat(client)
+    assert (caught.value.status_code, asked_s) == (504, [300])
+    jobs, _ = await platform.service.jobs(ENDPOINT, status=None, before=None, limit=2)
+    assert [job.status for job in jobs] == ["CANCELLED"]
+
+
+async def test_a_call_whose_worker_is_lost_is_answered_by_another(platform, client):
+    """§2.10: retried once, as any job."""
+    platform.fleet.add("w2", capacity=1)
+    async with asked(chat(client), platform) as (call, job):
+        await platform.chunk(job["id"], {**WHOLE, "id": "of the first"})
+        await platform.fleet.end("w1")
+        assert (await platform.take("w2")).json()["id"] == job["id"]
+        await platform.chunk(job["id"], WHOLE, "w2")
+        await platform.done(job["id"], {"output": []}, "w2", stream=True)
+        assert (await call).id == "chatcmpl-1"
+
+
+async def test_a_stream_that_had_not_begun_goes_on_with_another_worker(platform, client):
+    """worker-protocol.md §7.2: its caller has seen nothing of the first attempt, and sees nothing of the loss."""
+    platform.fleet.add("w2", capacity=1)
+    async with asked(chat(client, stream=True), platform) as (call, job):
+        await platform.fleet.end("w1")
+        assert (await platform.take("w2")).json()["id"] == job["id"]
+        await platform.chunk(job["id"], event("Hello"), "w2")
+        await platform.chunk(job["id"], "data: [DONE]\n\n", "w2")
+        await platform.done(job["id"], {"output": []}, "w2", stream=True)
+        assert [chunk.choices[0].delta.content async for chunk in await call] == ["Hello"]
+
+
+async def test_a_stream_that_had_begun_ends_when_its_worker_is_lost(platform, client):
+    """worker-protocol.md §7.2, Mechanics 4: a final error event, not two attempts in one answer; nobody would
+    read what another worker says, so none runs it."""
+    platform.fleet.add("w2", capacity=1)
+    async with asked(chat(client, stream=True), platform) as (call, job):
+        await platform.chunk(job["id"], event("Hel"))
+        stream = await call
+        assert (await anext(stream)).choices[0].delta.content == "Hel"
+        await platform.fleet.end("w1")
+        with pytest.raises(
+            openai.APIError, match="the worker was lost after part of the answer had been sent"
+        ):
+            await anext(stream)
+        assert (await platform.status(job["id"]))["status"] == "CANCELLED"
+        assert (await platform.take("w2")).status_code == 204
+
+
+@pytest.mark.parametrize("finished", [False, True])
+async def test_a_stream_that_had_begun_does_not_go_on_with_another_worker(
+    platform, client, monkeypatch, finished
+):
+    """As above, when the next worker streams, or has even finished, before the gateway looks again."""
+    platform.fleet.add("w2", capacity=1)
+    look, begun, may_look = platform.service.stream, asyncio.Event(), asyncio.Event()
+
+    async def stream_later(*arguments: Any, **named: Any) -> Any:
+        if begun.is_set():
+            await may_look.wait()
+        part = await look(*arguments, **named)
+        if part.chunks:
+            begun.set()
+        return part
+
+    monkeypatch.setattr(platform.service, "stream", stream_later)
+    async with asked(chat(client, stream=True), platform) as (call, job):
+        await platform.chunk(job["id"], event("Hel"))
+        stream = await call
+        assert (await anext(stream)).choices[0].delta.content == "Hel"
+        await platform.fleet.end("w1")
+        await platform.take("w2")
+        await platform.chunk(job["id"], event("Hello"), "w2")
+        if finished:
+            await platform.done(job["id"], {"output": []}, "w2", stream=True)
+        may_look.set()
+        with pytest.raises(openai.APIError, match="the worker was lost"):
+            await anext(stream)
+        assert (await platform.status(job["id"]))["status"] == ("COMPLETED" if finished else "CANCELLED")
+        if not finished:
+            stops = await platform.ask("GET", "/job-stop/w2?gpu=x", worker="w2")
+            assert stops.json() == {"jobsToStop": [job["id"]]}
+
+
+async def test_a_stream_whose_worker_is_lost_for_the_last_time_fails_with_that(make_platform):
+    """§2.10: `job timed out after 0 retries`, in the stream."""
+    async with make_platform(jobs={"retries_max": 0}) as platform:
+        platform.fleet.add(capacity=1)
+        road = JobOpenAI(platform.service, platform.directory, platform.settings.limits)
+        sent: list[dict[str, Any]] = []
+        received = asyncio.Event()
+        body = {"type": "http.request", "body": b'{"stream":true}', "more_body": False}
+
+        async def receive() -> dict[str, Any]:
+            return body
+
+        async def send(message: dict[str, Any]) -> None:
+            sent.append(message)
+            received.set()
+
+        scope = {
+            "type": "http",
+            "headers": [(b"authorization", ADMIN.encode()), (b"content-length", b"15")],
+            "extensions": {GONE: asyncio.get_running_loop().create_future},
+        }
+        call = asyncio.create_task(road(scope, receive, send, endpoint_id=ENDPOINT, path="/v1/completions"))
+        job_id = (await platform.take()).json()["id"]
+        await platform.chunk(job_id, "data: 1\n\n")
+        await received.wait()
+        await platform.fleet.end("w1")
+        await call
+        assert sent[-1]["more_body"] is False
+        assert b"job timed out after 0 retries" in sent[-1]["body"]
 
 
 async def test_a_failure_before_the_stream_is_an_http_error(platform, client):
@@ -212,16 +371,43 @@ async def test_failure_of_the_store_after_the_job_was_queued(platform, client, m
     assert [job.status for job in jobs] == ["CANCELLED"]
 
 
+async def test_a_body_that_is_too_large_is_413_in_openais_shape(platform, base):
+    """20 MiB (§2.13); not 400 as on the native routes: OpenAI's clients know 413 (vllm-worker.md §1.11)."""
+    for more in (0, 1):
+        body = b'{"a":"%b"}' % (b"x" * (20 * 1_048_576 - len('{"a":""}') + more))
+        call = platform.client.post(f"{base}/chat/completions", headers=KEY, content=body)
+        if more:
+            answer = await call
+            assert answer.status_code == 413
+            assert answer.json()["error"]["message"]
+            assert "status" not in answer.json()
+        else:
+            async with asked(call, platform) as (accepted, job):
+                await platform.done(job["id"], {"output": {}})
+                assert (await accepted).status_code == 200
+
+
+async def test_a_load_balancing_endpoint_has_no_openai_routes(platform, base):
+    """§2.14, §3."""
+    endpoint = replace(platform.endpoint, id="lb1", name="lb", kind=EndpointKind.LOAD_BALANCER)
+    endpoint = replace(endpoint, revision=replace(endpoint.revision, endpoint_id="lb1", command=("serve",)))
+    await platform.store.add_endpoint(endpoint)
+    await platform.directory.refresh()
+    answer = await platform.client.get(base.replace(ENDPOINT, "lb1") + "/models", headers=KEY)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, "not allowed for QB API")
+
+
 async def test_refusals(platform, base):
+    """§2.14, in OpenAI's shape."""
+
     async def post(**arguments: Any) -> Any:
         return await platform.client.post(f"{base}/chat/completions", **arguments)
 
-    key = {"authorization": f"Bearer {ADMIN}"}
     assert (await post(json={})).status_code == 401
-    form = await post(headers=key, files={"file": b"x"})
+    form = await post(headers=KEY, files={"file": b"x"})
     assert (form.status_code, "multipart" in form.json()["error"]["message"]) == (400, True)
-    broken = await post(headers=key, content=b"[1]")
+    broken = await post(headers=KEY, content=b"[1]")
     assert (broken.status_code, "JSON object" in broken.json()["error"]["message"]) == (400, True)
-    elsewhere = await platform.client.get(base.replace(ENDPOINT, "nowhere") + "/models", headers=key)
+    elsewhere = await platform.client.get(base.replace(ENDPOINT, "nowhere") + "/models", headers=KEY)
     assert elsewhere.status_code == 404
     assert (await platform.store.demand(ENDPOINT, overdue_before_ms=0)).queued == 0

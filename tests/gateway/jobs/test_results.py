@@ -1,4 +1,4 @@
-"""What workers post and what becomes of it (worker-protocol.md §4, serverless-api.md §2.13)."""
+"""What workers post and what becomes of it (serverless-api.md §2.13, §4.5, §4.6; worker-protocol.md §4)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import json
 
 import pytest
 
+from pilotlight.domain.endpoint import EndpointKind
 from pilotlight.domain.usage import Outcome
 from pilotlight.gateway.jobs.results import usage_of
 
+MIB = 1_048_576
 ENVELOPE = {"error": {"message": "engine died", "type": "InternalServerError", "code": 500}}
 
 
@@ -45,7 +47,8 @@ async def signal(predicate):
     ],
 )
 async def test_result_bodies(platform, body, state, output, error):
-    """§4.1, §4.2: JSON whatever the content type, lenient numbers, error strings untouched."""
+    """serverless-api.md §4.5, worker-protocol.md §4.1, §4.2: JSON whatever the content type, lenient numbers,
+    error strings untouched."""
     platform.fleet.add(capacity=1)
     job_id = await platform.run()
     await platform.take()
@@ -61,7 +64,7 @@ async def test_result_bodies(platform, body, state, output, error):
 
 
 async def test_exception_text_is_kept(platform):
-    """§4.2, Appendix A."""
+    """serverless-api.md §4.5: stored untouched; worker-protocol.md §4.2, Appendix A."""
     platform.fleet.add(capacity=1)
     job_id = await platform.run()
     await platform.take()
@@ -89,8 +92,48 @@ async def test_retryable_envelope_requeues_once(platform):
     assert [record.outcome for record in platform.records] == [Outcome.FAILED] * 2
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        {"error": {**ENVELOPE["error"], "retryable": True}},
+        {"message": "mine", "retryable": True},
+        {"retryable": True},
+    ],
+)
+@pytest.mark.parametrize("as_text", [True, False])
+async def test_handler_of_another_program_cannot_ask_for_a_retry(platform, error, as_text):
+    """serverless-api.md §12 item 17: never after a handler error; the word is our own worker program's.
+
+    A handler that passed on an error object of some API ran, and was billed, twice.
+    """
+    await platform.reshape(kind=EndpointKind.QUEUE)
+    platform.fleet.add(capacity=1)
+    job_id = await platform.run()
+    await platform.take()
+    await platform.done(job_id, {"error": json.dumps(error) if as_text else error})
+    job = await platform.status(job_id)
+    assert job["status"] == "FAILED"
+    assert json.loads(job["error"]) == error
+    assert "retries" not in job
+    assert (await platform.call("GET", "/health")).json()["jobs"]["retried"] == 0
+
+
+async def test_handler_that_fails_while_the_gateway_stops_fails_its_job(platform):
+    """§12 item 17 of serverless-api.md: of our own program's workers it is the end of the gateway, else not."""
+    await platform.reshape(kind=EndpointKind.QUEUE)
+    platform.fleet.add(capacity=1)
+    job_id = await platform.run()
+    await platform.take()
+    await platform.service.close()
+    await platform.done(job_id, {"error": json.dumps({"retryable": True})})
+    assert (await platform.store.job(job_id)).status == "FAILED"
+
+
 async def test_retried_job_is_not_handed_to_a_worker_that_may_hold_it(make_platform):
-    """§3.2: the same id twice at one worker cannot be told apart; its next heartbeat frees it."""
+    """worker-protocol.md §3.2: the same id twice at one worker cannot be told apart.
+
+    Its next heartbeat frees it.
+    """
     async with make_platform() as platform:
         platform.fleet.add("w1", capacity=2)
         job_id = await platform.run()
@@ -98,7 +141,7 @@ async def test_retried_job_is_not_handed_to_a_worker_that_may_hold_it(make_platf
         take = asyncio.create_task(platform.take(holding=True))
         await platform.parked()
         await platform.done(job_id, {"error": json.dumps({"error": {"retryable": True}})})
-        await signal(lambda: platform.service._ledger.links["w1"].avoiding)
+        await signal(lambda: platform.service._ledger.links["w1"].waits)
         assert not take.done()
         await platform.ping()
         assert (await take).json()["id"] == job_id
@@ -135,6 +178,94 @@ async def test_limits_of_results(make_platform):
         assert (await call).json()["status"] == "COMPLETED"
 
 
+@pytest.mark.parametrize(("verb", "megabytes"), [("/run", 10), ("/runsync", 20)])
+async def test_sizes_of_results(platform, verb, megabytes):
+    """serverless-api.md §2.13, §12 items 7 and 9: MiB; the last byte is accepted, one more fails the job."""
+    platform.fleet.add(capacity=1)
+    for size in (megabytes * MIB, megabytes * MIB + 1):
+        call = asyncio.create_task(platform.call("POST", verb, json={"input": 1}))
+        job_id = (await platform.take()).json()["id"]
+        # Two of them are the quotes.
+        await platform.done(job_id, b'{"output":"%b"}' % (b"x" * (size - 2)))
+        await call
+        job = await platform.status(job_id)
+        if size == megabytes * MIB:
+            assert (job["status"], len(job["output"])) == ("COMPLETED", size - 2)
+        else:
+            text = f"output exceeds {megabytes} MB limit (got {size} bytes)"
+            assert (job["status"], job["error"], "output" in job) == ("FAILED", text, False)
+
+
+async def test_size_of_a_chunk(platform):
+    """serverless-api.md §2.8, §2.13: one MiB of JSON is accepted, and a byte more fails the job."""
+    platform.fleet.add(capacity=1)
+    job_id = await platform.run()
+    await platform.take()
+    for more in (0, 1):
+        value = ["x" * (MIB - len('[""]') + more)]
+        await platform.chunk(job_id, value)
+        job = await platform.status(job_id)
+        assert job["status"] == ("FAILED" if more else "IN_PROGRESS")
+    assert job["error"].startswith("stream chunk exceeds 1 MB limit")
+    stream = (await platform.call("GET", f"/stream/{job_id}")).json()["stream"]
+    assert [len(chunk["output"][0]) for chunk in stream] == [MIB - 4]
+
+
+@pytest.mark.parametrize("error", ["the true reason", {"code": 5, "why": "no"}])
+async def test_error_of_a_handler_outlives_an_output_that_is_too_large(make_platform, error):
+    """serverless-api.md §4.5, §2.13: it says more than that what came with it was too large."""
+    async with make_platform(limits={"result_bytes": 1000}) as platform:
+        platform.fleet.add(capacity=1)
+        job_id = await platform.run()
+        await platform.take()
+        await platform.done(job_id, {"output": "x" * 2000, "error": error})
+        job = await platform.status(job_id)
+        text = error if isinstance(error, str) else '{"code":5,"why":"no"}'
+        assert (job["status"], job["error"], "output" in job) == ("FAILED", text, False)
+
+
+@pytest.mark.parametrize("size", [2000, 50_000], ids=["read", "not even read"])
+@pytest.mark.parametrize("with_error", [False, True])
+async def test_a_result_that_is_too_large_is_told_to_the_workers_owner(make_platform, size, with_error):
+    """serverless-api.md §2.13: in the log of the worker, where the author of the handler looks."""
+    async with make_platform(limits={"result_bytes": 1000, "worker_body_bytes": 10_000}) as platform:
+        platform.fleet.add(capacity=1)
+        job_id = await platform.run()
+        await platform.take()
+        await platform.done(job_id, {"output": "x" * size, **({"error": "no"} if with_error else {})})
+        assert (await platform.status(job_id))["status"] == "FAILED"
+        [(worker_id, line)] = platform.notes
+        assert worker_id == "w1"
+        assert job_id in line
+        assert "output exceeds" in line
+
+
+@pytest.mark.parametrize("size", [2000, 50_000], ids=["read", "not even read"])
+async def test_a_chunk_that_is_too_large_is_told_to_the_workers_owner(make_platform, size):
+    """serverless-api.md §2.13: dropped, in the log of the worker, and the job fails."""
+    async with make_platform(limits={"chunk_bytes": 1000, "worker_body_bytes": 10_000}) as platform:
+        platform.fleet.add(capacity=1)
+        job_id = await platform.run()
+        await platform.take()
+        await platform.chunk(job_id, ["x" * size])
+        job = await platform.status(job_id)
+        assert job["status"] == "FAILED"
+        [(worker_id, line)] = platform.notes
+        assert worker_id == "w1"
+        assert job_id in line
+        assert job["error"] in line
+
+
+async def test_what_is_not_too_large_is_not_talked_of(platform):
+    """A long text is split, and a failure is the job's own affair."""
+    platform.fleet.add(capacity=1)
+    job_id = await platform.run()
+    await platform.take()
+    await platform.chunk(job_id, "x" * (2 * MIB))
+    await platform.done(job_id, {"error": "boom"})
+    assert platform.notes == []
+
+
 async def test_chunks_over_the_limit(make_platform):
     """serverless-api.md §2.8, §2.13: strings are split, anything else fails the job."""
     async with make_platform(limits={"chunk_bytes": 1000}) as platform:
@@ -154,7 +285,10 @@ async def test_chunks_over_the_limit(make_platform):
 
 
 async def test_counted_chunks_are_stored_once(platform):
-    """A worker that numbers its chunks may offer one again when it had no answer."""
+    """A worker that numbers its chunks may offer one again when it had no answer.
+
+    serverless-api.md §2.8: what it posts beside `output`, as older images do with `metrics`, is passed on.
+    """
     platform.fleet.add(capacity=1)
     job_id = await platform.run()
     await platform.take()

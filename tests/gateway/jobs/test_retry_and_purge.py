@@ -66,6 +66,50 @@ async def test_retry_gives_a_new_time_to_live(platform):
     assert 19_000 <= job.expires_ms - job.queued_ms <= 20_000
 
 
+@pytest.mark.parametrize("lost", [False, True])
+async def test_every_retry_gives_the_same_time_to_live(platform, lost):
+    """§2.10: `ttl` 20 s is 20 s after the first, second and third retry, also when a worker was lost in between.
+
+    It was counted from the submission, so it grew with each retry.
+    """
+    platform.clock.freeze()
+    job_id = await platform.run({"input": 1, "policy": {"ttl": 20_000}})
+    for number in range(1, 4):
+        platform.clock.advance(5)
+        if lost:
+            platform.fleet.add(f"lost{number}", capacity=1)
+            await platform.take(f"lost{number}")
+            await platform.fleet.end(f"lost{number}")
+            platform.clock.advance(5)
+        worker = f"w{number}"
+        platform.fleet.add(worker, capacity=1)
+        assert (await platform.take(worker)).json()["id"] == job_id
+        await platform.done(job_id, {"error": "boom"}, worker)
+        platform.clock.advance(1000)
+        assert (await platform.call("POST", f"/retry/{job_id}")).status_code == 200
+        job = await platform.store.job(job_id)
+        assert job.expires_ms - platform.clock.now_ms() == 20_000
+    platform.clock.advance(19)
+    await platform.service.end_overdue()
+    assert (await platform.status(job_id))["status"] == "IN_QUEUE"
+    platform.clock.advance(2)
+    await platform.service.end_overdue()
+    assert (await platform.status(job_id))["status"] == "TIMED_OUT"
+
+
+async def test_time_to_live_of_a_job_that_timed_out_in_the_queue_again_and_again(platform):
+    """§2.10: TIMED_OUT may be retried, as often as the record is there, each time for as long."""
+    platform.clock.freeze()
+    job_id = await platform.run({"input": 1, "policy": {"ttl": 20_000}})
+    for _ in range(3):
+        platform.clock.advance(21)
+        await platform.service.end_overdue()
+        platform.clock.advance(100)
+        assert (await platform.call("POST", f"/retry/{job_id}")).status_code == 200
+        job = await platform.store.job(job_id)
+        assert job.expires_ms - platform.clock.now_ms() == 20_000
+
+
 async def test_retry_window_is_never_longer_than_a_time_to_live_may_be(platform):
     job_id = await platform.run({"input": 1, "policy": {"ttl": WEEK_S * 1000}})
     platform.clock.advance(WEEK_S + 1)
@@ -207,7 +251,7 @@ async def test_purge_makes_room(make_platform):
 
 
 async def test_requests_lists_the_newest_first(platform):
-    """§2.15: shape."""
+    """§2.15, §12 item 28: shape."""
     platform.fleet.add(capacity=1)
     done = await platform.run()
     await platform.take()
@@ -242,7 +286,18 @@ async def test_pages_are_stable_while_jobs_come_and_end(platform):
     assert seen == ids[::-1]
 
 
+async def test_fifty_requests_on_a_page_unless_told_otherwise(platform):
+    """§2.15: `limit` is 50 by default, and at most 100."""
+    for _ in range(101):
+        await platform.run()
+    for query, length in (("", 50), ("?limit=100", 100), ("?limit=1", 1)):
+        page = (await platform.call("GET", f"/requests{query}")).json()
+        assert len(page["requests"]) == length
+        assert page["cursor"] is not None
+
+
 async def test_requests_by_status(platform):
+    """§2.15."""
     cancelled = await platform.run()
     await platform.run()
     await platform.call("POST", f"/cancel/{cancelled}")

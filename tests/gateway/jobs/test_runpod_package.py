@@ -147,7 +147,10 @@ print(json.dumps({
 
 
 async def test_streaming_client_and_generator_worker(make_platform, tmp_path: Path):
-    """Job.stream yields every value in order; the aggregate is the final output (§4.6)."""
+    """Job.stream yields every value in order; the aggregate is the final output.
+
+    serverless-api.md §4.6, §2.8.
+    """
     async with make_platform() as platform, runpod_worker(platform, tmp_path, "words"):
         printed = await runpod_client(
             platform,
@@ -162,7 +165,7 @@ print(json.dumps({"stream": list(job.stream()), "output": job.output(), "status"
 
 
 async def test_client_errors_are_the_ones_it_knows(platform):
-    """§2.14: RuntimeError on 401, HTTPError on other refusals."""
+    """serverless-api.md §2.14: RuntimeError on 401, HTTPError on other refusals."""
     printed = await runpod_client(
         platform,
         """

@@ -46,7 +46,7 @@ def break_store(platform, *names):
 
 @pytest.mark.parametrize(("method", "path"), ROUTES)
 async def test_every_route_answers_503(platform, method, path):
-    """§2.14: a body of the data plane's errors without `status`, and Retry-After."""
+    """serverless-api.md §2.14: a body of the data plane's errors without `status`, and Retry-After."""
     job_id = await platform.run()
     working = break_store(platform)
     body = {"json": {"input": 1}} if path in {"/run", "/runsync"} else {}

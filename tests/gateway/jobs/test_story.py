@@ -8,6 +8,7 @@ from datetime import datetime
 
 import pytest
 
+from pilotlight.core.lifecycle import STREAM_BEGUN
 from pilotlight.domain.endpoint import EndpointKind
 from pilotlight.domain.worker import Failure, Stage, WorkerState
 from pilotlight.ports.fleet import Health
@@ -57,6 +58,19 @@ async def test_timeline_of_a_job_that_lost_its_worker(platform):
     last = job["timeline"][-1]
     assert (last["event"], last["workerId"], last["reason"]) == ("requeued", "w1", "exit status 139")
     assert job["waiting"]["reason"] == "no_worker"
+
+
+async def test_timeline_of_a_job_whose_stream_had_begun(platform):
+    """worker-protocol.md §7.2: the break is marked where its owner looks."""
+    platform.fleet.add("w1", capacity=1)
+    job_id = await platform.run()
+    await platform.take()
+    await platform.chunk(job_id, "a")
+    await platform.call("GET", f"/stream/{job_id}")
+    await platform.fleet.end("w1", "exit status 139")
+    events = (await story(platform, job_id))["timeline"]
+    assert [event["event"] for event in events] == ["queued", "leased", "started", "first_output", "requeued"]
+    assert events[-1]["reason"] == f"exit status 139{STREAM_BEGUN}"
 
 
 async def test_why_a_job_waits(platform):

@@ -1,5 +1,5 @@
 """Webhooks from the job's end to the receiver: job routes, worker routes, store, sender
-(serverless-api.md §2.12, §12 items 3, 4, 16, 25 to 27, §13.11)."""
+(serverless-api.md §2.12, §12 items 3, 4, 16, 25 to 27, §13 item 11)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The variables of worker-protocol.md §2.1."""
+"""The variables by which a worker finds the platform (worker-protocol.md §2.1, serverless-api.md §4.1)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from pilotlight.core.worker_environment import worker_environment
 
 
 def test_templates_keep_their_tokens_and_have_a_query():
+    """serverless-api.md §4.1: `$ID` and `$RUNPOD_POD_ID` are the library's to replace."""
     made = worker_environment(
-        "http://127.0.0.1:8400/", "ep", "w", "s3cret", ping_interval_ms=2000, gpu="NVIDIA H200"
+        "http://127.0.0.1:8400/", "ep", "w", "s3cret", ping_interval_ms=2000, gpu_type="NVIDIA H200"
     )
     prefix, query = "http://127.0.0.1:8400/v2/ep", "?gpu=NVIDIA+H200"
     assert made["RUNPOD_WEBHOOK_GET_JOB"] == f"{prefix}/job-take/$ID{query}"
@@ -19,6 +20,6 @@ def test_templates_keep_their_tokens_and_have_a_query():
 
 
 def test_secret_is_in_no_url():
-    """§13: the library prints URLs."""
+    """worker-protocol.md §13: the library prints URLs."""
     made = worker_environment("http://h", "ep", "w", "s3cret", ping_interval_ms=2000)
     assert [name for name, value in made.items() if "s3cret" in value] == ["RUNPOD_AI_API_KEY"]

@@ -1,4 +1,7 @@
-"""The workers' side of the job road (worker-protocol.md)."""
+"""The workers' side of the job road (serverless-api.md §4.2 to §4.4, §4.7).
+
+A bare § is one of worker-protocol.md, which supersedes much of that (its §14).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import json
 import httpx
 import pytest
 
+from pilotlight.core.lifecycle import STREAM_BEGUN
 from pilotlight.domain.worker import Stage, WorkerState
 from pilotlight.errors import NotFoundError, StoreError
 
@@ -21,7 +25,7 @@ async def signal(predicate):
 
 
 async def test_single_take(platform):
-    """§3.1: an object with `id` and `input`; the first take makes the worker ready (§6.1)."""
+    """§3.1, serverless-api.md §4.2: an object with `id` and `input`; the first take makes it ready (§6.1)."""
     platform.fleet.add()
     job_id = await platform.run({"input": {"prompt": "hi"}})
     answer = await platform.take()
@@ -32,7 +36,7 @@ async def test_single_take(platform):
 
 
 async def test_empty_take_is_held_and_answered_204(platform):
-    """§8."""
+    """§8, serverless-api.md §4.2."""
     platform.fleet.add(capacity=1)
     answer = await platform.take()
     assert (answer.status_code, answer.content) == (204, b"")
@@ -49,7 +53,7 @@ async def test_parked_take_gets_a_job_at_once(make_platform):
 
 
 async def test_batch_is_filled(platform):
-    """§3.2, §10.2: a list of up to n, bounded by free slots."""
+    """§3.2, §10.2, serverless-api.md §4.2: a list of up to n, bounded by free slots."""
     platform.fleet.add(capacity=3)
     ids = [await platform.run() for _ in range(4)]
     assert [job["id"] for job in (await platform.take(batch=4)).json()] == ids[:3]
@@ -89,7 +93,7 @@ async def test_no_slot_no_job_until_one_is_free(make_platform):
 
 
 async def test_take_of_a_worker_that_hung_up_costs_no_retry(make_platform):
-    """§7.1 L3, scenario 12: the job goes back untouched and runs once elsewhere."""
+    """§7.1 L3, scenario 12, serverless-api.md §4.2: the job goes back untouched and runs once elsewhere."""
     async with make_platform() as platform:
         platform.fleet.add("w1", capacity=1)
         platform.fleet.add("w2", capacity=1)
@@ -300,7 +304,7 @@ async def test_draining_worker_gets_nothing(platform):
 
 
 async def test_released_polls_are_answered_at_once(make_platform):
-    """§6.3 step 3: 204 on the take, `-` on the stop poll; jobs in hand can still be posted."""
+    """§6.3 step 3, serverless-api.md §4.7: 204 on the take, `-` on the stop poll; jobs in hand can be posted."""
     async with make_platform() as platform:
         platform.fleet.add(capacity=2)
         job_id = await platform.run()
@@ -333,6 +337,22 @@ async def test_wrong_keys(platform, monkeypatch):
     assert (await platform.status(job_id))["status"] == "IN_QUEUE"
 
 
+@pytest.mark.parametrize("key", ["rpa_ADMIN", "Bearer rpa_ADMIN", "rpa_RUNNER"])
+async def test_clients_keys_are_no_workers_keys(platform, monkeypatch, key):
+    """serverless-api.md §10, §13: who may call the endpoint may not speak for its workers."""
+    monkeypatch.setattr("pilotlight.gateway.worker_protocol._REFUSED_HOLD_S", 0.01)
+    platform.fleet.add(capacity=1)
+    job_id = await platform.run()
+    take = await platform.ask("GET", "/job-take/w1?gpu=x&job_in_progress=0", secret=key)
+    assert take.status_code == 429
+    assert (await platform.ask("GET", "/ping/w1?gpu=x", secret=key)).status_code == 401
+    await platform.take()
+    for verb in ("job-done", "job-stream"):
+        path = f"/{verb}/w1/{job_id}?gpu=x&isStream=false"
+        assert (await platform.ask("POST", path, secret=key, json={"output": 1})).status_code == 401
+    assert (await platform.status(job_id))["status"] == "IN_PROGRESS"
+
+
 async def test_worker_of_another_endpoint(platform):
     """§13: the key is bound to endpoint and worker."""
     platform.fleet.add("w1", endpoint_id="ep2", capacity=1)
@@ -356,7 +376,7 @@ async def test_posts_for_jobs_of_others_change_nothing(platform):
 
 
 async def test_ping_confirms_and_its_silence_loses(platform):
-    """§5: listed once and absent the next time without a result is lost; L1 is not retried."""
+    """§5, serverless-api.md §4.3: listed once, absent the next time, without a result: lost; L1 is not retried."""
     platform.fleet.add(capacity=1)
     job_id = await platform.run()
     await platform.take()
@@ -457,17 +477,31 @@ async def test_worker_end_requeues_once(platform):
     assert (job["status"], job["error"]) == ("FAILED", "job timed out after 1 retries")
 
 
-async def test_worker_end_after_a_chunk_was_read_fails_the_job(platform):
-    """Retrying would tell the reader something twice."""
-    platform.fleet.add(capacity=1)
+async def test_worker_end_after_a_chunk_was_read_begins_the_stream_anew(platform):
+    """§7.2, serverless-api.md §2.10: retried once like any, then failed with the text clients know.
+
+    1. A reader gets what the first worker said, and that one ends. 2. The job is in the queue, with the break in
+    its story. 3. The reader gets all that the second worker says. 4. That one ends, too.
+    """
+    platform.fleet.add("w1", capacity=1)
+    platform.fleet.add("w2", capacity=1)
     job_id = await platform.run()
-    await platform.take()
-    await platform.chunk(job_id, "a")
-    await platform.call("GET", f"/stream/{job_id}")
+    await platform.take("w1")
+    for value in ("read", "unread"):
+        await platform.chunk(job_id, value)
+    await platform.call("GET", f"/stream/{job_id}?cursor=0")
     await platform.fleet.end("w1", "exit status 137")
+    assert await platform.status(job_id) == {"id": job_id, "status": "IN_QUEUE", "retries": 1}
+    [attempt] = (await platform.store.job(job_id)).attempts
+    assert attempt.reason == f"exit status 137{STREAM_BEGUN}"
+    await platform.take("w2")
+    for value in ("a", "b"):
+        await platform.chunk(job_id, value, "w2")
+    stream = (await platform.call("GET", f"/stream/{job_id}")).json()
+    assert stream == {"status": "IN_PROGRESS", "stream": [{"output": "a"}, {"output": "b"}]}
+    await platform.fleet.end("w2", "exit status 137")
     job = await platform.status(job_id)
-    assert job["status"] == "FAILED"
-    assert "exit status 137" in job["error"]
+    assert (job["status"], job["error"], job["retries"]) == ("FAILED", "job timed out after 1 retries", 1)
 
 
 async def test_worker_end_while_the_store_fails_is_settled_later(platform):
@@ -489,16 +523,18 @@ async def test_worker_end_while_the_store_fails_is_settled_later(platform):
 
 
 async def test_gateway_restart_uses_up_no_retry(platform):
-    """`recover` at the start: interruptions by the platform are not the job's fault."""
+    """`recover` at the start: interruptions by the platform are not the job's fault, whatever was read of it."""
     platform.fleet.add(capacity=2)
     ids = [await platform.run() for _ in range(2)]
     await platform.take(batch=2)
     await platform.chunk(ids[1], "a")
     await platform.call("GET", f"/stream/{ids[1]}")
     assert await platform.service.recover() == 2
-    first, second = [await platform.status(job_id) for job_id in ids]
-    assert (first["status"], "retries" in first) == ("IN_QUEUE", False)
-    assert second["status"] == "FAILED"
+    assert [await platform.status(job_id) for job_id in ids] == [
+        {"id": job_id, "status": "IN_QUEUE"} for job_id in ids
+    ]
+    stories = [(await platform.store.job(job_id)).attempts[0].reason for job_id in ids]
+    assert [story.endswith(STREAM_BEGUN) for story in stories] == [False, True]
 
 
 async def test_gateway_stop_uses_up_no_retry(platform):
@@ -513,7 +549,7 @@ async def test_gateway_stop_uses_up_no_retry(platform):
 
 
 async def test_replacement_on_request(platform):
-    """§6.4: `stopPod` drains the worker, and it gets nothing from that moment on."""
+    """§6.4, serverless-api.md §4.5: `stopPod` drains the worker; it gets nothing from that moment on."""
     platform.fleet.add(capacity=1)
     job_id = await platform.run()
     await platform.take()
@@ -526,7 +562,7 @@ async def test_replacement_on_request(platform):
 
 
 async def test_unhealthy_worker_is_ended_with_its_reason(platform):
-    """§3.6, scenario 16."""
+    """§3.6, scenario 16, serverless-api.md §4.3."""
     platform.fleet.add()
     query = "status=unhealthy&check=my_check&reason=RuntimeError%3A+model+file+is+missing"
     assert (await platform.ask("GET", f"/ping/w1?gpu=x&{query}")).status_code == 200
@@ -537,7 +573,7 @@ async def test_unhealthy_worker_is_ended_with_its_reason(platform):
 
 
 async def test_stop_signals_are_repeated_while_the_worker_goes_on(platform):
-    """§3.3: a signal within 100 ms of the delivery is ignored by the library."""
+    """§3.3, serverless-api.md §4.4: a signal within 100 ms of the delivery is ignored by the library."""
     platform.fleet.add(capacity=1)
     job_id = await platform.run()
     await platform.take()

@@ -1,4 +1,7 @@
-"""Worker affinity (serverless-api.md §3): the header, its three strengths, and what happens when it fails."""
+"""Worker affinity (serverless-api.md §3): the header, its three strengths, and what happens when it fails.
+
+A bare § is one of serverless-api.md.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ def named(name):
 
 @pytest.mark.parametrize("form", ["{}", "strict {}", "strict-resume {}"])
 async def test_a_pinned_request_goes_to_its_worker(balanced, form):
+    """§3, "Worker affinity": `<id>`, `strict <id>`, `strict-resume <id>`; the response names the worker."""
     for name in ("w1", "w2", "w3"):
         await balanced.worker(name, named(name))
     for name in ("w3", "w1", "w2"):
@@ -28,6 +32,7 @@ async def test_a_pinned_request_goes_to_its_worker(balanced, form):
 
 
 async def test_a_preference_falls_back_silently(balanced):
+    """§3: `<id>` prefers; empty is the normal selection."""
     await balanced.worker("w1", named("w1"))
     await balanced.worker("w2", named("w2"), capacity=1)
     balanced.slots.take_of(ID, "w2")
@@ -37,6 +42,7 @@ async def test_a_preference_falls_back_silently(balanced):
 
 
 async def test_a_strict_pin_waits_for_its_worker_while_others_are_free(balanced):
+    """§3: only that worker."""
     await balanced.worker("w1", named("w1"))
     await balanced.worker("w2", named("w2"), capacity=1)
     taken = balanced.slots.take_of(ID, "w2")
@@ -52,6 +58,7 @@ async def test_a_strict_pin_waits_for_its_worker_while_others_are_free(balanced)
 
 
 async def test_a_strict_pin_that_waits_in_vain_is_400_with_its_reason(make_balanced):
+    """§3: `timed out waiting for worker`, reason `worker_timeout`."""
     balanced = await make_balanced(pinned_wait_s=1)
     await balanced.worker("w1", named("w1"), capacity=1)
     balanced.slots.take_of(ID, "w1")
@@ -62,6 +69,7 @@ async def test_a_strict_pin_that_waits_in_vain_is_400_with_its_reason(make_balan
 
 @pytest.mark.parametrize("pin", ["strict", "strict-resume"])
 async def test_a_worker_that_is_gone_is_404(balanced, pin):
+    """§3: `affinity_worker_gone`."""
     await balanced.worker("w1", named("w1"))
     async with balanced.ask(headers={HEADER: f"{pin} gone"}) as answer:
         assert (answer.status, await answer.json()) == (404, {"error": "affinity_worker_gone"})
@@ -92,6 +100,7 @@ async def test_a_worker_that_is_only_unhealthy_is_waited_for(balanced):
 
 
 async def test_strict_resume_starts_a_worker_that_was_scaled_down(balanced):
+    """§3."""
     port = await balanced.worker("other", named("w1"))
     balanced.fleet.stopped.add("w1")
     asking = asyncio.create_task(
@@ -184,7 +193,29 @@ async def test_an_endpoint_that_is_deleted_meanwhile_starts_nothing(balanced):
     assert not balanced.fleet.resumed
 
 
+@pytest.mark.parametrize("form", ["{}", "strict {}", "strict-resume {}"])
+async def test_pinned_traffic_keeps_its_worker_from_being_idle(balanced, form):
+    """§3: continuous pinned traffic keeps resetting the idle timer, so such a worker never scales down.
+
+    One minute passes between two requests; the other worker has been idle all the time.
+    """
+    for name in ("w1", "w2"):
+        await balanced.worker(name, named(name))
+    began_ms = balanced.clock.now_ms()
+    for minute in range(1, 4):
+        balanced.clock.shift_ms += 60_000
+        async with balanced.ask(headers={HEADER: form.format("w1")}) as answer:
+            assert await answer.text() == "w1"
+        async with asyncio.timeout(20):
+            while balanced.slots.worker("w1").occupied:
+                await asyncio.sleep(0.001)
+        idle_since_ms = (await balanced.slots.traffic(ID, overdue_before_ms=0)).idle_since_ms
+        assert idle_since_ms["w1"] - began_ms >= minute * 60_000
+        assert idle_since_ms["w2"] - began_ms < 60_000
+
+
 async def test_pins_never_cross_endpoints(balanced):
+    """§3."""
     await balanced.deploy("otherbalancer1")
     await balanced.worker("w1", named("mine"))
     await balanced.worker("w2", named("theirs"), endpoint_id="otherbalancer1")

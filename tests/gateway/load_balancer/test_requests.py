@@ -1,4 +1,7 @@
-"""Requests through the load balancer (serverless-api.md §3): what passes, what is limited, what is refused."""
+"""Requests through the load balancer (serverless-api.md §3): what passes, what is limited, what is refused.
+
+A bare § is one of serverless-api.md.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import pytest
 from aiohttp import web
 
 from pilotlight.domain.endpoint import EndpointKind
+from pilotlight.settings import LoadBalancerSettings
 
 ID = "lbendpoint1234"
 
@@ -33,8 +37,17 @@ def text(content):
     return answer
 
 
+def test_limits_are_those_of_the_contract():
+    """§3: 2 min for a worker, 5 for a pinned one, 5.5 for a request, 30 MB both ways, 8 min unhealthy."""
+    settings = LoadBalancerSettings()
+    assert (settings.wait_s, settings.pinned_wait_s, settings.request_s) == (120, 300, 330)
+    assert (settings.body_bytes, settings.response_bytes) == (30 * 1_048_576, 30 * 1_048_576)
+    assert settings.unhealthy_s == 480
+
+
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"])
 async def test_verb_path_query_headers_and_body_arrive_unchanged(balanced, method):
+    """§3: but for hop-by-hop headers; every response names its worker, whatever that says itself."""
     await balanced.worker("w1", echo)
     body = "" if method in {"GET", "OPTIONS"} else "hällo"
     async with balanced.client.request(
@@ -60,7 +73,7 @@ async def test_verb_path_query_headers_and_body_arrive_unchanged(balanced, metho
 
 
 async def test_path_and_query_are_not_normalised(balanced):
-    """Aiohttp's client would do it before us, so the request is written by hand."""
+    """§3. Aiohttp's client would do it before us, so the request is written by hand."""
     await balanced.worker("w1", echo)
     reader, writer = await asyncio.open_connection(*balanced.url.removeprefix("http://").split(":"))
     writer.write(
@@ -72,8 +85,20 @@ async def test_path_and_query_are_not_normalised(balanced):
     writer.close()
 
 
+@pytest.mark.parametrize(
+    "headers",
+    [{"authorization": "Bearer rpa_RUN"}, {"authorization": "rpa_RUN"}, {"authorization": "bearer  rpa_RUN"}],
+)
+async def test_a_key_may_come_in_any_of_its_forms(balanced, headers):
+    """§3, §2.1: as on the data plane, the bare form, too; it reaches the worker as it came."""
+    await balanced.worker("w1", echo)
+    async with balanced.ask(headers=headers) as answer:
+        assert answer.status == 200
+        assert (await answer.json())["headers"]["authorization"] == headers["authorization"]
+
+
 async def test_the_callers_key_is_forwarded_unless_the_endpoint_says_no(balanced):
-    """§3: forwarded by default, so that user servers can inspect it."""
+    """§3, §12 item 39: forwarded by default, so that user servers can inspect it."""
     await balanced.worker("w1", echo)
     async with balanced.ask() as answer:
         assert (await answer.json())["headers"]["authorization"] == "Bearer rpa_RUN"
@@ -99,6 +124,27 @@ async def test_a_host_named_after_the_endpoint_needs_no_prefix(balanced):
         assert await answer.json() == {"status": "ok"}, "any other host is the gateway's own"
 
 
+@pytest.mark.parametrize("kind", [EndpointKind.QUEUE, EndpointKind.VLLM])
+@pytest.mark.parametrize("path", ["/", "/foo", "/health", "/v2/queueendpoint1/run"])
+async def test_a_host_named_after_a_queue_endpoint_is_refused(balanced, kind, path):
+    """§3, §2.14: 400 `not allowed for QB API`, and not what the gateway has at that path itself."""
+    await balanced.deploy("queueendpoint1", kind)
+    headers = {"host": "queueendpoint1.example.org", "authorization": "Bearer rpa_ADMIN"}
+    # The second one needs no parser.
+    for _ in range(2):
+        async with balanced.client.get(balanced.url + path, headers=headers) as answer:
+            assert (answer.status, await answer.json()) == (400, {"error": "not allowed for QB API"})
+    assert not balanced.waiting.is_set()
+
+
+async def test_a_host_named_after_a_queue_endpoint_tells_strangers_nothing(balanced):
+    """§10: 401 before anything is said of an endpoint."""
+    await balanced.deploy("queueendpoint1", EndpointKind.QUEUE)
+    headers = {"host": "queueendpoint1.example.org", "authorization": "Bearer rpa_WRONG"}
+    async with balanced.client.get(f"{balanced.url}/foo", headers=headers) as answer:
+        assert (answer.status, await answer.json()) == (401, {"error": "unauthorized"})
+
+
 async def test_head_has_the_length_and_no_body(balanced):
     await balanced.worker("w1", text("x" * 1000))
     for _ in range(2):
@@ -111,7 +157,7 @@ async def test_head_has_the_length_and_no_body(balanced):
 
 
 async def test_bodies_stream_both_ways_at_once(balanced):
-    """The worker answers each piece when it comes; nobody waits for the end of the other side."""
+    """§3: without buffering. The worker answers each piece when it comes; nobody waits for the other's end."""
 
     async def upper(request):
         answer = web.StreamResponse()
@@ -162,6 +208,7 @@ async def test_a_body_over_the_limit_is_413(make_balanced, announced):
 
 
 async def test_an_answer_over_the_limit_is_cut_and_stays_incomplete(make_balanced):
+    """§3: 30 MB of response; the status has been sent by then."""
     balanced = await make_balanced(response_bytes=100_000)
 
     async def endless(request):
@@ -179,6 +226,7 @@ async def test_an_answer_over_the_limit_is_cut_and_stays_incomplete(make_balance
 
 
 async def test_an_announced_answer_over_the_limit_is_502(make_balanced):
+    """§3."""
     balanced = await make_balanced(response_bytes=1000)
     await balanced.worker("w1", text("x" * 1001))
     async with balanced.ask() as answer:
@@ -214,6 +262,7 @@ async def test_a_request_waits_for_a_worker_and_then_reaches_it(balanced):
 
 
 async def test_a_refused_connection_is_502(balanced):
+    """§3: 502 `bad gateway`, with the worker's name."""
     balanced.unreachable("w1")
     async with balanced.ask() as answer:
         assert (answer.status, await answer.json()) == (502, {"error": "bad gateway"})
@@ -237,6 +286,7 @@ async def test_a_connection_that_breaks_before_the_answer_is_502_and_not_tried_a
 
 
 async def test_a_request_over_its_time_is_504(make_balanced):
+    """§3: 504 `request timeout`, with the worker's name, as every response has it."""
     balanced = await make_balanced(request_s=1)
 
     async def never(_):
@@ -245,6 +295,7 @@ async def test_a_request_over_its_time_is_504(make_balanced):
     await balanced.worker("w1", never)
     async with balanced.ask("POST", data="x") as answer:
         assert (answer.status, await answer.json()) == (504, {"error": "request timeout"})
+        assert answer.headers["X-Runpod-Worker-Id"] == "w1"
     assert balanced.slots.worker("w1").occupied == 0
 
 
@@ -259,6 +310,7 @@ async def test_a_request_over_its_time_is_504(make_balanced):
     ],
 )
 async def test_what_is_refused_reaches_no_worker(balanced, path, key, status, error):
+    """§3: the table of answers; §10 for the rest."""
     await balanced.deploy("queueendpoint1", EndpointKind.QUEUE)
     await balanced.deploy("otherbalancer1")
     headers = {"authorization": f"Bearer {key}"} if key else {"authorization": ""}

@@ -7,7 +7,6 @@ import msgspec
 from pilotlight.core.rate_limits import OperationGroup
 from pilotlight.domain.batch import Batch, BatchDraft, BatchStatus
 from pilotlight.domain.job import Job
-from pilotlight.errors import InvalidInputError
 from pilotlight.gateway.asgi import Response
 from pilotlight.gateway.directory import Directory
 from pilotlight.gateway.errors import native_error
@@ -15,6 +14,7 @@ from pilotlight.gateway.jobs.batches import BatchService, RequestPage
 from pilotlight.gateway.jobs.http import Call, Handler, Operation, SegmentRoute, json_answer
 from pilotlight.gateway.jobs.rates import RateTable
 from pilotlight.gateway.jobs.routes import authorize, limited
+from pilotlight.gateway.jobs.submission import parse_number
 from pilotlight.gateway.jobs.views import moment
 from pilotlight.settings import LimitSettings
 
@@ -80,8 +80,9 @@ class _BatchApi:
                 return _summary(await self._service.append(endpoint, batch_id, await self._body(call)))
             case "GET", "requests":
                 default, most = PAGE
-                offset = _number(call, "offset", default=0, lowest=0, highest=2**53)
-                limit = _number(call, "limit", default=default, lowest=1, highest=most)
+                query = call.query
+                offset = parse_number("offset", query.get("offset"), default=0, lowest=0, highest=2**53)
+                limit = parse_number("limit", query.get("limit"), default=default, lowest=1, highest=most)
                 page = await self._service.requests(endpoint.id, batch_id, offset=offset, limit=limit)
                 return json_answer(_page(page))
             case "POST", "finalize":
@@ -106,7 +107,12 @@ class _BatchApi:
 
 
 def summary(batch: Batch) -> dict[str, object]:
-    """A batch as clients see it; `createdAt` is in milliseconds."""
+    """A batch as clients see it; `createdAt` is in milliseconds.
+
+    A batch is done when completed and failed requests are all there are (serverless-api.md §2.16), so those
+    that were cancelled one by one, or purged, count as failed; those of a cancelled batch do not.
+    """
+    dropped = batch.cancelled if batch.cancel_ms is None else 0
     return {
         "id": batch.id,
         "endpointId": batch.endpoint_id,
@@ -115,7 +121,7 @@ def summary(batch: Batch) -> dict[str, object]:
         "requestTotal": batch.total,
         "requestInProgress": batch.in_progress,
         "requestCompleted": batch.completed,
-        "requestFailed": batch.failed,
+        "requestFailed": batch.failed + dropped,
         "createdAt": batch.created_ms,
     }
 
@@ -149,14 +155,3 @@ def _request(request: Job | BatchDraft) -> dict[str, object]:
     if request.finished_ms is not None:
         view["completedAt"] = moment(request.finished_ms)
     return view
-
-
-def _number(call: Call, name: str, *, default: int, lowest: int, highest: int) -> int:
-    text = call.query.get(name, "")
-    if not text:
-        return default
-    if not (text.isascii() and text.isdigit() and len(text) <= 16 and lowest <= int(text) <= highest):
-        raise InvalidInputError(
-            f"{name} must be a number between {lowest} and {highest}, got {text[:40]!r}", field=name
-        )
-    return int(text)

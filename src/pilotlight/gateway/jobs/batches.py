@@ -22,7 +22,7 @@ from pilotlight.errors import InvalidInputError, NotFoundError
 from pilotlight.gateway.errors import QueueFullError
 from pilotlight.gateway.jobs.bounds import QueueBounds
 from pilotlight.gateway.jobs.ledger import Ledger
-from pilotlight.gateway.jobs.submission import check_readable
+from pilotlight.gateway.jobs.submission import check_readable, check_takes_jobs
 from pilotlight.ports.clock import Clock
 from pilotlight.ports.store import BatchStore
 from pilotlight.settings import Settings
@@ -108,9 +108,10 @@ class BatchService:
             body: A JSON array of `{"input": …}`, which may be empty.
 
         Raises:
-            InvalidInputError: Names the element and what is wrong with it.
+            InvalidInputError: Names the element and what is wrong with it; or the endpoint has no queue.
             QueueFullError: As many batches are under way as may be, or too many requests.
         """
+        check_takes_jobs(endpoint)
         drafts = self._drafts(_array(body or b"[]"))
         check_readable(body)
         active = [batch for batch in await self._store.batches(endpoint.id) if batch.active]

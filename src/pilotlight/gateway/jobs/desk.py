@@ -21,24 +21,23 @@ from pilotlight.core.lifecycle import (
     ResultPosted,
     WorkerLost,
 )
+from pilotlight.domain.endpoint import EndpointKind
 from pilotlight.domain.job import Job
 from pilotlight.domain.worker import Failure, Stage, Worker
 from pilotlight.errors import InvalidInputError, NotFoundError, PilotlightError, StoreError
+from pilotlight.gateway.directory import Directory
 from pilotlight.gateway.jobs.buckets import Buckets, Outsize
 from pilotlight.gateway.jobs.ledger import Ledger
 from pilotlight.gateway.jobs.links import HandOut, Poll, WorkerLink
 from pilotlight.gateway.jobs.results import (
-    ChunkTooLargeError,
     PostedResult,
     oversize,
-    parse_chunk,
     parse_result,
 )
-from pilotlight.gateway.jobs.streams import forget_read
+from pilotlight.gateway.jobs.streams import Chunks
 from pilotlight.gateway.jobs.waiting import Gone, happened
 from pilotlight.gateway.protocol import ClientStream
 from pilotlight.ports.fleet import StageReport
-from pilotlight.ports.store import ChunkFate
 from pilotlight.settings import LimitSettings
 
 _log = structlog.get_logger()
@@ -56,6 +55,9 @@ _CROSSING_NS = 2_000_000_000
 """A worker with several open takes may have asked on one, saying that it holds nothing, before it read the
 job that was answered on another; arbitrary, far longer than that can take."""
 
+_REPLACED_GRACE_S = 10.0
+"""From SIGTERM to SIGKILL of a worker that asked to be replaced (worker-protocol.md §8)."""
+
 _ENDING_HOLD_S = 1.0
 """Hold of polls by a worker that is being ended, so that they do not delay its exit."""
 
@@ -69,18 +71,30 @@ class WorkerDesk:
 
     Args:
         ledger: Jobs and bookkeeping.
+        directory: Tells the kind of a worker's endpoint.
         limits: Sizes of results and chunks.
         entropy: Random bytes, to spread the holds.
         buckets: Opens the `s3Config` of jobs, and takes results that are too large.
+        note: Adds a line to the log of a worker.
     """
 
     def __init__(
-        self, ledger: Ledger, limits: LimitSettings, entropy: Callable[[int], bytes], buckets: Buckets
+        self,
+        ledger: Ledger,
+        directory: Directory,
+        limits: LimitSettings,
+        *,
+        entropy: Callable[[int], bytes],
+        buckets: Buckets,
+        note: Callable[[str, str], object],
     ) -> None:
         self._ledger = ledger
+        self._directory = directory
         self._limits = limits
         self._entropy = entropy
         self._buckets = buckets
+        self._note = note
+        self._chunks = Chunks(ledger, limits, fail=self._fail, note=note)
 
     def link(self, worker: Worker) -> WorkerLink | None:
         """What is known of a living worker; None when it has ended."""
@@ -105,6 +119,8 @@ class WorkerDesk:
         if link is None:
             return []
         link.several_polls = link.several_polls or bool(link.polls)
+        link.note_take()
+        self._ledger.dispatcher.look_again(link)
         await self._ledger.fleet.took(worker.id, slots=self._slots_of(link, count, holding=holding))
         if len(link.polls) >= _POLLS_MAX:
             raise TooManyPollsError(f"worker {worker.id} has {len(link.polls)} open takes")
@@ -119,6 +135,7 @@ class WorkerDesk:
             return await self._answer_of(poll, gone)
         finally:
             timer.cancel()
+            link.asked_ns = self._ledger.clock.monotonic_ns()
 
     async def _answer_of(self, poll: Poll, gone: Gone) -> Sequence[Job]:
         """The jobs of a take, when it is resolved; none when its client has gone, and they go back then."""
@@ -192,31 +209,33 @@ class WorkerDesk:
         link.pinged_ns = self._ledger.clock.monotonic_ns()
         # Nothing is awaited while two pings are compared, so they are compared in the order they came.
         listed, previous = frozenset(job_ids), link.listed
-        confirmed = [link.hand_outs[job_id] for job_id in listed if job_id in link.hand_outs]
-        confirmed = [hand_out for hand_out in confirmed if not hand_out.confirmed]
-        for hand_out in confirmed:
-            hand_out.confirmed = True
+        shown = [link.hand_outs[job_id] for job_id in listed if job_id in link.hand_outs]
+        unrecorded = [hand_out for hand_out in shown if not hand_out.recorded]
+        for hand_out in unrecorded:
+            hand_out.show()
         missing = [link.hand_outs[job_id] for job_id in previous - listed if job_id in link.hand_outs]
         # A post that is being received may be the final one; the next ping looks again.
-        if not complete or link.bodies:
-            lost: list[HandOut] = []
-        else:
-            lost = [hand_out for hand_out in missing if not hand_out.posts]
+        lost: list[HandOut] = []
+        if complete and not link.bodies:
+            lost = [hand_out for hand_out in missing if not hand_out.posts] + link.note_list(listed)
         # Until the store knows of a loss, the next ping must find it again.
         link.listed = listed | {hand_out.job_id for hand_out in missing}
         self._look_at_stops(link, listed, previous)
         now_ms = self._ledger.clock.now_ms()
         events = [(hand_out.job_id, self._loss(link, hand_out, arrived=True)) for hand_out in lost]
-        for hand_out in confirmed:
+        for hand_out in unrecorded:
             event = Confirmed(worker_id=worker.id, now_ms=now_ms, attempt=hand_out.attempt)
             events.append((hand_out.job_id, event))
         try:
             await self._apply_many(events)
-        except StoreError:
-            for hand_out in confirmed:
-                hand_out.confirmed = False
-            raise
-        link.listed -= {hand_out.job_id for hand_out in lost}
+        except StoreError as error:
+            # The worker has done its part; what the store has missed comes with the next heartbeat.
+            _log.warning("heartbeat_not_recorded", worker_id=worker.id, error=str(error))
+            for hand_out in unrecorded:
+                hand_out.recorded = False
+        else:
+            link.listed -= {hand_out.job_id for hand_out in lost}
+        self._ledger.dispatcher.look_again(link)
 
     async def unhealthy(self, worker: Worker, *, check: str, reason: str) -> None:
         """Take the last word of a worker that failed its own start-up check (§3.6); it is ended."""
@@ -323,79 +342,12 @@ class WorkerDesk:
     async def chunk(
         self, worker: Worker, job_id: str, body: bytes | None, size: int, *, sequence: int | None = None
     ) -> None:
-        """Take a `job-stream` post; a chunk over the limit is split when it is text, else fails the job.
-
-        Args:
-            worker: Who posts.
-            job_id: For which job.
-            body: The post; None when it was larger than anything we keep.
-            size: Its length in bytes.
-            sequence: Its number, from workers that offer a chunk again when they had no answer; one that
-                was stored already is dropped.
-        """
+        """Take a `job-stream` post: see `Chunks.store`."""
         link = self.link(worker)
         hand_out = link.hand_outs.get(job_id) if link else None
         if link is None or hand_out is None:
             return
-        if sequence is None:
-            await self._store_chunk(link, hand_out, body, size)
-            return
-        if hand_out.storing is None:
-            hand_out.storing = asyncio.Lock()
-        async with hand_out.storing:
-            if sequence <= hand_out.last_sequence:
-                return
-            if await self._store_chunk(link, hand_out, body, size, skip=hand_out.pieces):
-                hand_out.last_sequence, hand_out.pieces = sequence, 0
-
-    async def _store_chunk(
-        self, link: WorkerLink, hand_out: HandOut, body: bytes | None, size: int, *, skip: int = 0
-    ) -> bool:
-        """Store the pieces of a chunk but for the first `skip` ones; whether the last of them is stored."""
-        ledger, worker, job_id = self._ledger, link.worker_id, hand_out.job_id
-        try:
-            if body is None:
-                raise ChunkTooLargeError(f"stream chunk exceeds 1 MB limit (got {size} bytes)")
-            pieces = parse_chunk(body, limit=self._limits.chunk_bytes)
-        except ChunkTooLargeError as error:
-            _log.warning("chunk_too_large", worker_id=worker, job_id=job_id, size=size)
-            await self._fail(link, hand_out, str(error))
-            return False
-        except InvalidInputError as error:
-            _log.warning("chunk_ignored", worker_id=worker, job_id=job_id, error=str(error))
-            return False
-        for piece in pieces[skip:]:
-            try:
-                fate = await ledger.store.append_chunk(
-                    job_id,
-                    worker,
-                    piece,
-                    attempt=hand_out.attempt,
-                    now_ms=ledger.clock.now_ms(),
-                    limit_bytes=self._limits.stream_bytes,
-                )
-            except NotFoundError:
-                return False
-            if fate is ChunkFate.FULL:
-                await self._fail_full(link, hand_out)
-            if fate is not ChunkFate.STORED:
-                return False
-            hand_out.pieces += 1
-            hand_out.confirmed = True
-            if hand_out.first_chunk_ms is None:
-                hand_out.first_chunk_ms = ledger.clock.now_ms()
-            if b"usage" in piece:
-                hand_out.usage_chunk = piece
-            ledger.signals.notify(job_id)
-            hand_out.streamed += len(piece)
-        await forget_read(ledger.store, hand_out, limit_bytes=self._limits.stream_bytes)
-        return True
-
-    async def _fail_full(self, link: WorkerLink, hand_out: HandOut) -> None:
-        limit = self._limits.stream_bytes / 1_048_576
-        await self._fail(
-            link, hand_out, f"nobody reads the stream: more than {limit:g} MB of chunks wait for a reader"
-        )
+        await self._chunks.store(link, hand_out, body, size, sequence=sequence)
 
     async def _fail(self, link: WorkerLink, hand_out: HandOut, error: str) -> None:
         """End a job whose worker goes on, and tell the worker."""
@@ -463,7 +415,9 @@ class WorkerDesk:
         if link.retiring:
             return
         link.retiring = True
-        drain = self._ledger.fleet.drain(link.worker_id, reason="the worker asked to be replaced")
+        drain = self._ledger.fleet.drain(
+            link.worker_id, reason="the worker asked to be replaced", grace_s=_REPLACED_GRACE_S
+        )
         self._ledger.spawn(drain, f"drain-{link.worker_id}")
 
     def _final(
@@ -479,15 +433,16 @@ class WorkerDesk:
             )
             return ResultPosted(worker_id=worker_id, now_ms=now_ms, error=error, attempt=attempt)
         length = len(posted.output or b"")
+        # UTF-8 takes up to four bytes per character.
+        error_text = posted.error if posted.error is None else posted.error[: limit // 4]
         if length > limit:
-            error = oversize(length, limit)
+            self._note(worker_id, f"job {job_id}: {oversize(length, limit)}")
+            # What the handler says went wrong is worth more than that its output was too large.
+            error = error_text or oversize(length, limit)
             failed = ResultPosted(worker_id=worker_id, now_ms=now_ms, error=error, attempt=attempt)
             return Outsize(failed, posted.output if posted.error is None else None)
-        error_text = posted.error
-        if error_text is not None and len(error_text) > limit // 4:
-            # UTF-8 takes up to four bytes per character.
-            error_text = error_text[: limit // 4]
-        if posted.retryable and (self._ledger.closing or self._ledger.suspended):
+        retryable = posted.retryable and self._runs_our_program(link)
+        if retryable and (self._ledger.closing or self._ledger.suspended):
             # It was us who ended the worker: not the job's fault, and not its retry.
             reason = "the gateway ended its worker"
             return PlatformInterrupted(now_ms=now_ms, reason=reason, worker_id=worker_id, attempt=attempt)
@@ -496,9 +451,17 @@ class WorkerDesk:
             now_ms=now_ms,
             output=posted.output,
             error=error_text,
-            retryable=posted.retryable,
+            retryable=retryable,
             attempt=attempt,
         )
+
+    def _runs_our_program(self, link: WorkerLink) -> bool:
+        """Whether `retryable` in an error is our worker program's word on its engine (vllm-worker.md §3.7).
+
+        From any other program it is the handler's, whose errors are final (serverless-api.md §12 item 17).
+        """
+        endpoint = self._directory.endpoint(link.endpoint_id)
+        return endpoint is not None and endpoint.kind is EndpointKind.VLLM
 
     def _progressed(
         self, link: WorkerLink, hand_out: HandOut | None, posted: PostedResult
@@ -506,7 +469,7 @@ class WorkerDesk:
         """A progress value; None when it comes late (§1 rule 16) or is too large to keep."""
         if hand_out is None:
             return None
-        hand_out.confirmed = True
+        hand_out.show()
         if len(posted.output or b"") > self._limits.result_bytes:
             job_id = hand_out.job_id
             _log.warning("progress_ignored", worker_id=link.worker_id, job_id=job_id, reason="too large")
@@ -528,11 +491,6 @@ class WorkerDesk:
         for job_id in listed - link.hand_outs.keys():
             if job_id in link.stopping or job_id in previous:
                 link.stop(job_id, deadline_ns=self._ledger.stop_deadline_ns())
-        freed = [job_id for job_id in link.avoid if job_id not in listed]
-        for job_id in freed:
-            del link.avoid[job_id]
-        if freed:
-            self._ledger.dispatcher.stop_avoiding(link)
 
     async def _close_earlier(self, link: WorkerLink) -> None:
         """Close every hand-out to a worker that says it holds nothing (§5)."""
@@ -549,7 +507,7 @@ class WorkerDesk:
             link.stop_pending.clear()
             link.avoid.clear()
             link.listed = frozenset()
-            self._ledger.dispatcher.stop_avoiding(link)
+            self._ledger.dispatcher.look_again(link)
 
     def _loss(self, link: WorkerLink, hand_out: HandOut, *, arrived: bool) -> JobEvent:
         """The end of an attempt without a result: FAILED when the worker made none, else requeued."""

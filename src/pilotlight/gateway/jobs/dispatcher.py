@@ -36,18 +36,23 @@ _UNKNOWN = 1 << 40
 _PAUSE_S = 1.0
 """Pause after a failure of the store."""
 
+_UNREACHED = "the worker was gone before it could be given the job"
+_HELD = "its worker may still hold an earlier attempt of it"
+"""Why jobs go back that were taken from the queue and never sent."""
+
 _SERVES = frozenset({WorkerState.STARTING, WorkerState.READY})
 
 
 @dataclass(slots=True, eq=False)
 class _Line:
-    """One endpoint: its open takes and what is known of its queue."""
+    """One endpoint: its open takes, what is known of its queue, and whom nothing in it can be given to."""
 
     polls: dict[Poll, None] = field(default_factory=dict)
     believed: int = _UNKNOWN
     arrivals: int = 0
     asked: int = 0
     paused: bool = False
+    waiting: set[WorkerLink] = field(default_factory=set)
 
 
 class Dispatcher:
@@ -90,6 +95,9 @@ class Dispatcher:
         line = self._line(endpoint_id)
         line.believed += count
         line.arrivals += count
+        for link in line.waiting:
+            link.waits = False
+        line.waiting.clear()
         self.serve(endpoint_id)
 
     def park(self, poll: Poll) -> None:
@@ -164,7 +172,7 @@ class Dispatcher:
     ) -> bool:
         """Start a take in the store, unless there is no job or no slot for it, or its worker may get none."""
         link, wanted = poll.link, line.believed - line.asked
-        if wanted <= 0 or link.avoiding or not self.may_hand_out(link):
+        if wanted <= 0 or link.waits or not self.may_hand_out(link):
             return False
         granted = self._slots.reserve_jobs(link.worker_id, min(poll.count, wanted), leaving=leaving)
         if not granted:
@@ -175,7 +183,7 @@ class Dispatcher:
         self._spawn(self._ask(line, poll, granted, results), f"take-{link.worker_id}")
         return True
 
-    async def give_back(self, jobs: list[Job]) -> None:
+    async def give_back(self, jobs: list[Job], reason: str = _UNREACHED) -> None:
         """Return jobs that never reached a worker to the head of the queue; their retry is untouched."""
         while jobs:
             failed: list[Job] = []
@@ -183,7 +191,7 @@ class Dispatcher:
                 try:
                     event = PlatformInterrupted(
                         now_ms=self._clock.now_ms(),
-                        reason="the worker was gone before it could be given the job",
+                        reason=reason,
                         worker_id=job.worker_id,
                         attempt=job.attempt,
                     )
@@ -209,16 +217,24 @@ class Dispatcher:
 
     async def _ask(self, line: _Line, poll: Poll, granted: int, results: asyncio.Task[None] | None) -> None:
         link, arrivals = poll.link, line.arrivals
+        withheld = link.withheld()
         jobs: list[Job] = []
         try:
             jobs = list(
                 await self._store.take(
-                    link.endpoint_id, link.worker_id, count=granted, now_ms=self._clock.now_ms()
+                    link.endpoint_id,
+                    link.worker_id,
+                    count=granted,
+                    now_ms=self._clock.now_ms(),
+                    without=withheld,
                 )
             )
             line.believed = max(0, line.believed - len(jobs))
             if len(jobs) < granted:
-                line.believed = min(line.believed, line.arrivals - arrivals)
+                line.believed = min(line.believed, line.arrivals - arrivals + len(withheld))
+                if withheld and line.arrivals == arrivals:
+                    link.waits = True
+                    line.waiting.add(link)
             if results is not None and not results.done():
                 # What follows from them comes first: a job that goes back to the queue may be among these.
                 await asyncio.wait({results})
@@ -239,40 +255,34 @@ class Dispatcher:
                 poll.future.set_result([])
             # Last, because a freed slot may start the next take at once.
             self._slots.release_jobs(link.worker_id, granted - len(jobs))
-        await self.give_back(refused)
+        await self.give_back(refused, _HELD if kept else _UNREACHED)
         self.serve(link.endpoint_id)
 
     def _hand_out(self, poll: Poll, jobs: list[Job]) -> tuple[list[Job], list[Job]]:
         """Split what the store gave into jobs for this poll and jobs that must go back."""
         link = poll.link
         living = [job for job in jobs if (job.id, job.attempt) not in link.ended_early]
+        # It may have been taken away from this worker while the store was asked.
+        withheld = link.withheld()
         now_ns = self._clock.monotonic_ns()
         for job in living:
             link.hand_outs[job.id] = HandOut(job.id, job.attempt, now_ns, poll.connection)
         if poll.closed or poll.future.done() or not self.may_hand_out(link):
             link.return_all(living)
             return [], living
-        kept: list[Job] = []
-        refused: list[Job] = []
-        again_ns = now_ns
-        for job in living:
-            until_ns = link.avoid_until(job.id, now_ns)
-            (kept if until_ns is None else refused).append(job)
-            again_ns = max(again_ns, until_ns or now_ns)
-        if refused:
-            link.avoiding = True
-            again_s = (again_ns - now_ns) / 1e9
-            asyncio.get_running_loop().call_later(again_s, self.stop_avoiding, link)
+        kept = [job for job in living if job.id not in withheld]
+        refused = [job for job in living if job.id in withheld]
         link.return_all(refused)
         for job in kept:
             link.begin(job.id)
             self._started(job.id)
         return kept, refused
 
-    def stop_avoiding(self, link: WorkerLink) -> None:
-        """Offer a worker the head of the queue again."""
-        if link.avoiding:
-            link.avoiding = False
+    def look_again(self, link: WorkerLink) -> None:
+        """Ask for a worker again that may have let go of what it could not be given."""
+        if link.waits:
+            link.waits = False
+            self._line(link.endpoint_id).waiting.discard(link)
             self.serve(link.endpoint_id)
 
     def _resume(self, endpoint_id: str, line: _Line) -> None:

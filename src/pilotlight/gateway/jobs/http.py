@@ -88,18 +88,24 @@ class Call:
         """`async with` it to have a future that is done when the client has gone; after the body was read."""
         return watched(self.scope, self.receive)
 
-    async def body(self, *, limit: int) -> tuple[bytes | None, int]:
+    async def body(self, *, limit: int, within_s: float | None = None) -> tuple[bytes | None, int]:
         """The body and its size; None for the body when it is over the limit.
+
+        Args:
+            limit: Bytes.
+            within_s: How long it may take; None means as long as the road gives everybody, `body_s`.
 
         Raises:
             ClientGoneError: The client went away before the end.
-            BodyTimeoutError: It did not send all of it within `body_s`.
+            BodyTimeoutError: It did not send all of it in time.
         """
+        if within_s is None:
+            within_s = self._body_s
         try:
-            async with asyncio.timeout(self._body_s):
+            async with asyncio.timeout(within_s):
                 return await self._read(limit)
         except TimeoutError as error:
-            raise BodyTimeoutError(f"the request body did not arrive within {self._body_s} s") from error
+            raise BodyTimeoutError(f"the request body did not arrive within {within_s:g} s") from error
 
     async def whole_body(self, *, limit: int) -> bytes:
         """The body of a client's request.
@@ -185,7 +191,12 @@ class WholeCall(Call):
         """See `Call`; nothing runs meanwhile."""
         return watched({"extensions": {GONE: self._gone}}, never_received)
 
-    async def body(self, *, limit: int) -> tuple[bytes | None, int]:
+    async def body(
+        self,
+        *,
+        limit: int,
+        within_s: float | None = None,  # noqa: ARG002 - it is there
+    ) -> tuple[bytes | None, int]:
         """The body and its size; None for the body when it is over the limit."""
         body = self._request.body
         return (body if len(body) <= limit else None), len(body)

@@ -196,13 +196,17 @@ class Ledger:
         if not self.closing:
             self.dispatcher.reopen()
 
-    async def close(self) -> None:
-        """Hand out nothing more, answer whoever waits, and return when nothing is under way."""
+    def begin_close(self) -> None:
+        """Hand out nothing more and answer clients that wait; open polls of workers stay open. Idempotent."""
         self.closing = True
         self.dispatcher.close()
+        self.signals.notify_all()
+
+    async def close(self) -> None:
+        """As `begin_close`, then answer all polls and return when nothing is under way."""
+        self.begin_close()
         for link in self.links.values():
             link.release()
-        self.signals.notify_all()
         while self._tasks:
             await asyncio.wait(self._tasks)
         self.tally.close()
@@ -237,8 +241,10 @@ class Ledger:
                 link.ended_early.add((before.id, before.attempt))
             if isinstance(event, _ENDS_THE_RUN):
                 link.stop(before.id, deadline_ns=self.stop_deadline_ns())
-            elif applied.requeued and isinstance(event, (WorkerLost, ResultPosted)):
-                link.avoid[before.id] = self.clock.monotonic_ns() + self.settings.confirm_s * 1_000_000_000
+            delivered = isinstance(event, ResultPosted) and applied.finished
+            if hand_out is not None and not (delivered or isinstance(event, PlatformInterrupted)):
+                # It may hold the job for a while, or find it in its socket.
+                link.avoid[before.id] = hand_out.confirmed or hand_out.received
             if held is None and not link.asking:
                 # It was given back when the job was seen to have ended elsewhere.
                 return None

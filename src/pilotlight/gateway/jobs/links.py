@@ -17,8 +17,8 @@ from pilotlight.gateway.protocol import ClientStream
 _STOP_POLL_MISSING_NS = 3_000_000_000
 """A living worker opens the next stop poll within two seconds of an answer (worker-protocol.md §6.5)."""
 
-_LOOK_AGAIN_NS = 1_000_000_000
-"""Pause before a worker that still lists a job is offered it again; arbitrary, below a heartbeat's period."""
+_ABSENCES = 2
+"""Heartbeats without a job after a later take, until it is gone: the first may be older than the take."""
 
 
 @dataclass(slots=True, eq=False)
@@ -32,6 +32,9 @@ class HandOut:
         connection: Where it was written to. While that stands, what was written has arrived or will: a
             worker that hangs up closes it.
         confirmed: Whether the worker has shown that it holds the job.
+        recorded: Whether the store knows of that.
+        received: Whether a later take has shown that the worker has got the job.
+        absences: Heartbeats since then that did not list it.
         posts: Posts for this job that are being received now.
         returning: Whether it goes back to the queue, as it never reached the worker.
         post_failed: Whether we failed to take a post, so that a missing result may be our fault (L2).
@@ -39,6 +42,7 @@ class HandOut:
         usage_chunk: The last chunk that speaks of usage.
         last_sequence: Number of the last chunk, for workers that count them.
         pieces: Pieces of the chunk after that one which are stored already.
+        broken: Digest of that chunk; None while none has failed.
         storing: Held while one of those is stored: the same may come twice at once.
         streamed: Bytes of chunks stored since those that had been read were last forgotten.
     """
@@ -48,6 +52,9 @@ class HandOut:
     at_ns: int
     connection: ClientStream | None
     confirmed: bool = False
+    recorded: bool = False
+    received: bool = False
+    absences: int = 0
     posts: int = 0
     returning: bool = False
     post_failed: bool = False
@@ -55,8 +62,13 @@ class HandOut:
     usage_chunk: bytes | None = None
     last_sequence: int = -1
     pieces: int = 0
+    broken: bytes | None = None
     storing: asyncio.Lock | None = None
     streamed: int = 0
+
+    def show(self) -> None:
+        """Note that the worker has shown that it holds the job, by what the store is told, too."""
+        self.confirmed = self.recorded = True
 
     @property
     def arrived(self) -> bool:
@@ -108,9 +120,9 @@ class WorkerLink:
         endpoint_id: Whom it serves.
         hand_outs: Attempts it has not finished.
         listed: Ids in its last ping.
-        avoid: Jobs taken away from it that it may still hold, until when (monotonic ns) they must not
-            be handed to it again: it could not tell the attempts apart (worker-protocol.md §3.2).
-        avoiding: Whether it gets nothing because the next job in the queue is one of those.
+        avoid: Jobs taken away from it that it may still hold, or have in its socket, and whether it has shown
+            since that it has read all that was sent to it.
+        waits: Whether the queue holds nothing for it but what it may still hold.
         stopping: Jobs that ended while it ran them: when it must have let go (monotonic ns).
         stop_pending: Ids for its next stop poll.
         stop_changed: Set when that poll has something to say.
@@ -122,6 +134,7 @@ class WorkerLink:
         released: Whether its polls are to be answered at once, because it is being ended.
         key_warned: Whether a wrong key was reported already.
         pinged_ns: When its last heartbeat came, monotonic; None before the first.
+        asked_ns: When its last take was answered.
         stop_polls: Its open stop polls.
         stop_polled_ns: When its last stop poll was answered.
         stop_broken_ns: When a stop poll broke, until it opens the next one; None while nothing is wrong.
@@ -133,8 +146,8 @@ class WorkerLink:
     endpoint_id: str
     hand_outs: dict[str, HandOut] = field(default_factory=dict)
     listed: frozenset[str] = frozenset()
-    avoid: dict[str, int] = field(default_factory=dict)
-    avoiding: bool = False
+    avoid: dict[str, bool] = field(default_factory=dict)
+    waits: bool = False
     stopping: dict[str, int] = field(default_factory=dict)
     stop_pending: dict[str, None] = field(default_factory=dict)
     stop_changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -146,8 +159,9 @@ class WorkerLink:
     released: bool = False
     key_warned: bool = False
     pinged_ns: int | None = None
+    asked_ns: int = 0
     stop_polls: int = 0
-    stop_polled_ns: int = 0
+    stop_polled_ns: int | None = None
     stop_broken_ns: int | None = None
     library: str | None = None
     several_polls: bool = False
@@ -164,15 +178,46 @@ class WorkerLink:
         for job in jobs:
             self.hand_outs[job.id].returning = True
 
-    def avoid_until(self, job_id: str, now_ns: int) -> int | None:
-        """Until when it must not be given a job, because it may still hold it; None when it may have it.
+    def withheld(self) -> frozenset[str]:
+        """Jobs that it must not be given, because it may still hold them.
 
         It could not tell two attempts of one job apart, and runs the same id twice (worker-protocol.md §3.2).
         """
-        until = max(self.avoid.get(job_id, now_ns), self.stopping.get(job_id, now_ns))
-        if job_id in self.listed:
-            until = max(until, now_ns + _LOOK_AGAIN_NS)
-        return until if until > now_ns else None
+        if not (self.avoid or self.stopping or self.listed):
+            return frozenset()
+        return (self.listed | self.avoid.keys() | self.stopping.keys()) - self.hand_outs.keys()
+
+    def note_take(self) -> None:
+        """Take note of a take: it has read all that was handed to it before, and listed it (§5).
+
+        That does not hold for libraries before 1.7, whose takes are sent side by side.
+        """
+        if self.several_polls:
+            return
+        for hand_out in self.hand_outs.values():
+            hand_out.received = hand_out.received or hand_out.arrived
+        for job_id, read in [*self.avoid.items()]:
+            if read and self.pinged_ns is None:
+                # Without heartbeats nothing else will ever tell that it has let go of the job.
+                del self.avoid[job_id]
+                self.stopping.pop(job_id, None)
+            else:
+                self.avoid[job_id] = True
+
+    def note_list(self, listed: frozenset[str]) -> list[HandOut]:
+        """Take note of what a heartbeat lists; returns what it had and has let go of without listing it ever.
+
+        Jobs that it has let go of, having read all that was sent to it, may be handed to it again.
+        """
+        for job_id in [job_id for job_id, read in self.avoid.items() if read and job_id not in listed]:
+            del self.avoid[job_id]
+        dropped = []
+        for hand_out in self.hand_outs.values():
+            if hand_out.received and not (hand_out.confirmed or hand_out.returning or hand_out.posts):
+                hand_out.absences += 1
+                if hand_out.absences >= _ABSENCES:
+                    dropped.append(hand_out)
+        return dropped
 
     def stop(self, job_id: str, *, deadline_ns: int) -> None:
         """Tell it to let go of a job with its next stop poll, and remember until when it should have."""
@@ -202,7 +247,27 @@ class WorkerLink:
         """
         if self.pinged_ns is None or now_ns - self.pinged_ns <= pings_missing_ns:
             return False
-        return not self.stop_polls and now_ns - self.stop_polled_ns > _STOP_POLL_MISSING_NS
+        return not self._calls(now_ns)
+
+    def mute(self, now_ns: int) -> bool:
+        """Whether it has never sent a heartbeat, and does not call either."""
+        return self.pinged_ns is None and not self._calls(now_ns)
+
+    def _calls(self, now_ns: int) -> bool:
+        """Whether it has a call open by which it shows that it lives, or had one a moment ago.
+
+        Libraries before 1.10 have no stop poll; of those takes and posts count.
+        """
+        if self.stop_polls:
+            return True
+        if self.stop_polled_ns is not None:
+            return now_ns - self.stop_polled_ns <= _STOP_POLL_MISSING_NS
+        return self._busy or now_ns - self.asked_ns <= _STOP_POLL_MISSING_NS
+
+    @property
+    def _busy(self) -> bool:
+        """Whether it has a take open, or posts something."""
+        return bool(self.polls or self.bodies) or any(held.posts for held in self.hand_outs.values())
 
     def orphaned(self, now_ns: int) -> bool:
         """Whether its main process is gone although heartbeats go on (worker-protocol.md §6.5).
@@ -211,9 +276,7 @@ class WorkerLink:
         """
         if self.stop_broken_ns is None or now_ns - self.stop_broken_ns <= _STOP_POLL_MISSING_NS:
             return False
-        if self.bodies or self.polls:
-            return False
-        return not any(hand_out.posts for hand_out in self.hand_outs.values())
+        return not self._busy
 
     @contextlib.contextmanager
     def receiving(self) -> Iterator[None]:

@@ -26,8 +26,8 @@ from pilotlight.errors import InvalidInputError, NotFoundError, StoreError
 from pilotlight.gateway.asgi import ClientGoneError, Headers, Receive, Scope, Send, read_body, send_json
 from pilotlight.gateway.directory import Directory
 from pilotlight.gateway.errors import RETRY_AFTER_STORE_S, QueueFullError
-from pilotlight.gateway.jobs.service import JobService
-from pilotlight.gateway.jobs.submission import Submission, check_readable
+from pilotlight.gateway.jobs.service import JobService, StreamPart
+from pilotlight.gateway.jobs.submission import NOT_FOR_QUEUES, Submission, check_readable
 from pilotlight.gateway.jobs.waiting import Gone, watched
 from pilotlight.gateway.openai_access import called_endpoint, caller_of
 from pilotlight.gateway.refusal import RequestRefusedError, anthropic_body
@@ -40,6 +40,9 @@ _WAIT_S = 300.0
 
 _HOLD_S = 8.0
 """Length of one wait for stream chunks; the next follows at once."""
+
+
+_LOST = Failure(status=502, message="the worker was lost after part of the answer had been sent")
 
 
 class JobOpenAI:
@@ -84,7 +87,7 @@ class JobOpenAI:
         key = caller_of(self._directory, headers)
         endpoint = called_endpoint(self._directory, key, endpoint_id)
         if endpoint.kind is EndpointKind.LOAD_BALANCER:
-            raise RequestRefusedError(400, "not allowed for QB API")
+            raise RequestRefusedError(400, NOT_FOR_QUEUES)
         body = await self._body(headers, receive)
         try:
             streamed = bool(body) and wants_stream(body)
@@ -142,32 +145,38 @@ class JobOpenAI:
             raise _refusal(_failure(done))
         chunks: Sequence[bytes] = ()
         if done.output in {None, b"null", b"[]"}:
-            _, chunks = await self._service.stream(endpoint.id, job.id, hold_s=0)
+            chunks = (await self._service.stream(endpoint.id, job.id, hold_s=0)).chunks
         answer = whole_answer(done.output, chunks)
         await send_json(send, answer.status, answer.body, [(b"x-job-id", job.id.encode())])
 
     async def _stream(self, endpoint: Endpoint, job: Job, route: str, send: Send, gone: Gone) -> None:
         begun = False
+        begun_by = 0
         deadline = asyncio.get_running_loop().time() + self._limits.data_path_s
         while not gone.done():
             try:
-                status, chunks = await self._service.stream(endpoint.id, job.id, hold_s=_HOLD_S, gone=gone)
+                part = await self._service.stream(endpoint.id, job.id, hold_s=_HOLD_S, gone=gone)
             except NotFoundError:
                 # Its time to live ended while it ran.
-                status, chunks = JobStatus.TIMED_OUT, ()
+                part = StreamPart(JobStatus.TIMED_OUT, (), begun_by)
             except StoreError as error:
                 if not begun:
                     raise
                 await self._cancel(endpoint, job)
                 await _fail(send, route, Failure(status=503, message=str(error)), begun=begun)
                 return
-            if chunks and not begun:
-                begun = True
+            if begun and (part.status is JobStatus.IN_QUEUE or part.attempt != begun_by):
+                # What another worker would say does not go on from what was said.
+                await self._cancel(endpoint, job)
+                await _fail(send, route, _LOST, begun=begun)
+                return
+            if part.chunks and not begun:
+                begun, begun_by = True, part.attempt
                 await _begin(send, job)
-            for chunk in chunks:
+            for chunk in part.chunks:
                 event = {"type": "http.response.body", "body": stream_text(chunk), "more_body": True}
                 await send(event)
-            if status.terminal:
+            if part.status.terminal:
                 await self._end(endpoint, job, route, send, begun=begun)
                 return
             if asyncio.get_running_loop().time() > deadline:

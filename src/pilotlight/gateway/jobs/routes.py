@@ -8,9 +8,11 @@ from dataclasses import replace
 import structlog
 
 from pilotlight.core.rate_limits import OperationGroup
+from pilotlight.core.worker_counts import count_workers, service_status
 from pilotlight.domain.endpoint import Endpoint, EndpointKind
 from pilotlight.domain.job import Job, JobStatus
 from pilotlight.domain.key import ApiKey
+from pilotlight.domain.worker import WorkerState
 from pilotlight.errors import ConflictError, InvalidInputError, NotFoundError, StoreError
 from pilotlight.gateway.asgi import Response
 from pilotlight.gateway.directory import Directory
@@ -21,8 +23,9 @@ from pilotlight.gateway.errors import (
 )
 from pilotlight.gateway.jobs.http import Call, Handler, Operation, SegmentRoute, json_answer
 from pilotlight.gateway.jobs.rates import RateTable
-from pilotlight.gateway.jobs.service import NOT_FOR_QUEUES, JobService, Submitted
+from pilotlight.gateway.jobs.service import JobService, Submitted
 from pilotlight.gateway.jobs.submission import (
+    NOT_FOR_QUEUES,
     WAIT_MS,
     parse_flag,
     parse_idempotency_key,
@@ -214,8 +217,8 @@ class _JobApi:
         cursor = parse_number("cursor", call.query.get("cursor"), default=-1, lowest=0, highest=_CURSOR_MAX)
         async with call.client_gone() as gone:
             if cursor < 0:
-                status, chunks = await self._service.stream(endpoint.id, job_id, hold_s=hold_s, gone=gone)
-                return json_answer(stream_view(status, chunks))
+                part = await self._service.stream(endpoint.id, job_id, hold_s=hold_s, gone=gone)
+                return json_answer(stream_view(part.status, part.chunks))
             status, chunks, following = await self._service.replay(
                 endpoint.id, job_id, cursor=cursor, hold_s=hold_s, gone=gone
             )
@@ -242,18 +245,22 @@ class _JobApi:
     async def health(self, _: Call, endpoint: Endpoint, __: ApiKey) -> Response:
         counts = await self._service.counts(endpoint.id)
         traffic = await self._slots.traffic(endpoint.id, overdue_before_ms=0)
-        workers = []
+        statuses, ready = [], 0
         for worker in self._fleet.workers(endpoint.id):
             slots = self._slots.worker(worker.id)
-            workers.append((worker.state, slots.occupied if slots else 0, slots.free if slots else 0))
+            status = service_status(worker, occupied=slots.occupied if slots else 0)
+            statuses.append(status)
+            ready += worker.state is WorkerState.READY and slots is not None and slots.free > 0
         health = self._fleet.health(endpoint.id)
+        workers = count_workers(
+            statuses, failed_starts=health.failures, throttled=health.throttled is not None
+        )
         body = health_view(
             counts,
             held=traffic.held,
             in_flight=traffic.requests_in_flight,
             workers=workers,
-            unhealthy=health.failures,
-            throttled=health.throttled is not None,
+            ready=ready,
         )
         return json_answer(body)
 

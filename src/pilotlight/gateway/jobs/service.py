@@ -9,13 +9,21 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
 from pilotlight.core.explain import Wait, explain_wait
-from pilotlight.core.lifecycle import Applied, Cancelled, Effect, JobEvent, PlatformInterrupted, Retried
-from pilotlight.domain.endpoint import Endpoint, EndpointKind
+from pilotlight.core.lifecycle import (
+    Applied,
+    Cancelled,
+    Effect,
+    JobEvent,
+    PlatformInterrupted,
+    Retried,
+    ttl_window_ms,
+)
+from pilotlight.domain.endpoint import Endpoint
 from pilotlight.domain.ids import job_id as make_job_id
 from pilotlight.domain.job import Idempotency, Job, JobCounts, JobStatus
 from pilotlight.domain.key import ApiKey
@@ -30,7 +38,14 @@ from pilotlight.gateway.jobs.desk import WorkerDesk
 from pilotlight.gateway.jobs.ledger import Ledger
 from pilotlight.gateway.jobs.rates import RateTable
 from pilotlight.gateway.jobs.sight import Sight
-from pilotlight.gateway.jobs.submission import ID, TTL_MS, Submission, fingerprint_of, parse_submission
+from pilotlight.gateway.jobs.submission import (
+    ID,
+    TTL_MS,
+    Submission,
+    check_takes_jobs,
+    fingerprint_of,
+    parse_submission,
+)
 from pilotlight.gateway.jobs.upkeep import Upkeep
 from pilotlight.gateway.jobs.waiting import Gone, happened
 from pilotlight.gateway.slots import SlotTable
@@ -40,9 +55,6 @@ from pilotlight.ports.store import BatchStore, Chunk, JobStore
 from pilotlight.settings import Settings
 
 JOB_NOT_FOUND = "job not found"
-
-NOT_FOR_QUEUES = "not allowed for QB API"
-"""What a queue route of a load-balancing endpoint answers, with 400 (serverless-api.md §2.14)."""
 
 _STREAM_BYTES = 8 * 1024 * 1024
 """Chunks put into one answer of `/stream`."""
@@ -79,6 +91,20 @@ class Submitted(msgspec.Struct, frozen=True):
     replayed: bool
 
 
+class StreamPart(NamedTuple):
+    """What one read of a stream brought.
+
+    Attributes:
+        status: Of the job; terminal only together with the last of the chunks.
+        chunks: Raw JSON.
+        attempt: Whose chunks they are, or would be.
+    """
+
+    status: JobStatus
+    chunks: Sequence[bytes]
+    attempt: int
+
+
 class QueueStore(JobStore, BatchStore, Protocol):
     """What the job road remembers."""
 
@@ -98,6 +124,7 @@ class JobService:
         wake: Wakes the autoscaler of an endpoint.
         buckets: Seals what only workers may see (`s3Config`), and stores results that are too large.
         webhook_due: Called when a job has ended whose webhook the store now holds.
+        note: Adds a line to the log of a worker.
 
     Attributes:
         workers: The side that workers speak to.
@@ -120,6 +147,7 @@ class JobService:
         wake: Callable[[str], None],
         buckets: Buckets,
         webhook_due: Callable[[], None] = lambda: None,
+        note: Callable[[str, str], object] = lambda *_: None,
     ) -> None:
         self._store = store
         self._fleet = fleet
@@ -143,7 +171,9 @@ class JobService:
             ended=self.bounds.ended,
             webhook_due=webhook_due,
         )
-        self.workers = WorkerDesk(self._ledger, settings.limits, entropy, buckets)
+        self.workers = WorkerDesk(
+            self._ledger, directory, settings.limits, entropy=entropy, buckets=buckets, note=note
+        )
         self.batches = BatchService(
             store=store,
             ledger=self._ledger,
@@ -153,7 +183,7 @@ class JobService:
             bounds=self.bounds,
             wake=wake,
         )
-        self._sight = Sight(store, slots, fleet)
+        self._sight = Sight(store, slots, fleet, self._ledger.links)
         self._upkeep = Upkeep(self._ledger, self._gone)
         self._cancelled_streams: OrderedDict[str, int] = OrderedDict()
 
@@ -338,12 +368,11 @@ class JobService:
 
     async def stream(
         self, endpoint_id: str, job_id: str, *, hold_s: float, gone: Gone | None = None
-    ) -> tuple[JobStatus, Sequence[bytes]]:
+    ) -> StreamPart:
         """Chunks not returned before, waiting for some, for a change of state, or for `hold_s` (§2.8).
 
-        Returns:
-            The status and the chunks' raw JSON. The status is terminal only together with the last of
-            the chunks: while more remain than fit into one answer it is IN_PROGRESS.
+        While more remain than fit into one answer the status is IN_PROGRESS. When the worker is lost, the
+        stream of the next one begins anew (worker-protocol.md §7.2).
 
         Raises:
             NotFoundError: Unknown job, or a cancelled one whose reader does not stop by itself.
@@ -351,7 +380,7 @@ class JobService:
         job, status, chunks = await self._read_stream(endpoint_id, job_id, None, hold_s=hold_s, gone=gone)
         if status.terminal:
             self._check_cancelled_stream(job, empty=not chunks)
-        return status, [chunk.body for chunk in chunks]
+        return StreamPart(status, [chunk.body for chunk in chunks], job.attempt)
 
     async def replay(
         self, endpoint_id: str, job_id: str, *, cursor: int, hold_s: float, gone: Gone | None = None
@@ -383,6 +412,11 @@ class JobService:
                     raise NotFoundError(JOB_NOT_FOUND) from None
                 if self._gone(job):
                     raise NotFoundError(JOB_NOT_FOUND)
+                if chunks and cursor is None and gone is not None and gone.done():
+                    # Its reader left while they were read: they are for the next one (§2.8).
+                    await self._store.return_chunks(job_id, chunks, attempt=job.attempt)
+                    ledger.signals.notify(job_id)
+                    return before, before.status, []
                 if job.status.terminal:
                     return job, await self._status_after(job, chunks, cursor), chunks
                 if chunks or job.status is not before.status or ledger.closing:
@@ -404,7 +438,7 @@ class JobService:
     async def retry(self, endpoint: Endpoint, job_id: str) -> Job:
         """Queue a job that failed again, with its id, its input and a new time to live (§2.10, §2.15).
 
-        It gets as long a time to live as it had at first.
+        It gets as long a time to live as it has had.
 
         Raises:
             InvalidInputError: It did not fail, or its s3Config is gone.
@@ -416,7 +450,7 @@ class JobService:
             raise _not_retryable(job)
         now_ms = self._clock.now_ms()
         lowest, highest = TTL_MS
-        window_ms = max(lowest, min(highest, job.expires_ms - job.created_ms))
+        window_ms = max(lowest, min(highest, ttl_window_ms(job)))
         async with self.bounds.room(endpoint, jobs=1, size=job.input_bytes):
             applied = await self._apply(job_id, Retried(now_ms=now_ms, expires_ms=now_ms + window_ms))
         if applied.effect is Effect.IGNORED_WIPED:
@@ -496,11 +530,19 @@ class JobService:
             self._wake(endpoint.id)
         return len(running)
 
-    async def close(self) -> None:
-        """Answer every parked poll and wait, hand out nothing more; returns when all is settled.
+    def begin_close(self) -> None:
+        """Hand out nothing more, and answer clients that wait.
 
-        Call it before the workers are ended, so that their jobs go back without using up a retry, and
-        before the store is closed.
+        Call it before the workers are ended, so that their jobs go back without using up a retry. Their polls
+        stay open until they have been told to end (`release_polls`): one that is answered before that asks
+        again, and its end has to wait for the answer (worker-protocol.md §6.3).
+        """
+        self._ledger.begin_close()
+
+    async def close(self) -> None:
+        """Answer every poll that is still open; returns when all is settled.
+
+        Call it after the workers have ended, and before the store is closed.
         """
         await self._ledger.close()
 
@@ -511,7 +553,7 @@ class JobService:
 
     @property
     def closing(self) -> bool:
-        """Whether `close` has begun."""
+        """Whether `begin_close` was called."""
         return self._ledger.closing
 
     # The reaper
@@ -557,16 +599,6 @@ class JobService:
             raise NotFoundError(JOB_NOT_FOUND)
         if len(self._cancelled_streams) > _CANCELLED_STREAMS_MAX:
             self._cancelled_streams.popitem(last=False)
-
-
-def check_takes_jobs(endpoint: Endpoint) -> None:
-    """Return when an endpoint has a queue. InvalidInputError when it has none."""
-    if endpoint.kind is EndpointKind.LOAD_BALANCER:
-        raise InvalidInputError(NOT_FOR_QUEUES)
-    if endpoint.revision.engine_url is not None:
-        raise InvalidInputError(
-            f"endpoint {endpoint.id} has a fixed engine and no workers that take jobs; use its /openai routes"
-        )
 
 
 def _not_retryable(job: Job) -> InvalidInputError:

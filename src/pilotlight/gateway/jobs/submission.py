@@ -17,6 +17,7 @@ from urllib.parse import SplitResult, urlsplit
 
 import msgspec
 
+from pilotlight.domain.endpoint import Endpoint, EndpointKind
 from pilotlight.errors import InvalidInputError
 
 EXECUTION_TIMEOUT_MS = (5_000, 604_800_000)
@@ -36,6 +37,8 @@ ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
 
 _DIGITS_MAX = 4300
 """Digits of a whole number that Python's reader of JSON accepts (`sys.set_int_max_str_digits`)."""
+
+_DECIMAL = re.compile(r"-?[0-9]{1,18}(\.[0-9]{1,18})?", re.ASCII)
 
 _DIGITS = b"0123456789"
 _LONG_NUMBER = re.compile(rb"[0-9]{4301}")
@@ -105,22 +108,35 @@ def parse_submission(body: bytes) -> Submission:
     )
 
 
+NOT_FOR_QUEUES = "not allowed for QB API"
+"""What a queue route of a load-balancing endpoint answers, with 400 (serverless-api.md §2.14)."""
+
+
+def check_takes_jobs(endpoint: Endpoint) -> None:
+    """Return when an endpoint has a queue. InvalidInputError when it has none."""
+    if endpoint.kind is EndpointKind.LOAD_BALANCER:
+        raise InvalidInputError(NOT_FOR_QUEUES)
+    if endpoint.revision.engine_url is not None:
+        raise InvalidInputError(
+            f"endpoint {endpoint.id} has a fixed engine and no workers that take jobs; use its /openai routes"
+        )
+
+
 def parse_milliseconds(name: str, text: str | None, *, default: int, lowest: int, highest: int) -> int:
     """A query parameter in milliseconds; values outside the range are clamped silently (§2.5).
 
     Raises:
-        InvalidInputError: Not an integer.
+        InvalidInputError: Not a number.
     """
     if text is None or not text:
         return default
-    digits = text.removeprefix("-")
-    if not (digits.isascii() and digits.isdigit() and len(digits) <= 18):
+    if not _DECIMAL.fullmatch(text):
         raise InvalidInputError(
-            f"{name} must be an integer number of milliseconds between {lowest} and {highest}, "
-            f"got {text[:40]!r}",
+            f"{name} must be a number of milliseconds between {lowest} and {highest}, got {text[:40]!r}",
             field=name,
         )
-    return max(lowest, min(highest, int(text)))
+    # JavaScript's client sends fractions when it was given seconds.
+    return int(max(lowest, min(highest, float(text))))
 
 
 def parse_number(name: str, text: str | None, *, default: int, lowest: int, highest: int) -> int:

@@ -55,7 +55,7 @@ class Upkeep:
         self._unsettled: dict[str, str] = {}
         self._ending: set[str] = set()
         self._unbacked = Unbacked(ledger)
-        self._looked_ns = ledger.clock.monotonic_ns()
+        self._looked_ns = self._judged_ns = ledger.clock.monotonic_ns()
 
     async def end_overdue(self) -> None:
         """End jobs whose time to live or execution timeout has passed."""
@@ -75,11 +75,18 @@ class Upkeep:
         """Requeue hand-outs that their worker has not shown to hold in time (worker-protocol.md §8)."""
         ledger = self._ledger
         confirm_s = ledger.settings.confirm_s
-        oldest_ns = ledger.clock.monotonic_ns() - confirm_s * 1_000_000_000
-        for link in [*ledger.links.values()]:
+        now_ns = ledger.clock.monotonic_ns()
+        interrupted = now_ns - self._judged_ns > _LOOK_PAUSE_NS
+        self._judged_ns = now_ns
+        oldest_ns = now_ns - confirm_s * 1_000_000_000
+        # What was sent while we stood still is yet to be read.
+        for link in () if interrupted else [*ledger.links.values()]:
             for hand_out in [*link.hand_outs.values()]:
-                held = hand_out.confirmed or hand_out.posts or link.bodies
+                held = hand_out.confirmed or hand_out.received or hand_out.posts or link.bodies
                 if held or hand_out.returning or hand_out.at_ns > oldest_ns:
+                    continue
+                if link.pinged_ns is not None and link.pinged_ns < hand_out.at_ns:
+                    # Heartbeats that were sent before it say nothing of it (L3).
                     continue
                 event = WorkerLost(
                     worker_id=link.worker_id,
@@ -104,9 +111,11 @@ class Upkeep:
         interrupted = self._kill_silent(now_ns)
         self._ending &= ledger.links.keys()
         for link in [*ledger.links.values()]:
-            if link.orphaned(now_ns) and not link.retiring and not interrupted:
+            if link.worker_id in self._ending:
+                continue
+            if link.orphaned(now_ns) and not link.released and not interrupted:
                 self._kill_orphaned(link)
-            elif link.worker_id not in self._ending:
+            else:
                 self._kill_holding(link, now_ns)
 
     def _kill_holding(self, link: WorkerLink, now_ns: int) -> None:
@@ -114,7 +123,7 @@ class Upkeep:
         held = [
             (deadline_ns, job_id)
             for job_id, deadline_ns in link.stopping.items()
-            if deadline_ns <= now_ns and job_id in link.listed
+            if deadline_ns <= now_ns and (job_id in link.listed or link.mute(now_ns))
         ]
         if not held:
             return
@@ -136,9 +145,10 @@ class Upkeep:
     def _kill_orphaned(self, link: WorkerLink) -> None:
         """End what is left of a worker whose main process has died (worker-protocol.md §6.5)."""
         worker = self._ledger.fleet.worker(link.worker_id)
-        if worker is None or worker.state is not WorkerState.READY:
+        if worker is None or worker.state not in _ALIVE:
             return
         link.retiring = True
+        self._ending.add(link.worker_id)
         cause = "its main process is gone: its stop poll broke and did not come back"
         self._ledger.spawn(self._end_broken(worker, "crashed", cause), f"kill-{worker.id}")
 

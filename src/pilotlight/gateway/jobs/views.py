@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
 import msgspec
@@ -11,7 +11,6 @@ import msgspec
 from pilotlight.core.explain import TimelineEvent, Wait, timeline
 from pilotlight.core.job_object import job_object
 from pilotlight.domain.job import Job, JobCounts, JobStatus
-from pilotlight.domain.worker import WorkerState
 from pilotlight.errors import InvalidInputError
 from pilotlight.gateway.jobs.submission import ID
 
@@ -139,9 +138,8 @@ def health_view(
     *,
     held: int,
     in_flight: int,
-    workers: Sequence[tuple[WorkerState, int, int]],
-    unhealthy: int,
-    throttled: bool,
+    workers: Mapping[str, int],
+    ready: int,
 ) -> bytes:
     """The eleven counters of `/health` (serverless-api.md §2.15).
 
@@ -149,12 +147,9 @@ def health_view(
         counts: The queue's counters.
         held: Requests on the data path that wait for a worker; they are in the queue, too.
         in_flight: Requests on the data path being served.
-        workers: State, occupied slots and free slots of each living worker.
-        unhealthy: Consecutive starts that failed.
-        throttled: Whether a wanted worker could not be placed.
+        workers: From `core.worker_counts`.
+        ready: Workers that can take more.
     """
-    up = [(occupied, free) for state, occupied, free in workers if state is WorkerState.READY]
-    draining = sum(state is WorkerState.DRAINING for state, _, _ in workers)
     return msgspec.json.encode(
         {
             "jobs": {
@@ -164,13 +159,6 @@ def health_view(
                 "inQueue": counts.queued + held,
                 "retried": counts.retried,
             },
-            "workers": {
-                "idle": sum(occupied == 0 for occupied, _ in up),
-                "initializing": sum(state is WorkerState.STARTING for state, _, _ in workers),
-                "ready": sum(free > 0 for _, free in up),
-                "running": sum(occupied > 0 for occupied, _ in up) + draining,
-                "throttled": int(throttled),
-                "unhealthy": unhealthy,
-            },
+            "workers": {**workers, "ready": ready},
         }
     )

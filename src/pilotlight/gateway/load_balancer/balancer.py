@@ -76,12 +76,12 @@ class LoadBalancer:
         self.pool = self._forwarder.pool
 
     def serves_host(self, host: bytes) -> str | None:
-        """The load-balancing endpoint that a Host header names by its first label; None for any other."""
+        """The endpoint that a Host header names by its first label, whatever its kind; None for any other."""
         label, dot, _ = host.partition(b".")
         if not dot or len(label) != 14:
             return None
         endpoint = self._directory.endpoint(label.decode("latin-1").lower())
-        return endpoint.id if endpoint is not None and endpoint.kind is EndpointKind.LOAD_BALANCER else None
+        return None if endpoint is None else endpoint.id
 
     async def __call__(
         self, scope: Scope, receive: Receive, send: Send, *, endpoint_id: str, path: str, prefix: str

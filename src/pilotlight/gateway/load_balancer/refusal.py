@@ -8,6 +8,7 @@ import msgspec
 
 from pilotlight.core.affinity import HEADER
 from pilotlight.domain.usage import Outcome
+from pilotlight.gateway.jobs.submission import NOT_FOR_QUEUES
 
 
 class Refusal(Exception):  # noqa: N818 - an answer to a client, not a fault of ours
@@ -63,7 +64,7 @@ class Refusal(Exception):  # noqa: N818 - an answer to a client, not a fault of 
     @classmethod
     def wrong_kind(cls) -> Refusal:
         """An endpoint whose workers take jobs."""
-        return cls(400, "not allowed for QB API")
+        return cls(400, NOT_FOR_QUEUES)
 
     @classmethod
     def no_workers(cls, outcome: Outcome, *, retry_after_s: int | None = None) -> Refusal:

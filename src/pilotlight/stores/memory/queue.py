@@ -127,11 +127,21 @@ class MemoryQueue(MemoryRecords):
         self._queued.setdefault(job.endpoint_id, {})[job.id] = entry
         return entry
 
-    async def take(self, endpoint_id: str, worker_id: str, *, count: int, now_ms: int) -> Sequence[Job]:
+    async def take(
+        self,
+        endpoint_id: str,
+        worker_id: str,
+        *,
+        count: int,
+        now_ms: int,
+        without: frozenset[str] = frozenset(),
+    ) -> Sequence[Job]:
         """See `JobStore.take`."""
         self._check_open()
         waiting = (
-            entry for entry in self._queued.get(endpoint_id, {}).values() if entry.job.expires_ms > now_ms
+            entry
+            for entry in self._queued.get(endpoint_id, {}).values()
+            if entry.job.expires_ms > now_ms and entry.job.id not in without
         )
         picked = heapq.nsmallest(max(0, count), waiting, key=lambda entry: entry.place)
         event = Taken(worker_id=worker_id, now_ms=now_ms)
@@ -251,6 +261,13 @@ class MemoryQueue(MemoryRecords):
             if cursor is None:
                 entry.read_to = found[-1].sequence + 1
         return entry.job, found
+
+    async def return_chunks(self, job_id: str, returned: Sequence[Chunk], *, attempt: int) -> None:
+        """See `JobStore.return_chunks`."""
+        self._check_open()
+        entry = self._jobs.get(job_id)
+        if entry and entry.job.attempt == attempt and entry.read_to == returned[-1].sequence + 1:
+            entry.read_to = returned[0].sequence
 
     async def has_chunks(self, job_id: str, *, cursor: int | None = None) -> bool:
         """See `JobStore.has_chunks`."""

@@ -152,10 +152,15 @@ async def apply_events(
 
 
 async def take(
-    transaction: Transaction, endpoint_id: str, worker_id: str, count: int, now_ms: int
+    transaction: Transaction,
+    endpoint_id: str,
+    worker_id: str,
+    count: int,
+    now_ms: int,
+    without: frozenset[str],
 ) -> list[Job]:
-    """Pick the next jobs in the order of service and hand them to a worker."""
-    rows = await transaction.rows("next_jobs", endpoint_id, now_ms, max(0, count))
+    """Pick the next jobs in the order of service, but for some, and hand them to a worker."""
+    rows = await transaction.rows("next_jobs", endpoint_id, now_ms, max(0, count), list(without))
     changes = Changes()
     event = Taken(worker_id=worker_id, now_ms=now_ms)
     taken: list[Job] = []

@@ -174,6 +174,14 @@ async def drain(
     return replace(job, chunk_read=True), chunks
 
 
+async def give_back_chunks(
+    transaction: Transaction, job_id: str, returned: Sequence[Chunk], attempt: int
+) -> None:
+    """Let chunks that a drain returned be returned again, unless more were since."""
+    first, end = returned[0].sequence, returned[-1].sequence + 1
+    await transaction.run("mark_unread", first, job_id, attempt, end)
+
+
 def _sequence(cursor: int | None) -> int | None:
     return None if cursor is None else max(0, min(cursor, _SEQUENCE_MAX))
 

@@ -176,11 +176,19 @@ class PostgresqlStore(PostgresqlRegistry):
         """See `JobStore.earlier`."""
         return await self._database.read(lambda transaction: jobs.earlier(transaction, job, idempotency))
 
-    async def take(self, endpoint_id: str, worker_id: str, *, count: int, now_ms: int) -> Sequence[Job]:
+    async def take(
+        self,
+        endpoint_id: str,
+        worker_id: str,
+        *,
+        count: int,
+        now_ms: int,
+        without: frozenset[str] = frozenset(),
+    ) -> Sequence[Job]:
         """See `JobStore.take`."""
         task = self._database.spawn(
             self._database.transact(
-                lambda transaction: changes.take(transaction, endpoint_id, worker_id, count, now_ms),
+                lambda transaction: changes.take(transaction, endpoint_id, worker_id, count, now_ms, without),
                 begin=Begin.JOBS,
             )
         )
@@ -295,6 +303,13 @@ class PostgresqlStore(PostgresqlRegistry):
             return job, []
         return await self._database.write(
             lambda transaction: jobs.drain(transaction, job_id, limit_bytes, cursor), begin=Begin.JOBS
+        )
+
+    async def return_chunks(self, job_id: str, returned: Sequence[Chunk], *, attempt: int) -> None:
+        """See `JobStore.return_chunks`."""
+        await self._database.write(
+            lambda transaction: jobs.give_back_chunks(transaction, job_id, returned, attempt),
+            begin=Begin.JOBS,
         )
 
     async def has_chunks(self, job_id: str, *, cursor: int | None = None) -> bool:

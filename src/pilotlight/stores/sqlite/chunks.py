@@ -81,6 +81,12 @@ def drain(
     return seen, found
 
 
+def give_back(transaction: Transaction, job_id: str, returned: Sequence[Chunk], attempt: int) -> None:
+    """Let chunks that a drain returned be returned again, unless more were since."""
+    first, end = returned[0].sequence, returned[-1].sequence + 1
+    transaction.execute("mark_unread", (first, job_id, attempt, end))
+
+
 def trim(transaction: Transaction, job_id: str, limit: int) -> int:
     """Forget chunks that were returned."""
     return transaction.execute("trim_chunks", (job_id, max(0, limit))).rowcount

@@ -29,7 +29,9 @@ _FINGERPRINT = 34
 _RANKS = range(6)
 
 Submission = tuple[Job, Idempotency | None]
-TakeOrder = tuple[str, str, int, int]
+TakeOrder = tuple[str, str, int, int, frozenset[str]]
+"""Endpoint, worker, number, moment, jobs to pass by: see `JobStore.take`."""
+
 Events = Sequence[tuple[str, JobEvent]]
 
 
@@ -135,19 +137,25 @@ def _insert(transaction: Transaction, items: Sequence[Submission]) -> list[int]:
 def take_many(transaction: Transaction, orders: Sequence[TakeOrder]) -> list[list[Job]]:
     """Pick the next jobs in the order of service for each taker, the first taker first."""
     queues: dict[str, list[str]] = {}
-    for endpoint_id, _, _, _ in orders:
+    for endpoint_id, *_ in orders:
         if endpoint_id not in queues:
             alike = [order for order in orders if order[0] == endpoint_id]
-            count = sum(max(0, order[2]) for order in alike)
+            count = sum(max(0, order[2]) + len(order[4]) for order in alike)
             place = (endpoint_id, transaction.purges(endpoint_id), max(order[3] for order in alike), count)
             queues[endpoint_id] = msgspec.json.decode(transaction.execute("next_jobs", place).fetchone()[0])
-    found = find(transaction, [job_id for queue in queues.values() for job_id in queue])
+    shares: list[list[str]] = []
+    for endpoint_id, _, count, _, without in orders:
+        queue = queues[endpoint_id]
+        mine = [job_id for job_id in queue if job_id not in without][: max(0, count)]
+        shares.append(mine)
+        queues[endpoint_id] = (
+            [job_id for job_id in queue if job_id not in mine] if without else queue[len(mine) :]
+        )
+    found = find(transaction, [job_id for mine in shares for job_id in mine])
     inputs = _inputs(transaction, found)
     answers: list[list[Job]] = []
     rows: list[Row] = []
-    for endpoint_id, worker_id, count, now_ms in orders:
-        queue = queues[endpoint_id]
-        mine, queues[endpoint_id] = queue[: max(0, count)], queue[max(0, count) :]
+    for (_, worker_id, _, now_ms, _), mine in zip(orders, shares, strict=True):
         event = Taken(worker_id=worker_id, now_ms=now_ms)
         taken = JobChanges(transaction, [found[job_id] for job_id in mine]).apply_all(event)
         answers.append([replace(applied.after, input=inputs[applied.after.id]) for applied in taken])

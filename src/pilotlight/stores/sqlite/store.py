@@ -200,12 +200,20 @@ class SqliteStore:
         """See `JobStore.earlier`."""
         return await self._reader.call(lambda transaction: jobs.earlier(transaction, job, idempotency))
 
-    async def take(self, endpoint_id: str, worker_id: str, *, count: int, now_ms: int) -> Sequence[Job]:
+    async def take(
+        self,
+        endpoint_id: str,
+        worker_id: str,
+        *,
+        count: int,
+        now_ms: int,
+        without: frozenset[str] = frozenset(),
+    ) -> Sequence[Job]:
         """See `JobStore.take`."""
         if self._returning:
             # What callers who have gone had picked is to be found by whoever asks after them.
             await asyncio.wait(self._returning)
-        order = self._writer.submit_item(jobs.TAKE, (endpoint_id, worker_id, count, now_ms))
+        order = self._writer.submit_item(jobs.TAKE, (endpoint_id, worker_id, count, now_ms, without))
         try:
             taken: Sequence[Job] = await order.future
         except asyncio.CancelledError:
@@ -280,6 +288,10 @@ class SqliteStore:
         return await self._writer.call(
             lambda transaction: chunks.drain(transaction, job_id, limit_bytes, cursor)
         )
+
+    async def return_chunks(self, job_id: str, returned: Sequence[Chunk], *, attempt: int) -> None:
+        """See `JobStore.return_chunks`."""
+        await self._writer.call(lambda transaction: chunks.give_back(transaction, job_id, returned, attempt))
 
     async def has_chunks(self, job_id: str, *, cursor: int | None = None) -> bool:
         """See `JobStore.has_chunks`."""

@@ -57,6 +57,43 @@ async def test_workers_that_get_nothing_do_not_storm(lab, monkeypatch):
     assert "~/.runpod/config.toml" in warnings[0]["advice"]
 
 
+@pytest.mark.parametrize("release", ["1.9", "1.6"])
+async def test_workers_of_earlier_releases_do_not_storm_when_we_fail(lab, monkeypatch, release):
+    """§9, §11: 1.6 does not pause after 429, and asked twelve times a second."""
+    hold_s = 1.0
+    monkeypatch.setattr("pilotlight.gateway.worker_protocol._REFUSED_HOLD_S", hold_s)
+
+    async def defective(*_, **__):
+        raise RuntimeError("a defect of ours")
+
+    lab.platform.fleet.took = defective
+    worker = await lab.worker(release=release)
+    takes = await lab.until(lambda: len(found := lab.requests("job-take", worker.worker_id)) == 3 and found)
+    assert takes[0].status == 429
+    assert takes[2].at - takes[0].at >= 2 * hold_s
+
+
+@pytest.mark.parametrize("release", ["1.12", "1.9"])
+async def test_end_of_the_gateway_with_an_idle_worker(lab, release):
+    """§6.3, §15 scenario 11: signalled while its polls are open, then answered, it ends by itself at once.
+
+    One whose polls were answered first asked again, and slept for 5 s after the answer, 429.
+    """
+    worker = await lab.worker(release=release)
+    await lab.ready(worker)
+    await lab.platform.parked()
+    lab.platform.service.begin_close()
+    # What ends its polls in between must not put it to sleep either.
+    for poll in list(lab.platform.service._ledger.links[worker.worker_id].polls):
+        poll.expire()
+    takes = len(lab.requests("job-take", worker.worker_id))
+    await lab.until(lambda: len(lab.requests("job-take", worker.worker_id)) > takes)
+    worker.process.send_signal(signal.SIGTERM)
+    lab.platform.service.release_polls(worker.worker_id)
+    assert await worker.exit_code() == 0
+    assert {seen.status for seen in lab.requests("job-take", worker.worker_id)} == {204}
+
+
 @pytest.mark.parametrize("release", ["1.12", "1.9", "1.6"])
 async def test_drain_of_an_idle_worker(lab, release):
     """§15 scenario 11, §6.3: mark, signal, answer the polls; what arrives meanwhile goes elsewhere."""

@@ -39,6 +39,33 @@ async def test_result_of_a_long_blocking_handler_arrives(lab):
     assert (done["status"], "retries" in done) == ("COMPLETED", False)
 
 
+@pytest.mark.parametrize("release", ["1.12", "1.9"])
+async def test_result_of_a_worker_that_blocks_between_connecting_and_posting(lab, monkeypatch, release):
+    """§10.5, §15 scenario 5: connected for a first result, then blocked by the handlers of other jobs.
+
+    The connection was closed when no head had come for 30 s, the library wrote its result into it and does not
+    post a second time, and a job whose handler had succeeded was FAILED with "worker produced no result".
+    """
+    monkeypatch.setattr("pilotlight.gateway.protocol.HEAD_S", 0.5)
+    app = lab._app
+
+    async def closing_takes(scope, receive, send):
+        # As when the pool has let go of the connection, after 15 s: the next post needs a new one.
+        async def last(message):
+            if message["type"] == "http.response.start" and "/job-take" in scope["path"]:
+                message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
+            await send(message)
+
+        await app(scope, receive, last)
+
+    lab._app = closing_takes
+    ids = [await lab.run({"do": "block", "seconds": 1, "n": number}) for number in range(3)]
+    worker = await lab.worker("sync", release=release, concurrency=3)
+    done = [await lab.finished(job_id) for job_id in ids]
+    assert [(job["status"], "retries" in job) for job in done] == [("COMPLETED", False)] * 3
+    assert [seen.status for seen in lab.requests("job-done", worker.worker_id)] == [200] * 3
+
+
 async def test_result_that_met_our_own_failure(lab):
     """§15 scenario 6: 5xx twice, then 200: one final result, one row in the account."""
     worker = await lab.worker()

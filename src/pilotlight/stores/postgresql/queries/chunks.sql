@@ -53,6 +53,16 @@ WHERE id = $1;
 -- Remembers the last chunk that was drained, and that the stream has a reader.
 UPDATE jobs SET chunk_read = TRUE, chunks_read = $2, unread_bytes = unread_bytes - $3 WHERE seq = $1;
 
+-- name: mark_unread
+-- Takes back that chunks from a number on were drained, if none but those below another number were.
+UPDATE jobs SET
+    chunks_read = $1,
+    unread_bytes = (
+        SELECT coalesce(sum(length(body)), 0) FROM job_chunks
+        WHERE job_chunks.job_seq = jobs.seq AND job_chunks.attempt = jobs.attempt AND job_chunks.sequence >= $1
+    )
+WHERE id = $2 AND attempt = $3 AND chunks_read = $4;
+
 -- name: trim_chunks
 -- Forgets the oldest chunks of a job that were drained.
 DELETE FROM job_chunks

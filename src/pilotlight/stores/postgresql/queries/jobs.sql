@@ -82,6 +82,7 @@ WHERE endpoint_id = $1
     AND status = 'IN_QUEUE'
     AND epoch = coalesce((SELECT queues.epoch FROM queues WHERE queues.endpoint_id = $1), 0)
     AND expires_ms > $2
+    AND id <> ALL($4::TEXT[])
 ORDER BY rank, place, seq
 LIMIT $3
 FOR UPDATE SKIP LOCKED;

@@ -23,6 +23,16 @@ SELECT sequence, body FROM job_chunks WHERE job_seq = ? AND attempt = ? AND sequ
 -- Remembers the chunks below a number as returned to a reader, so many bytes.
 UPDATE jobs SET chunk_read = 1, chunks_read = ?, chunk_bytes = chunk_bytes - ? WHERE seq = ?;
 
+-- name: mark_unread
+-- Takes back that chunks from a number on were returned, if none but those below another number were.
+UPDATE jobs SET
+    chunks_read = ?1,
+    chunk_bytes = (
+        SELECT coalesce(sum(length(body)), 0) FROM job_chunks
+        WHERE job_chunks.job_seq = jobs.seq AND job_chunks.attempt = jobs.attempt AND job_chunks.sequence >= ?1
+    )
+WHERE id = ?2 AND attempt = ?3 AND chunks_read = ?4;
+
 -- name: mark_seen
 -- Remembers only that some chunk has reached a reader.
 UPDATE jobs SET chunk_read = 1 WHERE seq = ?;
