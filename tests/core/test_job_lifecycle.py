@@ -534,6 +534,16 @@ class TestTimeToLive:
             job = apply(failed, Retried(now_ms=now, expires_ms=now + ttl_window_ms(failed))).after
             assert (ttl_window_ms(job), job.expires_ms - job.queued_ms) == (20_000, 20_000)
 
+    @pytest.mark.parametrize("interruptions", [1, ATTEMPTS_KEPT - 1, ATTEMPTS_KEPT, 2 * ATTEMPTS_KEPT])
+    def test_however_often_it_was_interrupted_after_the_retry(self, interruptions: int) -> None:
+        """The story forgets its oldest attempts; how long the job had must not be forgotten with them."""
+        job = job_in(FAILED, created_ms=1_000, queued_ms=1_000, expires_ms=21_000)
+        job = apply(job, Retried(now_ms=1_000_000, expires_ms=1_020_000)).after
+        for number in range(interruptions):
+            now = 1_000_100 + number
+            job = chain(job, Taken(worker_id="w1", now_ms=now), PlatformInterrupted(now_ms=now)).after
+        assert ttl_window_ms(job) == 20_000
+
     def test_of_a_job_that_ended_in_the_queue(self) -> None:
         job = job_in(QUEUED, created_ms=1_000, queued_ms=1_000, expires_ms=21_000)
         for now in (21_000, 50_000, 90_000):

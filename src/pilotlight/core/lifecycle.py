@@ -322,7 +322,7 @@ def _after_retry(job: Job, event: Retried) -> Job | Effect:
     if job.s3_config == WIPED:
         return Effect.IGNORED_WIPED
     reason = f"{RETRIED_BY_CLIENT} {job.status}: {job.error or 'no reason'}"
-    again = _requeue(job, event.now_ms, reason, retries=0)
+    again = _requeue(replace(job, chunk_read=False), event.now_ms, reason, retries=0)
     return replace(again, expires_ms=event.expires_ms, finished_ms=None)
 
 
@@ -368,8 +368,20 @@ def _requeue(job: Job, now_ms: int, reason: str, *, retries: int) -> Job:
         chunk_read=False,
         output=None,
         error=None,
-        attempts=(*job.attempts, ended)[-ATTEMPTS_KEPT:],
+        attempts=_kept((*job.attempts, ended)),
     )
+
+
+def _kept(attempts: tuple[Attempt, ...]) -> tuple[Attempt, ...]:
+    """Of one attempt more than may be kept all but the oldest that can be spared.
+
+    A client's last retry cannot, nor what follows it: from that moment the time to live counts.
+    """
+    if len(attempts) <= ATTEMPTS_KEPT:
+        return attempts
+    retries = [n for n, attempt in enumerate(attempts) if attempt.reason.startswith(RETRIED_BY_CLIENT)]
+    spared = 2 if retries and retries[-1] == 0 else 0
+    return attempts[:spared] + attempts[spared + 1 :]
 
 
 def _finish(

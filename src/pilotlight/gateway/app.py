@@ -93,7 +93,7 @@ class Gateway:
         root = parts[1] if len(parts) > 1 else b""
         operation = parts[3] if len(parts) > 3 else b""
         if self.closing and operation not in WORKER_OPERATIONS and not path.startswith(_WORKER_STATE):
-            await self._unavailable(send, native=root == b"v2" and operation != b"openai")
+            await self._unavailable(send, openai=root == b"v2" and operation == b"openai")
         elif root == b"v2" and operation == b"openai":
             await self._openai(scope, receive, send, parts)
         elif path.startswith(_WORKER_STATE) or (root == b"v2" and _names_endpoint(parts)):
@@ -186,12 +186,12 @@ class Gateway:
             scope, receive, send, endpoint_id=endpoint_id, path=f"{path}?{query}" if query else path
         )
 
-    async def _unavailable(self, send: Send, *, native: bool = False) -> None:
+    async def _unavailable(self, send: Send, *, openai: bool = False) -> None:
         text = "the gateway is stopping"
-        if native:
-            body = native_error(503, text).body
-        else:
+        if openai:
             body = openai_body(503, text, type="server_error", code="stopping")
+        else:
+            body = native_error(503, text).body
         await send_json(send, 503, body, [(b"retry-after", b"5")])
 
 

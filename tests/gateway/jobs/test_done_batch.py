@@ -78,7 +78,7 @@ async def test_bad_items_do_no_harm(platform):
 
 async def test_bodies_are_judged_like_single_ones(make_platform):
     """Oversize and unreadable results fail their jobs; `stopPod` asks for a new worker."""
-    async with make_platform(limits={"result_bytes": 100}) as platform:
+    async with make_platform(jobs={"take_hold_s": 1}, limits={"result_bytes": 100}) as platform:
         platform.fleet.add(capacity=3)
         large, odd, last = await taken(platform, 3)
         items = [

@@ -81,8 +81,12 @@ class _BatchApi:
             case "GET", "requests":
                 default, most = PAGE
                 query = call.query
-                offset = parse_number("offset", query.get("offset"), default=0, lowest=0, highest=2**53)
-                limit = parse_number("limit", query.get("limit"), default=default, lowest=1, highest=most)
+                offset = parse_number(
+                    "offset", query.get("offset") or None, default=0, lowest=0, highest=2**53
+                )
+                limit = parse_number(
+                    "limit", query.get("limit") or None, default=default, lowest=1, highest=most
+                )
                 page = await self._service.requests(endpoint.id, batch_id, offset=offset, limit=limit)
                 return json_answer(_page(page))
             case "POST", "finalize":

@@ -206,6 +206,7 @@ class WorkerDesk:
         if link.library is None:
             link.library = library
             _log.info("worker_library", worker_id=worker.id, version=library or "unknown")
+            self._note(worker.id, f"the worker's library is {library or 'of an unknown version'}")
         link.pinged_ns = self._ledger.clock.monotonic_ns()
         # Nothing is awaited while two pings are compared, so they are compared in the order they came.
         listed, previous = frozenset(job_ids), link.listed
@@ -428,9 +429,10 @@ class WorkerDesk:
         limits = self._limits
         limit = limits.sync_result_bytes if job_id.startswith("sync-") else limits.result_bytes
         if posted is None:
-            error = (
-                oversize(size, limit) if too_large else "the worker posted a result that is not valid JSON"
-            )
+            error = "the worker posted a result that is not valid JSON"
+            if too_large:
+                error = oversize(size, limit)
+                self._note(worker_id, f"job {job_id}: {error}")
             return ResultPosted(worker_id=worker_id, now_ms=now_ms, error=error, attempt=attempt)
         length = len(posted.output or b"")
         # UTF-8 takes up to four bytes per character.

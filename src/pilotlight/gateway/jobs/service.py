@@ -412,13 +412,16 @@ class JobService:
                     raise NotFoundError(JOB_NOT_FOUND) from None
                 if self._gone(job):
                     raise NotFoundError(JOB_NOT_FOUND)
+                status = job.status
+                if status.terminal:
+                    status = await self._status_after(job, chunks, cursor)
                 if chunks and cursor is None and gone is not None and gone.done():
                     # Its reader left while they were read: they are for the next one (§2.8).
                     await self._store.return_chunks(job_id, chunks, attempt=job.attempt)
                     ledger.signals.notify(job_id)
                     return before, before.status, []
                 if job.status.terminal:
-                    return job, await self._status_after(job, chunks, cursor), chunks
+                    return job, status, chunks
                 if chunks or job.status is not before.status or ledger.closing:
                     return job, job.status, chunks
                 if not await happened(changed, deadline=deadline, gone=gone):
