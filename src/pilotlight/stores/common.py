@@ -46,13 +46,17 @@ class CounterChange:
     def move(self, before: Job | None, after: Job) -> None:
         """Count a job's way from one state to another; `before` is None for a new one."""
         if before is not None:
+            if before.status is after.status:
+                return
             self._stand(before, -1)
             # A retry by the client begins a new count of re-dispatches and is one itself.
             self.retried += 1 if before.status.terminal else after.retries - before.retries
-        self._stand(after, 1)
-        if before is None or before.status is not after.status:
-            self.completed += after.status is JobStatus.COMPLETED
-            self.failed += after.status in FAILURES
+        if after.status is JobStatus.COMPLETED:
+            self.completed += 1
+        elif after.status in FAILURES:
+            self.failed += 1
+        else:
+            self._stand(after, 1)
 
     def _stand(self, job: Job, sign: int) -> None:
         status = job.status

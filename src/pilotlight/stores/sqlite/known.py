@@ -66,13 +66,15 @@ class JobShelf:
         if cleared:
             jobs.clear()
             self._bytes = 0
+        size = self._bytes
         for job_id, known in said.items():
             # Taken out and put in anew, for the oldest change has to be the first.
             if (before := jobs.pop(job_id, None)) is not None:
-                self._bytes -= _bytes_of(before[0])
-            if known is not None and (size := _bytes_of(known[0])) <= _JOB_BYTES_MAX:
+                size -= _bytes_of(before[0])
+            if known is not None and (added := _bytes_of(known[0])) <= _JOB_BYTES_MAX:
                 jobs[job_id] = known
-                self._bytes += size
+                size += added
+        self._bytes = size
         while len(jobs) > self._count_max or self._bytes > self._bytes_max:
             job, _ = jobs.pop(next(iter(jobs)))
             self._bytes -= _bytes_of(job)
@@ -188,8 +190,16 @@ class Knowledge:
 
 
 def _bytes_of(job: Job) -> int:
-    size = _RECORD_BYTES + _ATTEMPT_BYTES * len(job.attempts)
-    for part in (job.output, job.error, job.webhook, job.s3_config):
-        if part is not None:
-            size += len(part)
+    # Written out, for it is asked some ten times in the life of a job.
+    size = _RECORD_BYTES
+    if job.output is not None:
+        size += len(job.output)
+    if job.error is not None:
+        size += len(job.error)
+    if job.webhook is not None:
+        size += len(job.webhook)
+    if job.s3_config is not None:
+        size += len(job.s3_config)
+    if job.attempts:
+        size += _ATTEMPT_BYTES * len(job.attempts)
     return size

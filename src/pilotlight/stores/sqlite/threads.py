@@ -36,6 +36,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
@@ -112,7 +113,7 @@ class Transaction:
         count = start = 0
         while start < len(rows):
             number = min(ROWS_MAX, len(rows) - start)
-            values = [value for row in rows[start : start + number] for value in row]
+            values = list(chain.from_iterable(rows[start : start + number]))
             count += self._connection.execute(_for_rows(query, number), values).rowcount
             start += number
         return count
