@@ -130,20 +130,7 @@ class Installation:
             clock=self.clock,
             on_give_up=self._give_up,
         )
-        self.jobs = JobService(
-            store=store,
-            slots=self.slots,
-            fleet=self.roster,
-            directory=self.directory,
-            clock=self.clock,
-            settings=settings,
-            entropy=os.urandom,
-            record=self.recorder.record,
-            wake=self.autoscaler.wake,
-            buckets=self._buckets(),
-            webhook_due=self.webhooks.wake,
-            note=self.cluster.logs.note,
-        )
+        self.jobs = self._jobs()
         self._listener.jobs = self.jobs
         self.checker = self._health_checker()
         self._listener.checker = self.checker
@@ -410,6 +397,22 @@ class Installation:
                 secret=self.secret.webhook_secret,
                 wake=self.webhooks.wake,
             ),
+        )
+
+    def _jobs(self) -> JobService:
+        return JobService(
+            store=self.store,
+            slots=self.slots,
+            fleet=self.roster,
+            directory=self.directory,
+            clock=self.clock,
+            settings=self.settings,
+            entropy=os.urandom,
+            record=self.recorder.record,
+            wake=self.autoscaler.wake,
+            buckets=self._buckets(),
+            webhook_due=self.webhooks.wake,
+            note=self.cluster.logs.note,
         )
 
     def _manifest(self) -> EngineManifest:

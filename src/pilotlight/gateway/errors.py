@@ -26,6 +26,9 @@ _log = structlog.get_logger()
 PAYLOAD_TOO_LARGE = "payload_too_large"
 """Value of `code` with an oversize body; the status is 400 because old clients test for it (§2.13)."""
 
+JOB_NOT_FOUND = "job not found"
+"""What clients are told of a job that is unknown, expired or another endpoint's (§2.14)."""
+
 RETRY_AFTER_STORE_S = 2
 """Arbitrary: a busy disk has usually recovered by then."""
 

@@ -417,13 +417,7 @@ class WorkerFleet:
     # Ending.
 
     async def drain(self, worker_id: str, *, reason: str, grace_s: float = 0) -> None:
-        """Hand out nothing more to the worker and let it finish and end; idempotent.
-
-        Args:
-            worker_id: Which; nothing happens to one that ends already.
-            reason: For its record.
-            grace_s: From SIGTERM to SIGKILL at least, where that is more than `workers.stop_grace_s`.
-        """
+        """See `Fleet.drain`."""
         live = self._live.get(worker_id)
         if live is None or live.worker.state not in _OPEN_STATES:
             return

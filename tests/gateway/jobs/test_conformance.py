@@ -232,7 +232,7 @@ async def test_8_answer_that_was_lost(make_platform, sqlite, ended):
             await platform.chunk(job_id, number)
         if ended:
             await platform.done(job_id, {"output": []}, stream=True)
-        stream, drain = platform.service.stream, platform.store.drain_chunks
+        stream, drain = platform.service.streams.read, platform.store.drain_chunks
         drained, served, left = asyncio.Event(), asyncio.Event(), []
 
         async def noting_who_leaves(*arguments, hold_s, gone):
@@ -248,14 +248,14 @@ async def test_8_answer_that_was_lost(make_platform, sqlite, ended):
             await asyncio.wait(left)
             return found
 
-        platform.service.stream, platform.store.drain_chunks = noting_who_leaves, drain_slowly
+        platform.service.streams.read, platform.store.drain_chunks = noting_who_leaves, drain_slowly
         host, port = platform.base.removeprefix("http://").split(":")
         _, writer = await asyncio.open_connection(host, int(port))
         writer.write(
             f"GET /v2/{ENDPOINT}/stream/{job_id} HTTP/1.1\r\nhost: h\r\nauthorization: {ADMIN}\r\n\r\n".encode()
         )
         await drained.wait()
-        platform.service.stream, platform.store.drain_chunks = stream, drain
+        platform.service.streams.read, platform.store.drain_chunks = stream, drain
         writer.close()
         await served.wait()
         answer = (await platform.call("GET", f"/stream/{job_id}")).json()

@@ -33,7 +33,7 @@ async def finish(platform, job_id, output, **more):
 def holds(platform, monkeypatch):
     """How many seconds the service was asked to hold each request; it holds none of them."""
     asked = []
-    wait, stream = platform.service.wait, platform.service.stream
+    wait, stream = platform.service.wait, platform.service.streams.read
 
     async def no_wait(*arguments, timeout_s, gone=None):
         asked.append(timeout_s)
@@ -44,7 +44,7 @@ def holds(platform, monkeypatch):
         return await stream(*arguments, hold_s=0, gone=gone)
 
     monkeypatch.setattr(platform.service, "wait", no_wait)
-    monkeypatch.setattr(platform.service, "stream", no_hold)
+    monkeypatch.setattr(platform.service.streams, "read", no_hold)
     return asked
 
 

@@ -218,7 +218,7 @@ async def test_a_stream_that_had_begun_does_not_go_on_with_another_worker(
 ):
     """As above, when the next worker streams, or has even finished, before the gateway looks again."""
     platform.fleet.add("w2", capacity=1)
-    look, begun, may_look = platform.service.stream, asyncio.Event(), asyncio.Event()
+    look, begun, may_look = platform.service.streams.read, asyncio.Event(), asyncio.Event()
 
     async def stream_later(*arguments: Any, **named: Any) -> Any:
         if begun.is_set():
@@ -228,7 +228,7 @@ async def test_a_stream_that_had_begun_does_not_go_on_with_another_worker(
             begun.set()
         return part
 
-    monkeypatch.setattr(platform.service, "stream", stream_later)
+    monkeypatch.setattr(platform.service.streams, "read", stream_later)
     async with asked(chat(client, stream=True), platform) as (call, job):
         await platform.chunk(job["id"], event("Hel"))
         stream = await call
@@ -363,7 +363,8 @@ async def test_failure_of_the_store_after_the_job_was_queued(platform, client, m
     async def broken(*_: Any, **__: Any) -> Any:
         raise StoreError("disk full")
 
-    monkeypatch.setattr(platform.service, "stream" if stream else "wait", broken)
+    where, name = (platform.service.streams, "read") if stream else (platform.service, "wait")
+    monkeypatch.setattr(where, name, broken)
     with pytest.raises(openai.InternalServerError) as caught:
         await chat(client, stream=stream)
     assert (caught.value.status_code, caught.value.response.headers["retry-after"]) == (503, "2")

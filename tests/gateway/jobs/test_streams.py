@@ -90,7 +90,7 @@ def leaving(platform, operation="drain_chunks"):
 async def leave(platform, job_id, operation="drain_chunks"):
     """Read, and be gone before the answer."""
     with leaving(platform, operation) as gone:
-        await platform.service.stream(ENDPOINT, job_id, hold_s=0, gone=gone)
+        await platform.service.streams.read(ENDPOINT, job_id, hold_s=0, gone=gone)
         assert gone.done()
 
 
@@ -143,7 +143,7 @@ async def test_another_reader_that_waits_gets_what_one_left_behind(platform):
         return found
 
     platform.store.drain_chunks = drain_beside_another
-    await platform.service.stream(ENDPOINT, job_id, hold_s=0, gone=gone)
+    await platform.service.streams.read(ENDPOINT, job_id, hold_s=0, gone=gone)
     assert (await others[0]).json()["stream"] == [{"output": "a"}]
 
 
@@ -178,6 +178,6 @@ async def test_a_reader_that_leaves_when_its_worker_is_lost_gets_the_new_stream(
 
     platform.store.drain_chunks = lost_meanwhile
     gone = asyncio.get_running_loop().create_future()
-    await platform.service.stream(ENDPOINT, job_id, hold_s=0, gone=gone)
+    await platform.service.streams.read(ENDPOINT, job_id, hold_s=0, gone=gone)
     assert await read(platform, job_id) == ["new"]
     assert await read(platform, job_id, "?wait=1000") == []

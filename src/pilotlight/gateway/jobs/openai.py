@@ -26,7 +26,8 @@ from pilotlight.errors import InvalidInputError, NotFoundError, StoreError
 from pilotlight.gateway.asgi import ClientGoneError, Headers, Receive, Scope, Send, read_body, send_json
 from pilotlight.gateway.directory import Directory
 from pilotlight.gateway.errors import RETRY_AFTER_STORE_S, QueueFullError
-from pilotlight.gateway.jobs.service import JobService, StreamPart
+from pilotlight.gateway.jobs.readers import StreamPart
+from pilotlight.gateway.jobs.service import JobService
 from pilotlight.gateway.jobs.submission import NOT_FOR_QUEUES, Submission, check_readable
 from pilotlight.gateway.jobs.waiting import Gone, watched
 from pilotlight.gateway.openai_access import called_endpoint, caller_of
@@ -145,7 +146,7 @@ class JobOpenAI:
             raise _refusal(_failure(done))
         chunks: Sequence[bytes] = ()
         if done.output in {None, b"null", b"[]"}:
-            chunks = (await self._service.stream(endpoint.id, job.id, hold_s=0)).chunks
+            chunks = (await self._service.streams.read(endpoint.id, job.id, hold_s=0)).chunks
         answer = whole_answer(done.output, chunks)
         await send_json(send, answer.status, answer.body, [(b"x-job-id", job.id.encode())])
 
@@ -155,7 +156,7 @@ class JobOpenAI:
         deadline = asyncio.get_running_loop().time() + self._limits.data_path_s
         while not gone.done():
             try:
-                part = await self._service.stream(endpoint.id, job.id, hold_s=_HOLD_S, gone=gone)
+                part = await self._service.streams.read(endpoint.id, job.id, hold_s=_HOLD_S, gone=gone)
             except NotFoundError:
                 # Its time to live ended while it ran.
                 part = StreamPart(JobStatus.TIMED_OUT, (), begun_by)

@@ -217,9 +217,9 @@ class _JobApi:
         cursor = parse_number("cursor", call.query.get("cursor"), default=-1, lowest=0, highest=_CURSOR_MAX)
         async with call.client_gone() as gone:
             if cursor < 0:
-                part = await self._service.stream(endpoint.id, job_id, hold_s=hold_s, gone=gone)
+                part = await self._service.streams.read(endpoint.id, job_id, hold_s=hold_s, gone=gone)
                 return json_answer(stream_view(part.status, part.chunks))
-            status, chunks, following = await self._service.replay(
+            status, chunks, following = await self._service.streams.replay(
                 endpoint.id, job_id, cursor=cursor, hold_s=hold_s, gone=gone
             )
         return json_answer(replay_view(status, chunks, following))

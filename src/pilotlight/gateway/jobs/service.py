@@ -7,9 +7,8 @@ everything that waits is woken by in-process signals.
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import msgspec
 
@@ -30,13 +29,14 @@ from pilotlight.domain.key import ApiKey
 from pilotlight.domain.usage import Outcome, RequestRecord, Road
 from pilotlight.errors import InvalidInputError, NotFoundError
 from pilotlight.gateway.directory import Directory
-from pilotlight.gateway.errors import QueueFullError
+from pilotlight.gateway.errors import JOB_NOT_FOUND, QueueFullError
 from pilotlight.gateway.jobs.batches import BatchService
 from pilotlight.gateway.jobs.bounds import QueueBounds
 from pilotlight.gateway.jobs.buckets import Buckets
 from pilotlight.gateway.jobs.desk import WorkerDesk
 from pilotlight.gateway.jobs.ledger import Ledger
 from pilotlight.gateway.jobs.rates import RateTable
+from pilotlight.gateway.jobs.readers import StreamReaders
 from pilotlight.gateway.jobs.sight import Sight
 from pilotlight.gateway.jobs.submission import (
     ID,
@@ -51,13 +51,8 @@ from pilotlight.gateway.jobs.waiting import Gone, happened
 from pilotlight.gateway.slots import SlotTable
 from pilotlight.ports.clock import Clock
 from pilotlight.ports.fleet import Fleet
-from pilotlight.ports.store import BatchStore, Chunk, JobStore
+from pilotlight.ports.store import BatchStore, JobStore
 from pilotlight.settings import Settings
-
-JOB_NOT_FOUND = "job not found"
-
-_STREAM_BYTES = 8 * 1024 * 1024
-"""Chunks put into one answer of `/stream`."""
 
 _SYNC_RETENTION_MAX_MS = 300_000
 """Longest retention of a synchronous job's result (serverless-api.md §2.11)."""
@@ -65,13 +60,8 @@ _SYNC_RETENTION_MAX_MS = 300_000
 _STATUS_TTL_MIN_MS = 1_000
 """Lowest `ttl` of `/status` (§2.6)."""
 
-_CANCELLED_STREAM_MS = 60_000
-"""Python's stream loop never ends on CANCELLED by itself; after this long it is told 404 (§2.8)."""
-
 _RECOVERED_SLICE = 200
 """Jobs given back in one go at the start."""
-
-_CANCELLED_STREAMS_MAX = 10_000
 
 _CANCELLED_SLICES = 4
 """Slices of 500 jobs that the deletion of an endpoint cancels one by one: some tenths of a second."""
@@ -89,20 +79,6 @@ class Submitted(msgspec.Struct, frozen=True):
 
     job: Job
     replayed: bool
-
-
-class StreamPart(NamedTuple):
-    """What one read of a stream brought.
-
-    Attributes:
-        status: Of the job; terminal only together with the last of the chunks.
-        chunks: Raw JSON.
-        attempt: Whose chunks they are, or would be.
-    """
-
-    status: JobStatus
-    chunks: Sequence[bytes]
-    attempt: int
 
 
 class QueueStore(JobStore, BatchStore, Protocol):
@@ -129,6 +105,7 @@ class JobService:
     Attributes:
         workers: The side that workers speak to.
         batches: What can be done with batches.
+        streams: What readers of streams ask.
         bounds: What may wait in a queue; batches ask here, too.
         rates: Counts requests where the profile `runpod` limits them; None where nothing does.
     """
@@ -185,7 +162,7 @@ class JobService:
         )
         self._sight = Sight(store, slots, fleet, self._ledger.links)
         self._upkeep = Upkeep(self._ledger, self._gone)
-        self._cancelled_streams: OrderedDict[str, int] = OrderedDict()
+        self.streams = StreamReaders(self._ledger, find=self.job, forgotten=self._gone)
 
     # Clients
 
@@ -366,73 +343,6 @@ class JobService:
                 if not await happened(changed, deadline=deadline, gone=gone):
                     return job
 
-    async def stream(
-        self, endpoint_id: str, job_id: str, *, hold_s: float, gone: Gone | None = None
-    ) -> StreamPart:
-        """Chunks not returned before, waiting for some, for a change of state, or for `hold_s` (§2.8).
-
-        While more remain than fit into one answer the status is IN_PROGRESS. When the worker is lost, the
-        stream of the next one begins anew (worker-protocol.md §7.2).
-
-        Raises:
-            NotFoundError: Unknown job, or a cancelled one whose reader does not stop by itself.
-        """
-        job, status, chunks = await self._read_stream(endpoint_id, job_id, None, hold_s=hold_s, gone=gone)
-        if status.terminal:
-            self._check_cancelled_stream(job, empty=not chunks)
-        return StreamPart(status, [chunk.body for chunk in chunks], job.attempt)
-
-    async def replay(
-        self, endpoint_id: str, job_id: str, *, cursor: int, hold_s: float, gone: Gone | None = None
-    ) -> tuple[JobStatus, Sequence[bytes], int]:
-        """As `stream`, but all chunks from a position on, as often as wanted (§12 item 13).
-
-        Returns:
-            The status, the chunks' raw JSON, and the position after them.
-        """
-        _, status, chunks = await self._read_stream(endpoint_id, job_id, cursor, hold_s=hold_s, gone=gone)
-        return status, [chunk.body for chunk in chunks], chunks[-1].sequence + 1 if chunks else cursor
-
-    async def _read_stream(
-        self, endpoint_id: str, job_id: str, cursor: int | None, *, hold_s: float, gone: Gone | None
-    ) -> tuple[Job, JobStatus, Sequence[Chunk]]:
-        deadline = asyncio.get_running_loop().time() + hold_s
-        ledger = self._ledger
-        before = await self.job(endpoint_id, job_id)
-        with ledger.signals.watch(job_id, group=endpoint_id) as changed:
-            while True:
-                changed.clear()
-                if gone is not None and gone.done():
-                    return before, before.status, []
-                try:
-                    job, chunks = await self._store.drain_chunks(
-                        job_id, limit_bytes=_STREAM_BYTES, cursor=cursor
-                    )
-                except NotFoundError:
-                    raise NotFoundError(JOB_NOT_FOUND) from None
-                if self._gone(job):
-                    raise NotFoundError(JOB_NOT_FOUND)
-                status = job.status
-                if status.terminal:
-                    status = await self._status_after(job, chunks, cursor)
-                if chunks and cursor is None and gone is not None and gone.done():
-                    # Its reader left while they were read: they are for the next one (§2.8).
-                    await self._store.return_chunks(job_id, chunks, attempt=job.attempt)
-                    ledger.signals.notify(job_id)
-                    return before, before.status, []
-                if job.status.terminal:
-                    return job, status, chunks
-                if chunks or job.status is not before.status or ledger.closing:
-                    return job, job.status, chunks
-                if not await happened(changed, deadline=deadline, gone=gone):
-                    return job, job.status, []
-
-    async def _status_after(self, job: Job, chunks: Sequence[Chunk], cursor: int | None) -> JobStatus:
-        """The status to tell with these chunks: terminal only with the last of them."""
-        following = None if cursor is None or not chunks else chunks[-1].sequence + 1
-        more = bool(chunks) and await self._store.has_chunks(job.id, cursor=following)
-        return JobStatus.IN_PROGRESS if more else job.status
-
     async def cancel(self, endpoint_id: str, job_id: str) -> Job:
         """Cancel a job; one that is terminal stays as it is (§2.15). A running one's worker is told."""
         await self.job(endpoint_id, job_id)
@@ -592,16 +502,6 @@ class JobService:
             return await self._ledger.apply(job_id, event)
         except NotFoundError:
             raise NotFoundError(JOB_NOT_FOUND) from None
-
-    def _check_cancelled_stream(self, job: Job, *, empty: bool) -> None:
-        if job.status is not JobStatus.CANCELLED or not empty:
-            return
-        now_ms = self._clock.now_ms()
-        since_ms = self._cancelled_streams.setdefault(job.id, now_ms)
-        if now_ms - since_ms >= _CANCELLED_STREAM_MS:
-            raise NotFoundError(JOB_NOT_FOUND)
-        if len(self._cancelled_streams) > _CANCELLED_STREAMS_MAX:
-            self._cancelled_streams.popitem(last=False)
 
 
 def _not_retryable(job: Job) -> InvalidInputError:

@@ -3,7 +3,7 @@
 Used by tests, by the simulator, and as the readable statement of what the SQL of the others must do.
 No method awaits anything, so each is atomic on the event loop and cannot be cancelled half-way. The
 counters of the queue are counted from the jobs themselves, as a check on stores that keep them. `queue`
-holds jobs, batches and webhooks, `records` everything else.
+holds jobs and batches, `webhooks` their deliveries, `records` everything else.
 """
 
 from __future__ import annotations
