@@ -425,14 +425,15 @@ class Installation:
         return next((text[:_LAST_LINE_MAX] for text in reversed(written) if text), "")
 
     def _worker_environment(self, endpoint: Endpoint, worker_id: str, secret: str) -> Mapping[str, str]:
-        gpus = read_host().gpus if endpoint.revision.gpu_count else ()
+        # Which of them it gets is not known here, so a host with several types says none.
+        gpu_types = {gpu.name for gpu in read_host().gpus} if endpoint.revision.gpu_count else set()
         platform = worker_environment(
             self.local_url,
             endpoint.id,
             worker_id,
             secret,
             ping_interval_ms=self.settings.jobs.ping_interval_ms,
-            gpu_type=gpus[0].name if gpus else None,
+            gpu_type=gpu_types.pop() if len(gpu_types) == 1 else None,
             gpu_count=endpoint.revision.gpu_count,
             cpu_count=len(os.sched_getaffinity(0)),
             host_name=socket.gethostname(),

@@ -52,8 +52,8 @@ _REASON_MAX = 500
 def timeline(job: Job) -> list[TimelineEvent]:
     """What has happened to a job, in order.
 
-    A job remembers its latest attempts only (`ATTEMPTS_KEPT`); of older ones nothing is told but that it was
-    queued first.
+    A job remembers its latest attempts only (`ATTEMPTS_KEPT`), and the last retry by its client; of others
+    nothing is told but that it was queued first.
     """
     events = [TimelineEvent(event=Moment.QUEUED, at_ms=job.created_ms)]
     for position, attempt in enumerate(job.attempts):
@@ -78,7 +78,7 @@ def timeline(job: Job) -> list[TimelineEvent]:
             events.append(
                 TimelineEvent(
                     event=Moment.REQUEUED,
-                    at_ms=requeued_ms,
+                    at_ms=attempt.ended_ms,
                     attempt=number,
                     worker_id=attempt.worker_id,
                     reason=attempt.reason,

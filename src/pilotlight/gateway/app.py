@@ -117,7 +117,7 @@ class Gateway:
         return self._jobs.serve_whole(request, connection, gone)
 
     def _balanced(self, scope: Scope) -> tuple[str, str] | None:
-        """The load-balancing endpoint that a request is for, and what of its path is not the worker's."""
+        """The endpoint that a request names by `/lb` or by host, and what of its path is not the worker's."""
         raw: bytes = scope["raw_path"]
         if raw.startswith(b"/lb/"):
             endpoint_id = raw.split(b"/", 3)[2].decode("latin-1")

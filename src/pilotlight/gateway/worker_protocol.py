@@ -105,7 +105,7 @@ def worker_routes(service: JobService, fleet: Fleet, *, limits: LimitSettings) -
     """
     api = _WorkerApi(service, fleet, limits)
     table = {
-        path: Operation(methods, partial(api.post, handler) if methods is _POST else partial(handler, api))
+        path: Operation(methods, partial(api.post, handler) if methods == _POST else partial(handler, api))
         for path, (methods, handler) in _OPERATIONS.items()
     }
     return [

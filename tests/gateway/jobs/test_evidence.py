@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import pytest
 
@@ -149,16 +150,18 @@ class TestNeverTwice:
         assert (await platform.take("w2")).json()["id"] == job_id
         await end(take)
 
-    async def test_a_worker_without_heartbeats_gets_it_after_two_takes(self, platform):
-        """Nothing else will ever tell that it has let go."""
+    async def test_a_worker_without_heartbeats_gets_it_when_it_is_idle(self, platform):
+        """Its takes tell that it has read everything, not that it has let go."""
         platform.fleet.add(capacity=2)
         job_id = await platform.run()
         await platform.take(batch=2)
         await platform.pass_time(8)
         assert (await platform.status(job_id))["status"] == "IN_QUEUE"
-        await end(await open_take(platform, batch=2))
-        await platform.parked(0)
-        assert (await platform.take(holding=True, batch=2)).json()[0]["id"] == job_id
+        for _ in range(2):
+            await end(await open_take(platform, batch=2))
+            await platform.parked(0)
+        assert link_of(platform).withheld() == {job_id}
+        assert (await platform.take(batch=2)).json()[0]["id"] == job_id
 
 
 async def test_a_heartbeat_counts_although_the_store_fails(platform):
@@ -262,3 +265,139 @@ async def test_pieces_of_a_chunk_are_stored_once(platform):
     await platform.done(job_id, {"output": []})
     stream = (await platform.call("GET", f"/stream/{job_id}")).json()["stream"]
     assert "".join(chunk["output"] for chunk in stream) == text * 2
+
+
+async def hold_up(platform):
+    """The writer of SQLite, kept busy; what is asked for until `go` is set makes one group."""
+    go, busy = threading.Event(), threading.Event()
+
+    def wait(_):
+        busy.set()
+        go.wait(30)
+
+    blocked = platform.store._writer.submit(wait)
+    await asyncio.to_thread(busy.wait, 30)
+    return go, blocked
+
+
+async def test_a_job_that_is_taken_away_while_its_worker_takes(make_platform):
+    """§3.2: the loss and the take were one group of the store, whose take is answered first.
+
+    The same worker got the job again, was told to stop it for the sake of the first attempt, and it FAILED.
+    """
+    async with make_platform(sqlite=True) as platform:
+        platform.fleet.add("w1", capacity=2)
+        job_id = await platform.run()
+        await platform.take(batch=1)
+        link_of(platform).hand_outs[job_id].connection = None
+        take = await open_take(platform, batch=1)
+        await platform.ping()
+        await platform.pass_time(5)
+        await platform.ping()
+        go, blocked = await hold_up(platform)
+        other = asyncio.create_task(platform.run())
+        while not link_of(platform).asking:
+            await asyncio.sleep(0.001)
+        platform.clock.advance(2)
+        losing = asyncio.create_task(platform.service.lose_unconfirmed())
+        await asyncio.sleep(0)
+        go.set()
+        await asyncio.gather(blocked, losing)
+        assert [job["id"] for job in (await take).json()] == [await other]
+        assert job_id in link_of(platform).withheld()
+        job = await platform.store.job(job_id)
+        assert (job.status, job.retries) == (JobStatus.IN_QUEUE, 1)
+
+
+async def test_a_job_that_only_its_progress_has_shown(platform):
+    """§7.1 L1: it was in no heartbeat, before or after; a worker with other work kept it until its time was over."""
+    platform.fleet.add(capacity=2)
+    job_id, other_id = await platform.run(), await platform.run()
+    await platform.take(batch=2)
+    await platform.done(job_id, {"status": "IN_PROGRESS", "output": 1})
+    take = await open_take(platform, batch=1)
+    await platform.ping(other_id)
+    assert (await platform.status(job_id))["status"] == "IN_PROGRESS"
+    await platform.ping(other_id)
+    assert (await platform.status(job_id))["error"] == "worker produced no result"
+    await end(take)
+
+
+async def test_heartbeats_that_have_ended_do_not_keep_a_job(platform):
+    """§7.1 L3: none will come any more that could lack the job."""
+    platform.fleet.add(capacity=1)
+    await platform.ping()
+    platform.clock.advance(1)
+    job_id = await platform.run()
+    await platform.take()
+    poll = asyncio.create_task(platform.ask("GET", "/job-stop/w1?gpu=x"))
+    while not link_of(platform).stop_polls:
+        await asyncio.sleep(0.001)
+    await platform.pass_time(10)
+    assert (await platform.status(job_id))["status"] == "IN_PROGRESS"
+    await platform.pass_time(4)
+    assert (await platform.status(job_id))["status"] == "IN_QUEUE"
+    assert platform.fleet.killed == []
+    await end(poll)
+
+
+async def test_a_worker_that_lets_go_while_the_store_is_asked_for_it(platform):
+    """Its take was made to wait for what it had been withheld, and nothing woke it any more."""
+    platform.fleet.add(capacity=2)
+    job_id, other_id = await platform.run(), await platform.run()
+    await platform.take(batch=2)
+    await platform.ping(job_id, other_id)
+    link = link_of(platform)
+    link.hand_outs[job_id].post_failed = True
+    take_of_store, asked, go = platform.store.take, asyncio.Event(), asyncio.Event()
+
+    async def slow(*arguments, **named):
+        jobs = await take_of_store(*arguments, **named)
+        asked.set()
+        await go.wait()
+        return jobs
+
+    platform.store.take = slow
+    await platform.ping(other_id)
+    take = await open_take(platform, batch=1)
+    await asked.wait()
+    assert link.withheld() == {job_id}
+    await platform.ping(other_id)
+    go.set()
+    assert [job["id"] for job in (await take).json()] == [job_id]
+
+
+async def test_what_is_done_is_not_withheld(platform):
+    """A job stays in the list of the last heartbeat after its result has come."""
+    platform.fleet.add(capacity=2)
+    ids = [await platform.run() for _ in range(2)]
+    await platform.take(batch=2)
+    await platform.ping(*ids)
+    for job_id in ids:
+        await platform.done(job_id, {"output": 1})
+    assert link_of(platform).withheld() == frozenset()
+
+
+async def test_pieces_of_a_chunk_that_was_given_up_are_not_missing_in_the_next(platform):
+    """A worker that numbers its chunks goes on with the next one when its tries are over."""
+    platform.fleet.add(capacity=1)
+    job_id = await platform.run()
+    await platform.take()
+    append_of_store, calls = platform.store.append_chunk, []
+
+    async def failing(*arguments, **named):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise StoreError("disk full")
+        return await append_of_store(*arguments, **named)
+
+    platform.store.append_chunk = failing
+    statuses = []
+    for number, letter in enumerate("ab"):
+        path = f"/job-stream/w1/{job_id}?gpu=x&seq={number}"
+        answer = await platform.ask("POST", path, json={"output": letter * 1_500_000})
+        statuses.append(answer.status_code)
+    await platform.done(job_id, {"output": []})
+    stream = (await platform.call("GET", f"/stream/{job_id}")).json()["stream"]
+    assert statuses == [503, 200]
+    assert "".join(chunk["output"] for chunk in stream) == "a" * 750_000 + "b" * 1_500_000

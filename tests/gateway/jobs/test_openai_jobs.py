@@ -372,6 +372,25 @@ async def test_failure_of_the_store_after_the_job_was_queued(platform, client, m
     assert [job.status for job in jobs] == ["CANCELLED"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_gateway_that_stops_says_so(platform, client, stream):
+    """A stream was read again and again until the end, any other call was told that 300 s were over."""
+    async with asked(chat(client, stream=stream), platform) as (call, job):
+        drains, drain = [], platform.store.drain_chunks
+
+        async def counted(*arguments, **named):
+            drains.append(arguments)
+            return await drain(*arguments, **named)
+
+        platform.store.drain_chunks = counted
+        platform.service.begin_close()
+        with pytest.raises(openai.InternalServerError, match="the gateway is stopping") as caught:
+            await call
+        assert caught.value.status_code == 503
+        assert len(drains) <= 1
+        assert (await platform.status(job["id"]))["status"] == "CANCELLED"
+
+
 async def test_a_body_that_is_too_large_is_413_in_openais_shape(platform, base):
     """20 MiB (§2.13); not 400 as on the native routes: OpenAI's clients know 413 (vllm-worker.md §1.11)."""
     for more in (0, 1):

@@ -209,7 +209,7 @@ class WorkerDesk:
             self._note(worker.id, f"the worker's library is {library or 'of an unknown version'}")
         link.pinged_ns = self._ledger.clock.monotonic_ns()
         # Nothing is awaited while two pings are compared, so they are compared in the order they came.
-        listed, previous = frozenset(job_ids), link.listed
+        listed, previous = frozenset(job_ids), frozenset(link.listed)
         shown = [link.hand_outs[job_id] for job_id in listed if job_id in link.hand_outs]
         unrecorded = [hand_out for hand_out in shown if not hand_out.recorded]
         for hand_out in unrecorded:
@@ -218,9 +218,10 @@ class WorkerDesk:
         # A post that is being received may be the final one; the next ping looks again.
         lost: list[HandOut] = []
         if complete and not link.bodies:
-            lost = [hand_out for hand_out in missing if not hand_out.posts] + link.note_list(listed)
+            lost = [hand_out for hand_out in missing if not hand_out.posts]
+            lost += [hand_out for hand_out in link.note_list(listed) if hand_out not in missing]
         # Until the store knows of a loss, the next ping must find it again.
-        link.listed = listed | {hand_out.job_id for hand_out in missing}
+        link.listed = {*listed, *(hand_out.job_id for hand_out in missing)}
         self._look_at_stops(link, listed, previous)
         now_ms = self._ledger.clock.now_ms()
         events = [(hand_out.job_id, self._loss(link, hand_out, arrived=True)) for hand_out in lost]
@@ -373,8 +374,8 @@ class WorkerDesk:
         return []
 
     def _spread(self, seconds: int) -> float:
-        # ± 10 %, so that the polls of many workers do not end together (§8).
-        return seconds * (0.9 + 0.2 * self._entropy(1)[0] / 255)
+        # ± 10 %, so that the polls of many workers do not end together, and never more than 60 s (§8).
+        return min(60.0, seconds * (0.9 + 0.2 * self._entropy(1)[0] / 255))
 
     def _slots_of(self, link: WorkerLink, count: int, *, holding: bool) -> int:
         """Slots that a worker shows with a take (§6.2).
@@ -508,7 +509,7 @@ class WorkerDesk:
             link.stopping.clear()
             link.stop_pending.clear()
             link.avoid.clear()
-            link.listed = frozenset()
+            link.listed.clear()
             self._ledger.dispatcher.look_again(link)
 
     def _loss(self, link: WorkerLink, hand_out: HandOut, *, arrived: bool) -> JobEvent:

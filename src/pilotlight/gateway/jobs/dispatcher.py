@@ -4,7 +4,9 @@ Per endpoint there is a line of open takes, oldest first, and an estimate of how
 for them. Whenever one of the two grows, or a slot becomes free, `serve` starts takes in the store for
 polls at the head of the line, as many as there are jobs to be had. The estimate counts every arrival and
 is put right whenever the store returns fewer jobs than asked: then only what arrived since that take
-began can be left. So no wake-up is lost and nothing is polled.
+began can be left, and what the worker that asked must not be given (`WorkerLink.withheld`). Such a worker
+waits (`WorkerLink.waits`), and is asked for again when something arrives or when it lets go of something. So
+no wake-up is lost and nothing is polled.
 
 A take that comes with results (`ask_with`) waits in no line: who does has been offered all there is.
 """
@@ -232,7 +234,8 @@ class Dispatcher:
             line.believed = max(0, line.believed - len(jobs))
             if len(jobs) < granted:
                 line.believed = min(line.believed, line.arrivals - arrivals + len(withheld))
-                if withheld and line.arrivals == arrivals:
+                # Unless it has let go of something meanwhile: then it is worth another look.
+                if withheld and withheld <= link.withheld() and line.arrivals == arrivals:
                     link.waits = True
                     line.waiting.add(link)
             if results is not None and not results.done():
@@ -246,7 +249,7 @@ class Dispatcher:
             poll.asking = False
             link.asking -= 1
             line.asked -= granted
-            kept, refused = self._hand_out(poll, jobs)
+            kept, refused, reason = self._hand_out(poll, jobs)
             if not link.asking:
                 link.ended_early.clear()
             if kept:
@@ -255,35 +258,43 @@ class Dispatcher:
                 poll.future.set_result([])
             # Last, because a freed slot may start the next take at once.
             self._slots.release_jobs(link.worker_id, granted - len(jobs))
-        await self.give_back(refused, _HELD if kept else _UNREACHED)
+        await self.give_back(refused, reason)
         self.serve(link.endpoint_id)
 
-    def _hand_out(self, poll: Poll, jobs: list[Job]) -> tuple[list[Job], list[Job]]:
-        """Split what the store gave into jobs for this poll and jobs that must go back."""
+    def _hand_out(self, poll: Poll, jobs: list[Job]) -> tuple[list[Job], list[Job], str]:
+        """Split what the store gave into jobs for this poll, and jobs that must go back, with the reason."""
         link = poll.link
         living = [job for job in jobs if (job.id, job.attempt) not in link.ended_early]
-        # It may have been taken away from this worker while the store was asked.
+        for job in living:
+            # It was taken away from this very worker while the store was asked, as we shall hear next.
+            if (earlier := link.hand_outs.pop(job.id, None)) is not None:
+                link.keep_from(earlier)
         withheld = link.withheld()
         now_ns = self._clock.monotonic_ns()
         for job in living:
             link.hand_outs[job.id] = HandOut(job.id, job.attempt, now_ns, poll.connection)
         if poll.closed or poll.future.done() or not self.may_hand_out(link):
             link.return_all(living)
-            return [], living
+            return [], living, _UNREACHED
         kept = [job for job in living if job.id not in withheld]
         refused = [job for job in living if job.id in withheld]
         link.return_all(refused)
         for job in kept:
             link.begin(job.id)
             self._started(job.id)
-        return kept, refused
+        return kept, refused, _HELD
 
     def look_again(self, link: WorkerLink) -> None:
         """Ask for a worker again that may have let go of what it could not be given."""
         if link.waits:
-            link.waits = False
-            self._line(link.endpoint_id).waiting.discard(link)
+            self.forget(link)
             self.serve(link.endpoint_id)
+
+    def forget(self, link: WorkerLink) -> None:
+        """Keep nothing of a worker, which has ended."""
+        link.waits = False
+        if (line := self._lines.get(link.endpoint_id)) is not None:
+            line.waiting.discard(link)
 
     def _resume(self, endpoint_id: str, line: _Line) -> None:
         line.paused = False

@@ -195,7 +195,7 @@ class WholeCall(Call):
         self,
         *,
         limit: int,
-        within_s: float | None = None,  # noqa: ARG002 - it is there
+        within_s: float | None = None,  # noqa: ARG002 - the body has arrived already
     ) -> tuple[bytes | None, int]:
         """The body and its size; None for the body when it is over the limit."""
         body = self._request.body

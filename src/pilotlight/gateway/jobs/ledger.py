@@ -244,7 +244,9 @@ class Ledger:
             delivered = isinstance(event, ResultPosted) and applied.finished
             if hand_out is not None and not (delivered or isinstance(event, PlatformInterrupted)):
                 # It may hold the job for a while, or find it in its socket.
-                link.avoid[before.id] = hand_out.confirmed or hand_out.received
+                link.keep_from(hand_out)
+            if applied.after.status is JobStatus.COMPLETED:
+                link.listed.discard(before.id)
             if held is None and not link.asking:
                 # It was given back when the job was seen to have ended elsewhere.
                 return None

@@ -33,7 +33,8 @@ class HandOut:
             worker that hangs up closes it.
         confirmed: Whether the worker has shown that it holds the job.
         recorded: Whether the store knows of that.
-        received: Whether a later take has shown that the worker has got the job.
+        followed: Whether a take came after it: the worker has read what it can of all that was sent before.
+        received: Whether that has shown that the worker has got the job.
         absences: Heartbeats since then that did not list it.
         posts: Posts for this job that are being received now.
         returning: Whether it goes back to the queue, as it never reached the worker.
@@ -53,6 +54,7 @@ class HandOut:
     connection: ClientStream | None
     confirmed: bool = False
     recorded: bool = False
+    followed: bool = False
     received: bool = False
     absences: int = 0
     posts: int = 0
@@ -134,7 +136,7 @@ class WorkerLink:
         released: Whether its polls are to be answered at once, because it is being ended.
         key_warned: Whether a wrong key was reported already.
         pinged_ns: When its last heartbeat came, monotonic; None before the first.
-        asked_ns: When its last take was answered.
+        asked_ns: When its last take ended.
         stop_polls: Its open stop polls.
         stop_polled_ns: When its last stop poll was answered.
         stop_broken_ns: When a stop poll broke, until it opens the next one; None while nothing is wrong.
@@ -145,7 +147,7 @@ class WorkerLink:
     worker_id: str
     endpoint_id: str
     hand_outs: dict[str, HandOut] = field(default_factory=dict)
-    listed: frozenset[str] = frozenset()
+    listed: set[str] = field(default_factory=set)
     avoid: dict[str, bool] = field(default_factory=dict)
     waits: bool = False
     stopping: dict[str, int] = field(default_factory=dict)
@@ -171,7 +173,12 @@ class WorkerLink:
         self.stop_pending.pop(job_id, None)
         self.stopping.pop(job_id, None)
         self.avoid.pop(job_id, None)
-        self.listed -= {job_id}
+        self.listed.discard(job_id)
+
+    def keep_from(self, hand_out: HandOut) -> None:
+        """Do not give it a job again that is being taken away from it, until it cannot hold it any more."""
+        if not hand_out.returning:
+            self.avoid[hand_out.job_id] = hand_out.confirmed or hand_out.followed
 
     def return_all(self, jobs: Iterable[Job]) -> None:
         """Note that jobs which the store gave go back to the queue."""
@@ -185,7 +192,7 @@ class WorkerLink:
         """
         if not (self.avoid or self.stopping or self.listed):
             return frozenset()
-        return (self.listed | self.avoid.keys() | self.stopping.keys()) - self.hand_outs.keys()
+        return frozenset((self.listed | self.avoid.keys() | self.stopping.keys()) - self.hand_outs.keys())
 
     def note_take(self) -> None:
         """Take note of a take: it has read all that was handed to it before, and listed it (§5).
@@ -195,17 +202,13 @@ class WorkerLink:
         if self.several_polls:
             return
         for hand_out in self.hand_outs.values():
+            hand_out.followed = True
             hand_out.received = hand_out.received or hand_out.arrived
-        for job_id, read in [*self.avoid.items()]:
-            if read and self.pinged_ns is None:
-                # Without heartbeats nothing else will ever tell that it has let go of the job.
-                del self.avoid[job_id]
-                self.stopping.pop(job_id, None)
-            else:
-                self.avoid[job_id] = True
+        for job_id in self.avoid:
+            self.avoid[job_id] = True
 
     def note_list(self, listed: frozenset[str]) -> list[HandOut]:
-        """Take note of what a heartbeat lists; returns what it had and has let go of without listing it ever.
+        """Take note of what a heartbeat lists; returns what it had and has listed in none of the last ones.
 
         Jobs that it has let go of, having read all that was sent to it, may be handed to it again.
         """
@@ -213,7 +216,9 @@ class WorkerLink:
             del self.avoid[job_id]
         dropped = []
         for hand_out in self.hand_outs.values():
-            if hand_out.received and not (hand_out.confirmed or hand_out.returning or hand_out.posts):
+            if hand_out.job_id in listed:
+                hand_out.absences = 0
+            elif hand_out.received and not (hand_out.returning or hand_out.posts):
                 hand_out.absences += 1
                 if hand_out.absences >= _ABSENCES:
                     dropped.append(hand_out)
@@ -239,13 +244,13 @@ class WorkerLink:
             poll.expire()
         self.stop_changed.set()
 
-    def silent(self, now_ns: int, *, pings_missing_ns: int) -> bool:
+    def silent(self, now_ns: int, *, pings_missing_ns: int, since_ns: int) -> bool:
         """Whether neither heartbeats nor stop polls come any more (worker-protocol.md §6.5, §8).
 
         Heartbeats alone do not count, they may come from another process than the worker, and a worker that
-        runs a blocking handler does not poll.
+        runs a blocking handler does not poll. What was sent before `since_ns` may still have to be read.
         """
-        if self.pinged_ns is None or now_ns - self.pinged_ns <= pings_missing_ns:
+        if self.pinged_ns is None or now_ns - max(self.pinged_ns, since_ns) <= pings_missing_ns:
             return False
         return not self._calls(now_ns)
 

@@ -43,6 +43,7 @@ _HOLD_S = 8.0
 """Length of one wait for stream chunks; the next follows at once."""
 
 
+_STOPPING = Failure(status=503, message="the gateway is stopping")
 _LOST = Failure(status=502, message="the worker was lost after part of the answer had been sent")
 
 
@@ -141,6 +142,8 @@ class JobOpenAI:
             return
         if not done.status.terminal:
             await self._cancel(endpoint, job)
+            if self._service.closing:
+                raise _refusal(_STOPPING)
             raise RequestRefusedError(504, f"no answer within {_WAIT_S:g} s; the job was cancelled")
         if done.status is not JobStatus.COMPLETED:
             raise _refusal(_failure(done))
@@ -179,6 +182,10 @@ class JobOpenAI:
                 await send(event)
             if part.status.terminal:
                 await self._end(endpoint, job, route, send, begun=begun)
+                return
+            if self._service.closing:
+                await self._cancel(endpoint, job)
+                await _fail(send, route, _STOPPING, begun=begun)
                 return
             if asyncio.get_running_loop().time() > deadline:
                 await self._cancel(endpoint, job)

@@ -103,11 +103,16 @@ class StreamReaders:
                     raise NotFoundError(JOB_NOT_FOUND) from None
                 if self._forgotten(job):
                     raise NotFoundError(JOB_NOT_FOUND)
-                status = await self._status_with(job, chunks, cursor)
-                if chunks and cursor is None and gone is not None and gone.done():
-                    # Its reader left while they were read: they are for the next one (§2.8).
-                    await ledger.store.return_chunks(job_id, chunks, attempt=job.attempt)
-                    ledger.signals.notify(job_id)
+                delivered = False
+                try:
+                    status = await self._status_with(job, chunks, cursor)
+                    delivered = gone is None or not gone.done()
+                finally:
+                    if chunks and cursor is None and not delivered:
+                        # Its reader has left, or gets an error: they are for the next one (§2.8).
+                        await ledger.store.return_chunks(job_id, chunks, attempt=job.attempt)
+                        ledger.signals.notify(job_id)
+                if not delivered:
                     return before, before.status, []
                 if chunks or job.status.terminal or job.status is not before.status or ledger.closing:
                     return job, status, chunks

@@ -74,12 +74,11 @@ class Chunks:
         if hand_out.storing is None:
             hand_out.storing = asyncio.Lock()
         async with hand_out.storing:
-            if sequence is None:
-                # It is posted again only after a failure of ours.
-                if hand_out.broken is None or hand_out.broken != _digest(body):
-                    hand_out.pieces = 0
-            elif sequence <= hand_out.last_sequence:
+            if sequence is not None and sequence <= hand_out.last_sequence:
                 return
+            # Only after a failure of ours the same is posted again.
+            if hand_out.broken is None or hand_out.broken != _digest(body):
+                hand_out.pieces = 0
             try:
                 stored = await self._store(link, hand_out, body, size)
             except StoreError:
@@ -87,7 +86,7 @@ class Chunks:
                 raise
             hand_out.broken = None
             if stored and sequence is not None:
-                hand_out.last_sequence, hand_out.pieces = sequence, 0
+                hand_out.last_sequence = sequence
 
     async def _store(self, link: WorkerLink, hand_out: HandOut, body: bytes | None, size: int) -> bool:
         """Store the pieces of a chunk but for those that are; whether the last of them is stored."""

@@ -55,7 +55,8 @@ class Upkeep:
         self._unsettled: dict[str, str] = {}
         self._ending: set[str] = set()
         self._unbacked = Unbacked(ledger)
-        self._looked_ns = self._judged_ns = ledger.clock.monotonic_ns()
+        self._looked_ns = ledger.clock.monotonic_ns()
+        self._resumed_ns = 0
 
     async def end_overdue(self) -> None:
         """End jobs whose time to live or execution timeout has passed."""
@@ -75,18 +76,17 @@ class Upkeep:
         """Requeue hand-outs that their worker has not shown to hold in time (worker-protocol.md §8)."""
         ledger = self._ledger
         confirm_s = ledger.settings.confirm_s
-        now_ns = ledger.clock.monotonic_ns()
-        interrupted = now_ns - self._judged_ns > _LOOK_PAUSE_NS
-        self._judged_ns = now_ns
+        now_ns = self._look()
         oldest_ns = now_ns - confirm_s * 1_000_000_000
-        # What was sent while we stood still is yet to be read.
-        for link in () if interrupted else [*ledger.links.values()]:
+        for link in [*ledger.links.values()]:
             for hand_out in [*link.hand_outs.values()]:
                 held = hand_out.confirmed or hand_out.received or hand_out.posts or link.bodies
-                if held or hand_out.returning or hand_out.at_ns > oldest_ns:
+                since_ns = max(hand_out.at_ns, self._resumed_ns)
+                if held or hand_out.returning or since_ns > oldest_ns:
                     continue
-                if link.pinged_ns is not None and link.pinged_ns < hand_out.at_ns:
-                    # Heartbeats that were sent before it say nothing of it (L3).
+                pinged_ns = link.pinged_ns
+                if pinged_ns is not None and pinged_ns < since_ns and now_ns - since_ns <= self._missing_ns:
+                    # Heartbeats that were sent before it say nothing of it (L3), and there may be more.
                     continue
                 event = WorkerLost(
                     worker_id=link.worker_id,
@@ -107,13 +107,15 @@ class Upkeep:
     async def kill_stuck(self) -> None:
         """End workers that hang, or go on with a stopped job and nothing else (worker-protocol.md §8)."""
         ledger = self._ledger
-        now_ns = ledger.clock.monotonic_ns()
-        interrupted = self._kill_silent(now_ns)
+        now_ns = self._look()
+        # What was sent while we stood still is yet to be read.
+        settled = now_ns - self._resumed_ns > _LOOK_PAUSE_NS
         self._ending &= ledger.links.keys()
+        self._kill_silent(now_ns)
         for link in [*ledger.links.values()]:
             if link.worker_id in self._ending:
                 continue
-            if link.orphaned(now_ns) and not link.released and not interrupted:
+            if settled and link.orphaned(now_ns) and not link.released:
                 self._kill_orphaned(link)
             else:
                 self._kill_holding(link, now_ns)
@@ -157,6 +159,7 @@ class Upkeep:
         link = self._ledger.links.pop(worker_id, None)
         if link is not None:
             link.release()
+            self._ledger.dispatcher.forget(link)
         self._unsettled[worker_id] = reason
         try:
             await self._settle_ended(worker_id)
@@ -181,31 +184,32 @@ class Upkeep:
                 continue
         self._unsettled.pop(worker_id, None)
 
-    def _kill_silent(self, now_ns: int) -> bool:
-        """End workers that give no sign of life; their jobs are lost with them and run elsewhere.
-
-        Returns:
-            Whether this process itself stood still since the last look, so that silence proves nothing.
-        """
-        ledger = self._ledger
-        interrupted = now_ns - self._looked_ns > _LOOK_PAUSE_NS
+    def _look(self) -> int:
+        """Now, monotonic; takes note when this process has stood still since the last look."""
+        now_ns = self._ledger.clock.monotonic_ns()
+        if now_ns - self._looked_ns > _LOOK_PAUSE_NS:
+            self._resumed_ns = now_ns
         self._looked_ns = now_ns
-        missing_ns = 3 * ledger.settings.ping_interval_ms * 1_000_000 + 6_000_000_000
+        return now_ns
+
+    @property
+    def _missing_ns(self) -> int:
+        """After how long heartbeats are missing (worker-protocol.md §8)."""
+        return 3 * self._ledger.settings.ping_interval_ms * 1_000_000 + 6_000_000_000
+
+    def _kill_silent(self, now_ns: int) -> None:
+        """End workers that give no sign of life; their jobs are lost with them and run elsewhere."""
+        ledger, missing_ns = self._ledger, self._missing_ns
         for link in [*ledger.links.values()]:
-            if interrupted and link.pinged_ns is not None:
-                # It was us who stood still; what they sent meanwhile is yet to be read.
-                link.pinged_ns = now_ns
             worker = ledger.fleet.worker(link.worker_id)
-            if (
-                worker is None
-                or worker.state not in _ALIVE
-                or not link.silent(now_ns, pings_missing_ns=missing_ns)
-            ):
+            if link.worker_id in self._ending or worker is None or worker.state not in _ALIVE:
                 continue
-            link.pinged_ns, link.retiring = None, True
+            if not link.silent(now_ns, pings_missing_ns=missing_ns, since_ns=self._resumed_ns):
+                continue
+            link.retiring = True
+            self._ending.add(link.worker_id)
             cause = f"the worker program hangs: no sign of life for {missing_ns // 1_000_000_000} s"
             ledger.spawn(self._end_broken(worker, "hung", cause), f"kill-{worker.id}")
-        return interrupted
 
     async def _end_broken(self, worker: Worker, kind: str, cause: str) -> None:
         _log.warning("worker_broken", worker_id=worker.id, endpoint_id=worker.endpoint_id, cause=cause)

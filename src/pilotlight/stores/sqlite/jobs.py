@@ -148,9 +148,8 @@ def take_many(transaction: Transaction, orders: Sequence[TakeOrder]) -> list[lis
         queue = queues[endpoint_id]
         mine = [job_id for job_id in queue if job_id not in without][: max(0, count)]
         shares.append(mine)
-        queues[endpoint_id] = (
-            [job_id for job_id in queue if job_id not in mine] if without else queue[len(mine) :]
-        )
+        taken_ids = set(mine)
+        queues[endpoint_id] = [job_id for job_id in queue if job_id not in taken_ids]
     found = find(transaction, [job_id for mine in shares for job_id in mine])
     inputs = _inputs(transaction, found)
     answers: list[list[Job]] = []
