@@ -401,3 +401,46 @@ async def test_pieces_of_a_chunk_that_was_given_up_are_not_missing_in_the_next(p
     stream = (await platform.call("GET", f"/stream/{job_id}")).json()["stream"]
     assert statuses == [503, 200]
     assert "".join(chunk["output"] for chunk in stream) == "a" * 750_000 + "b" * 1_500_000
+
+
+async def test_a_list_that_was_cut_short_loses_nothing(platform):
+    """§3.6: the library cuts a heartbeat's list at 64 KiB; what is missing then may have been cut off."""
+    platform.fleet.add(capacity=1)
+    job_id = await platform.run()
+    await platform.take()
+    await platform.ping(job_id)
+    # More does not fit into an address here: there are no workers with so many jobs at a time.
+    others = ",".join(f"{number:036d}-u1" for number in range(2_000))[:62_000]
+    assert (await platform.ask("GET", f"/ping/w1?gpu=x&job_id={others}")).status_code == 200
+    assert (await platform.status(job_id))["status"] == "IN_PROGRESS"
+    await platform.ping("another")
+    assert (await platform.status(job_id))["error"] == "worker produced no result"
+
+
+async def test_a_worker_whose_heartbeat_has_died_lives_by_its_stop_poll(platform):
+    """§6.5: heartbeats that stop while the stop poll stands do not say that the worker is dead."""
+    platform.fleet.add(capacity=1)
+    platform.fleet.become("w1", WorkerState.READY)
+    await platform.ping()
+    poll = asyncio.create_task(platform.ask("GET", "/job-stop/w1?gpu=x"))
+    while not link_of(platform).stop_polls:
+        await asyncio.sleep(0.001)
+    await platform.pass_time(60)
+    assert platform.fleet.killed == []
+    await end(poll)
+
+
+@pytest.mark.parametrize(("seconds", "entropy", "hold"), [(25, 0, 22.5), (25, 255, 27.5), (60, 255, 60.0)])
+async def test_holds_are_spread_and_bounded(platform, seconds, entropy, hold):
+    """§8: 25 s ± 10 %, so that the polls of many workers do not end together, and never more than 60 s."""
+    desk = platform.service.workers
+    desk._entropy = lambda _: bytes([entropy])
+    assert desk._spread(seconds) == pytest.approx(hold)
+
+
+async def test_the_log_of_a_worker_names_its_library(platform):
+    """§11: the version that its heartbeats give is recorded, once."""
+    platform.fleet.add(capacity=1)
+    for _ in range(2):
+        await platform.ping()
+    assert platform.notes == [("w1", "the worker's library is 1.12.0")]
