@@ -57,8 +57,6 @@ def timeline(job: Job) -> list[TimelineEvent]:
     """
     events = [TimelineEvent(event=Moment.QUEUED, at_ms=job.created_ms)]
     for position, attempt in enumerate(job.attempts):
-        following = job.attempts[position + 1 :]
-        requeued_ms = following[0].queued_ms if following else job.queued_ms
         events += _hand_out(attempt.number, attempt.worker_id, attempt)
         number = attempt.number or None
         if attempt.reason.startswith(RETRIED_BY_CLIENT):
@@ -71,8 +69,10 @@ def timeline(job: Job) -> list[TimelineEvent]:
                     reason=attempt.reason.removeprefix(RETRIED_BY_CLIENT).strip(),
                 )
             )
+            following = job.attempts[position + 1 :]
+            retried_ms = following[0].queued_ms if following else job.queued_ms
             events.append(
-                TimelineEvent(event=Moment.REQUEUED, at_ms=requeued_ms, reason="retried by the client")
+                TimelineEvent(event=Moment.REQUEUED, at_ms=retried_ms, reason="retried by the client")
             )
         else:
             events.append(

@@ -24,6 +24,27 @@ async def open_take(platform, worker="w1", *, batch=4):
     return take
 
 
+async def open_stop_poll(platform):
+    """A stop poll that stays open."""
+    poll = asyncio.create_task(platform.ask("GET", "/job-stop/w1?gpu=x"))
+    while not link_of(platform).stop_polls:
+        await asyncio.sleep(0.001)
+    return poll
+
+
+def fail_second_piece(platform):
+    """The second chunk that is appended meets a full disk; those after it do not."""
+    append_of_store, calls = platform.store.append_chunk, []
+
+    async def failing(*arguments, **named):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise StoreError("disk full")
+        return await append_of_store(*arguments, **named)
+
+    platform.store.append_chunk = failing
+
+
 async def end(task):
     task.cancel()
     await asyncio.wait({task})
@@ -229,10 +250,8 @@ async def test_main_process_that_is_gone_while_its_worker_is_drained(platform):
     platform.fleet.add(capacity=2)
     job_id = await platform.run()
     await platform.take()
-    poll = asyncio.create_task(platform.ask("GET", "/job-stop/w1?gpu=x"))
+    poll = await open_stop_poll(platform)
     link = link_of(platform)
-    while not link.stop_polls:
-        await asyncio.sleep(0.001)
     platform.fleet.become("w1", WorkerState.DRAINING)
     await end(poll)
     while link.stop_polls:
@@ -249,15 +268,7 @@ async def test_pieces_of_a_chunk_are_stored_once(platform):
     platform.fleet.add(capacity=1)
     job_id = await platform.run()
     await platform.take()
-    append_of_store, calls = platform.store.append_chunk, []
-
-    async def failing(*arguments, **named):
-        calls.append(arguments)
-        if len(calls) == 2:
-            raise StoreError("disk full")
-        return await append_of_store(*arguments, **named)
-
-    platform.store.append_chunk = failing
+    fail_second_piece(platform)
     text = "ab" * 750_000
     assert (await platform.chunk(job_id, text)).status_code == 503
     assert (await platform.chunk(job_id, text)).status_code == 200
@@ -330,9 +341,7 @@ async def test_heartbeats_that_have_ended_do_not_keep_a_job(platform):
     platform.clock.advance(1)
     job_id = await platform.run()
     await platform.take()
-    poll = asyncio.create_task(platform.ask("GET", "/job-stop/w1?gpu=x"))
-    while not link_of(platform).stop_polls:
-        await asyncio.sleep(0.001)
+    poll = await open_stop_poll(platform)
     await platform.pass_time(10)
     assert (await platform.status(job_id))["status"] == "IN_PROGRESS"
     await platform.pass_time(4)
@@ -383,15 +392,7 @@ async def test_pieces_of_a_chunk_that_was_given_up_are_not_missing_in_the_next(p
     platform.fleet.add(capacity=1)
     job_id = await platform.run()
     await platform.take()
-    append_of_store, calls = platform.store.append_chunk, []
-
-    async def failing(*arguments, **named):
-        calls.append(arguments)
-        if len(calls) == 2:
-            raise StoreError("disk full")
-        return await append_of_store(*arguments, **named)
-
-    platform.store.append_chunk = failing
+    fail_second_piece(platform)
     statuses = []
     for number, letter in enumerate("ab"):
         path = f"/job-stream/w1/{job_id}?gpu=x&seq={number}"
@@ -422,9 +423,7 @@ async def test_a_worker_whose_heartbeat_has_died_lives_by_its_stop_poll(platform
     platform.fleet.add(capacity=1)
     platform.fleet.become("w1", WorkerState.READY)
     await platform.ping()
-    poll = asyncio.create_task(platform.ask("GET", "/job-stop/w1?gpu=x"))
-    while not link_of(platform).stop_polls:
-        await asyncio.sleep(0.001)
+    poll = await open_stop_poll(platform)
     await platform.pass_time(60)
     assert platform.fleet.killed == []
     await end(poll)

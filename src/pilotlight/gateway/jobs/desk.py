@@ -29,11 +29,7 @@ from pilotlight.gateway.directory import Directory
 from pilotlight.gateway.jobs.buckets import Buckets, Outsize
 from pilotlight.gateway.jobs.ledger import Ledger
 from pilotlight.gateway.jobs.links import HandOut, Poll, WorkerLink
-from pilotlight.gateway.jobs.results import (
-    PostedResult,
-    oversize,
-    parse_result,
-)
+from pilotlight.gateway.jobs.results import PostedResult, oversize, parse_result
 from pilotlight.gateway.jobs.streams import Chunks
 from pilotlight.gateway.jobs.waiting import Gone, happened
 from pilotlight.gateway.protocol import ClientStream
@@ -439,9 +435,10 @@ class WorkerDesk:
         # UTF-8 takes up to four bytes per character.
         error_text = posted.error if posted.error is None else posted.error[: limit // 4]
         if length > limit:
-            self._note(worker_id, f"job {job_id}: {oversize(length, limit)}")
+            too_long = oversize(length, limit)
+            self._note(worker_id, f"job {job_id}: {too_long}")
             # What the handler says went wrong is worth more than that its output was too large.
-            error = error_text or oversize(length, limit)
+            error = error_text or too_long
             failed = ResultPosted(worker_id=worker_id, now_ms=now_ms, error=error, attempt=attempt)
             return Outsize(failed, posted.output if posted.error is None else None)
         retryable = posted.retryable and self._runs_our_program(link)

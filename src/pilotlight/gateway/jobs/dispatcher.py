@@ -287,11 +287,11 @@ class Dispatcher:
     def look_again(self, link: WorkerLink) -> None:
         """Ask for a worker again that may have let go of what it could not be given."""
         if link.waits:
-            self.forget(link)
+            self.end_wait(link)
             self.serve(link.endpoint_id)
 
-    def forget(self, link: WorkerLink) -> None:
-        """Keep nothing of a worker, which has ended."""
+    def end_wait(self, link: WorkerLink) -> None:
+        """Let a worker wait no longer (`WorkerLink.waits`): it is asked for again, or has ended."""
         link.waits = False
         if (line := self._lines.get(link.endpoint_id)) is not None:
             line.waiting.discard(link)

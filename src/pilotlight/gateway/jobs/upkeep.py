@@ -159,7 +159,7 @@ class Upkeep:
         link = self._ledger.links.pop(worker_id, None)
         if link is not None:
             link.release()
-            self._ledger.dispatcher.forget(link)
+            self._ledger.dispatcher.end_wait(link)
         self._unsettled[worker_id] = reason
         try:
             await self._settle_ended(worker_id)
