@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from .containers import Podman, running_podman
 from .postgresql import PostgresqlServer, postgresql_server
 
 START_TIMEOUT_S = 420
@@ -91,19 +92,29 @@ def live() -> Iterator[LiveInstallation]:
 
 
 @pytest.fixture(scope="session")
-def real() -> Iterator[LiveInstallation]:
-    """An installation with the real engine and a ready worker of the built-in model, `real.endpoint`."""
+def installation() -> Iterator[LiveInstallation]:
+    """The installation that all tests with a real engine share; nothing runs in it at first."""
     with live_installation() as installation:
-        installation.endpoint = installation.deploy(
-            "pilotlight/ember", "ember", idle_timeout_s=3600, execution_timeout_ms=600_000
-        )
-        answer = installation.api.get(f"/v2/{installation.endpoint['id']}/openai/health")
-        if answer.status_code != 200:
-            worker = installation.api.get(f"/v2/serverless/{installation.endpoint['id']}/workers").text
-            pytest.fail(
-                f"the engine did not start: {answer.text}\n{worker}\n{(installation.home / 'up.log').read_text()}"
-            )
         yield installation
+
+
+def await_engine(installation: LiveInstallation, endpoint: dict) -> None:
+    """Starts a worker of the endpoint and returns when it answers; else tells all there is to know."""
+    answer = installation.api.get(f"/v2/{endpoint['id']}/openai/health")
+    if answer.status_code != 200:
+        worker = installation.api.get(f"/v2/serverless/{endpoint['id']}/workers").text
+        log = (installation.home / "up.log").read_text()
+        pytest.fail(f"the engine did not start: {answer.text}\n{worker}\n{log}")
+
+
+@pytest.fixture(scope="session")
+def real(installation: LiveInstallation) -> LiveInstallation:
+    """That installation with a ready worker of the built-in model, `real.endpoint`."""
+    installation.endpoint = installation.deploy(
+        "pilotlight/ember", "ember", idle_timeout_s=3600, execution_timeout_ms=600_000
+    )
+    await_engine(installation, installation.endpoint)
+    return installation
 
 
 @pytest.fixture(scope="session")
@@ -132,3 +143,10 @@ def postgresql_url(postgresql: PostgresqlServer) -> Iterator[str]:
     url = postgresql.new_database()
     yield url
     postgresql.drop_database(url)
+
+
+@pytest.fixture(scope="session")
+def podman() -> Iterator[Podman]:
+    """A real container engine, one service per session; the storage with its images is shared by all."""
+    with running_podman() as podman:
+        yield podman

@@ -91,6 +91,7 @@ LOCKS = (
     BASE,
     Lock(REQUIREMENTS / "build.lock", REQUIREMENTS / "build.in", constraint=BASE.path),
     Lock(REQUIREMENTS / "dev.lock", ROOT / "pyproject.toml", group="dev", constraint=BASE.path),
+    Lock(REQUIREMENTS / "worker.lock", REQUIREMENTS / "worker.in", constraint=BASE.path, linux=True),
     Lock(
         ENGINES / "engine-cpu.lock",
         ENGINES / "engine-cpu.in",

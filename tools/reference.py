@@ -1,4 +1,4 @@
-"""Writes docs/reference from the code: every setting, the help of every command, the states of a job.
+"""Writes docs/reference from the code: settings, commands' help, states of a job, variables of the worker.
 
 Run it with the gateway's environment after either changed; `--check` says whether the files are current.
 """
@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from pilotlight.cli.root import app, available, load_command
 from pilotlight.core.lifecycle import transition_table
+from pilotlight.engines.flags.variables import GROUPS, Kind, Variable
 from pilotlight.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,7 +76,42 @@ def job_states_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {"settings.md": settings_page, "commands.md": commands_page, "job-states.md": job_states_page}
+def worker_variables_page() -> str:
+    """Every variable of the vLLM worker and what becomes of it, group by group."""
+    lines = [
+        "# Variables of the vLLM worker",
+        "",
+        "Made by `tools/reference.py` from `src/pilotlight/engines/flags/variables.py`. Set them with",
+        "`pilotlight deploy --env NAME=VALUE`, or in the environment of the worker program or its image.",
+        "`pilotlight worker --explain` shows what becomes of those that are set, and starts nothing. Every",
+        "option of the installed vLLM that is not listed here is set by its name in capitals as well:",
+        "`--kv-offloading-size` by `KV_OFFLOADING_SIZE`.",
+    ]
+    for title, variables in GROUPS.items():
+        lines += [
+            "",
+            f"## {title}",
+            "",
+            "| variable | kind | documented default | becomes |",
+            "|---|---|---|---|",
+        ]
+        for row in variables:
+            default = f"`{row.default}`" if row.default else ""
+            lines.append(f"| `{row.name}` | {row.kind} | {default} | {_becomes(row)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _becomes(row: Variable) -> str:
+    option = f"--{(row.option or row.name).lower().replace('_', '-')}"
+    return f"`{option}`" if row.kind in {Kind.OPTION, Kind.ALIAS} else row.note
+
+
+PAGES = {
+    "settings.md": settings_page,
+    "commands.md": commands_page,
+    "job-states.md": job_states_page,
+    "worker-variables.md": worker_variables_page,
+}
 
 
 def main() -> int:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import json
 import os
-import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,29 +15,27 @@ from pathlib import Path
 import structlog
 
 from pilotlight.client.discovery import KEY_FILE, SERVER_FILE
+from pilotlight.clusters.container_engine import ContainerEngine
+from pilotlight.clusters.containers import ContainerCluster
 from pilotlight.clusters.devices import read_host
 from pilotlight.clusters.local import LocalCluster
 from pilotlight.clusters.logfiles import LogSource
+from pilotlight.clusters.places import Places
 from pilotlight.clusters.ports import PortBook
 from pilotlight.clusters.run_folder import RunFolder
+from pilotlight.clusters.variables import WorkerVariables
 from pilotlight.core.admission import AdmissionLimits
-from pilotlight.core.health_check import HEALTH_PORT_VARIABLE, PORT_VARIABLE
-from pilotlight.core.worker_environment import (
-    STATE_URL_VARIABLE,
-    join_environment,
-    without_jobs,
-    worker_environment,
-)
 from pilotlight.domain.endpoint import Endpoint, EndpointKind
 from pilotlight.domain.ids import api_key_secret, short_id
 from pilotlight.domain.key import ApiKey, Scope, hash_secret
-from pilotlight.domain.worker import Address, Registration
-from pilotlight.engines.manifest import EngineManifest, load_manifest
+from pilotlight.domain.worker import Address, DownloadProgress, Registration, Stage
+from pilotlight.engines.manifest import EngineManifest
+from pilotlight.engines.versions import load_version
 from pilotlight.gateway.app import Gateway, OpenAIRoad
 from pilotlight.gateway.asgi import App
 from pilotlight.gateway.data_path import DataPath, StartFailedError
 from pilotlight.gateway.directory import Directory
-from pilotlight.gateway.elsewhere import Elsewhere, FleetElsewhere, JobsElsewhere, follower_answer
+from pilotlight.gateway.elsewhere import Elsewhere, FleetElsewhere, JobsElsewhere
 from pilotlight.gateway.jobs import JobService, job_routes
 from pilotlight.gateway.jobs.batch_routes import batch_routes
 from pilotlight.gateway.jobs.buckets import Buckets
@@ -61,16 +57,24 @@ from pilotlight.loops.leadership import Leadership
 from pilotlight.loops.meter import Meter
 from pilotlight.loops.reaper import Reaper
 from pilotlight.loops.webhooks import WebhookSender
-from pilotlight.management import EndpointService, KeyService, WebhookDesk, management_app
+from pilotlight.management import (
+    EndpointService,
+    ImageChecker,
+    KeyService,
+    RegistryLogins,
+    WebhookDesk,
+    management_app,
+)
 from pilotlight.net import GuardedHttp
 from pilotlight.net.s3 import S3Uploader
 from pilotlight.ports.clock import Clock
+from pilotlight.ports.fleet import StageReport
 from pilotlight.ports.store import Store
 from pilotlight.sealing import SECRET_FILE, InstallationSecret, open_secret
 from pilotlight.serving import Server, bind, server_config
 from pilotlight.settings import Settings
 from pilotlight.stores import open_store
-from pilotlight.system import SystemClock
+from pilotlight.system import SystemClock, calm_collector, share_interpreter
 
 _log = structlog.get_logger()
 
@@ -120,6 +124,9 @@ class Installation:
         self.ports = PortBook(lambda worker_id: self.fleet.worker(worker_id) is not None)
         self._listener = FleetListener(self.slots, self.pool, self.run_folder, self.ports)
         self.cluster = self._cluster()
+        self.container_engine = ContainerEngine(
+            settings.containers.url, timeout_s=settings.containers.call_timeout_s
+        )
         self.fleet = self._fleet()
         self.roster = FleetElsewhere(self.fleet, store, leads=lambda: self.leadership.leading)
         self.autoscaler = Autoscaler(
@@ -304,9 +311,9 @@ class Installation:
             endpoint = self.directory.endpoint(endpoint_id)
             if endpoint is not None and endpoint.kind is not EndpointKind.VLLM:
                 return job_openai
-            # A fixed engine is reached from everywhere.
+            # A fixed engine is reached from everywhere, other engines only from where the workers are.
             fixed = endpoint is None or endpoint.revision.engine_url is not None
-            return data_path if fixed or self.leadership.leading else follower_answer
+            return data_path if fixed or self.leadership.leading else job_openai
 
         rates = self.jobs.rates
         if rates is None:
@@ -322,15 +329,37 @@ class Installation:
             close_grace_s=self.settings.server.shutdown_s / 2,
         )
 
+    def _containers(self) -> ContainerCluster:
+        settings, logins = self.settings.containers, RegistryLogins(self.secret)
+        return ContainerCluster(
+            self.container_engine,
+            self.cluster.logs,
+            installation=self.secret.installation_id,
+            network=settings.network,
+            shm_bytes=settings.shm_bytes,
+            gpu_driver=None if settings.gpu_driver == "auto" else settings.gpu_driver,
+            login=logins.of,
+            on_progress=self._image_progress,
+            on_fetched=self._image_fetched,
+            volume_roots=self.settings.volume_roots,
+            close_grace_s=self.settings.server.shutdown_s / 2,
+        )
+
     def _fleet(self) -> WorkerFleet:
         return WorkerFleet(
             store=self.store,
-            cluster=self.cluster,
+            cluster=Places(self.cluster, self._containers()),
             listener=self._listener,
             clock=self.clock,
             settings=self.settings.workers,
             entropy=os.urandom,
-            environment=self._worker_environment,
+            environment=WorkerVariables(
+                self.settings,
+                self.local_url,
+                ports=self.ports,
+                run_folder=self.run_folder.path,
+                host=read_host,
+            ),
             command=(sys.executable, "-m", "pilotlight.worker"),
             host=read_host,
             last_line=self._last_line,
@@ -380,6 +409,14 @@ class Installation:
             host_reader=read_host,
             on_deleted=self.endpoint_deleted,
             base_url=lambda: self.url,
+            images=ImageChecker(
+                engine=self.container_engine,
+                logins=RegistryLogins(self.secret),
+                read_host=read_host,
+                reserve_bytes=self.settings.workers.memory_reserve_bytes,
+                volume_roots=self.settings.volume_roots,
+                leads=lambda: self.leadership.leading,
+            ),
         )
         return management_app(
             service=service,
@@ -415,8 +452,8 @@ class Installation:
             note=self.cluster.logs.note,
         )
 
-    def _manifest(self) -> EngineManifest:
-        return load_manifest(self.settings.engine_home)
+    def _manifest(self, version: str | None) -> EngineManifest:
+        return load_version(self.settings.engine_home, self.settings.engine.homes, version)
 
     async def _last_line(self, worker_id: str) -> str:
         """What an ended worker wrote last, shortened, "" for nothing."""
@@ -424,36 +461,12 @@ class Installation:
         written = [line.text.strip() for line in lines if line.source is LogSource.CONTAINER]
         return next((text[:_LAST_LINE_MAX] for text in reversed(written) if text), "")
 
-    def _worker_environment(self, endpoint: Endpoint, worker_id: str, secret: str) -> Mapping[str, str]:
-        # Which of them it gets is not known here, so a host with several types says none.
-        gpu_types = {gpu.name for gpu in read_host().gpus} if endpoint.revision.gpu_count else set()
-        platform = worker_environment(
-            self.local_url,
-            endpoint.id,
-            worker_id,
-            secret,
-            ping_interval_ms=self.settings.jobs.ping_interval_ms,
-            gpu_type=gpu_types.pop() if len(gpu_types) == 1 else None,
-            gpu_count=endpoint.revision.gpu_count,
-            cpu_count=len(os.sched_getaffinity(0)),
-            host_name=socket.gethostname(),
-        )
-        if endpoint.kind is EndpointKind.QUEUE:
-            del platform[STATE_URL_VARIABLE]
-            return join_environment(endpoint.revision.env, platform, os.environ)
-        if endpoint.kind is EndpointKind.LOAD_BALANCER:
-            port = str(self.ports.take(worker_id))
-            platform = without_jobs(platform) | {PORT_VARIABLE: port, HEALTH_PORT_VARIABLE: port}
-            return join_environment(endpoint.revision.env, platform, os.environ)
-        variables = join_environment(endpoint.revision.env, platform, os.environ)
-        variables["PILOTLIGHT_WORKER_RUN_DIR"] = str(self.run_folder.path(worker_id))
-        variables["PILOTLIGHT_ENGINE_HOME"] = str(self.settings.engine_home)
-        variables["MAX_CONCURRENCY"] = str(endpoint.concurrency)
-        drain_s = min(endpoint.execution_timeout_ms // 1000, self.settings.workers.drain_max_s)
-        variables.setdefault("DRAIN_TIMEOUT", str(drain_s))
-        if self.settings.engine.command:
-            variables["PILOTLIGHT_ENGINE_COMMAND"] = json.dumps(self.settings.engine.command)
-        return variables
+    async def _image_progress(self, worker_id: str, done_bytes: int, total_bytes: int) -> None:
+        progress = DownloadProgress(done_bytes=done_bytes, total_bytes=total_bytes or None)
+        await self.fleet.reported(worker_id, StageReport(stage=Stage.DOWNLOADING, progress=progress))
+
+    async def _image_fetched(self, worker_id: str) -> None:
+        await self.fleet.reported(worker_id, StageReport(stage=Stage.STARTING))
 
     def _idle(self, endpoint_id: str) -> None:
         self.fleet.slots_idle(endpoint_id)
@@ -461,7 +474,7 @@ class Installation:
 
     def _give_up(self, endpoint: Endpoint, retry_ms: int) -> None:
         failure = self.fleet.health(endpoint.id).failure
-        cause = f"{failure.cause} ({failure.advice or failure.kind})" if failure else "unknown"
+        cause = failure.sentence if failure else "unknown"
         retry_after_s = max(1, -(-(retry_ms - self.clock.now_ms()) // 1000))
         error = StartFailedError(f"no worker could be started: {cause}", retry_after_s=retry_after_s)
         self.slots.fail_held(endpoint.id, error, retry_ms=retry_ms)
@@ -489,25 +502,6 @@ class Installation:
             )
         )
         return secret
-
-
-def _calm_collector() -> None:
-    """Keep the garbage collector from walking over everything that lives as long as the process.
-
-    Without this a full collection stops the data path for tens of milliseconds under load.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 20)
-
-
-def _share_interpreter() -> None:
-    """Let the store's threads have the interpreter soon after they ask for it.
-
-    Every statement of SQLite gives it up and takes it back; with the default of 5 ms per turn, a busy event
-    loop makes a group commit wait for several turns. Measured: a quarter more submissions per second.
-    """
-    sys.setswitchinterval(0.0002)
 
 
 async def _attempt(step: str, work: Awaitable[object]) -> None:
@@ -579,8 +573,8 @@ async def open_installation(
         if serving.done():
             serving.result()
         write_private(server_file, json.dumps({"url": local_url, "pid": os.getpid()}))
-        _calm_collector()
-        _share_interpreter()
+        calm_collector()
+        share_interpreter()
         announce(installation, first)
         yield installation
     finally:

@@ -11,7 +11,7 @@ PilotlightError
 └── EngineEnvironmentError     the engine's own environment is missing or broken
 
 Narrower ones live beside what raises them: `gateway.errors` (HTTP answers of the job API),
-`management.problems`, `models.hub`, and `client.errors` (what a client of our API may meet).
+`management.problems`, `models.problems`, and `client.errors` (what a client of our API may meet).
 
 Rejections for load are decisions (`core.admission`), not errors. Programmer errors are assertions.
 """

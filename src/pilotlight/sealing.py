@@ -64,6 +64,11 @@ class InstallationSecret:
         """The secret that signs an endpoint's webhooks: `whsec_` and 64 hexadecimal digits."""
         return f"whsec_{self._derive(b'webhook v1 ' + endpoint_id.encode()).hex()}"
 
+    @property
+    def installation_id(self) -> str:
+        """A name for this installation, the same in every life of it, that tells nothing of the secret."""
+        return self._derive(b"installation v1").hex()[:16]
+
     def seal(self, job_id: str, data: bytes) -> bytes:
         """The data encrypted, readable only with this secret and together with this job's id."""
         nonce = self._entropy(_NONCE_BYTES)

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import platformdirs
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -31,6 +31,15 @@ Positive = Annotated[int, Field(gt=0)]
 HoldSeconds = Annotated[int, Field(gt=0, le=60)]
 """Hold of a poll: workers hang up after 90 s, and what is handed out in that moment may be lost."""
 NotNegative = Annotated[int, Field(ge=0)]
+
+
+def _absolute(path: Path) -> Path:
+    if not path.is_absolute():
+        raise ValueError(f"{path} is no absolute folder")
+    return path
+
+
+AbsoluteFolder = Annotated[Path, AfterValidator(_absolute)]
 
 
 class _Section(BaseModel):
@@ -208,11 +217,45 @@ class LoadBalancerSettings(_Section):
     """A worker that answered 204 for so long is ended."""
 
 
+class ContainerSettings(_Section):
+    """Workers that are containers of Docker or Podman."""
+
+    url: str = ""
+    """Socket of the container engine, such as `unix:///run/podman/podman.sock`; empty takes DOCKER_HOST, else
+    the first of the usual sockets that can be used."""
+    network: Annotated[str, Field(min_length=1)] = "host"
+    """Network of containers: `host`, so that they reach us on the loopback interface, or the name of one of
+    the engine's networks; then `gateway_url` is needed, and ports of HTTP workers are published on the
+    loopback interface."""
+    gateway_url: str = ""
+    """Base URL at which containers reach us; empty means that of workers which are processes."""
+    gpu_driver: Literal["auto", "nvidia", "cdi"] = "auto"
+    """How GPUs are asked for: `nvidia` (Docker with NVIDIA's runtime), `cdi` (devices named
+    `nvidia.com/gpu=0`), or `auto`, which is `cdi` with Podman."""
+    shm_bytes: Positive = 1024 * 1024 * 1024
+    """Size of `/dev/shm` where an endpoint names none; only what is used of it takes memory."""
+    call_timeout_s: Positive = 60
+    """How long an answer of the container engine is waited for; fetching images is not bounded by it."""
+    volume_roots: tuple[AbsoluteFolder, ...] = ()
+    """Folders below which everything may be given to containers as a volume, beside the folder `volumes` in
+    the data folder; `/` allows all. Named volumes are always allowed."""
+
+    @model_validator(mode="after")
+    def _reachable(self) -> ContainerSettings:
+        if self.network != "host" and not self.gateway_url:
+            raise ValueError(
+                f"network is {self.network!r}, from which loopback is out of reach: set gateway_url, too"
+            )
+        return self
+
+
 class EngineSettings(_Section):
     """Where the engine lives."""
 
     home: Path | None = None
     """The engine's virtual environment; None looks beside our own for `.venv-engine`."""
+    homes: dict[str, Path] = {}
+    """Virtual environments of further engines, by version; an endpoint asks for one by ENGINE_VERSION."""
     command: tuple[str, ...] = ()
     """Program that replaces vLLM's server (another engine with the same flags); empty means vLLM."""
 
@@ -265,6 +308,7 @@ class Settings(BaseSettings):
     workers: WorkerSettings = WorkerSettings()
     load_balancer: LoadBalancerSettings = LoadBalancerSettings()
     engine: EngineSettings = EngineSettings()
+    containers: ContainerSettings = ContainerSettings()
     store: StoreSettings = StoreSettings()
     log: LogSettings = LogSettings()
 
@@ -286,6 +330,15 @@ class Settings(BaseSettings):
     def engine_home(self) -> Path:
         """The engine's virtual environment; it may not exist."""
         return self.engine.home or Path(sys.prefix).parent / ".venv-engine"
+
+    @property
+    def volume_roots(self) -> tuple[Path, ...]:
+        """Folders below which everything may be given to containers; they may not exist."""
+        return self.home / "volumes", *self.containers.volume_roots
+
+    def engine_home_of(self, version: str | None) -> Path:
+        """The virtual environment of an engine by its version; the usual one's where it is not listed."""
+        return self.engine.homes.get(version or "", self.engine_home)
 
 
 def load_settings(**overrides: object) -> Settings:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from pilotlight.cli.progress import describe_start
+
 JOB = "0b9b1c2d-u1"
 WORKER = "wrk1aaaaaaaaaa"
 
@@ -175,7 +177,7 @@ def test_deploy_wait_that_fails_still_prints_the_endpoint_and_gives_cause_and_ad
     assert result.exit_code == 1
     assert json.loads(result.stdout)["name"] == "ember"
     error = json.loads(result.stderr.splitlines()[-1])["error"]
-    assert error == "ember cannot start: no memory for the KV cache. Lower MAX_MODEL_LEN."
+    assert error == "ember cannot start: no memory for the KV cache. Lower MAX_MODEL_LEN. [out_of_memory]"
 
 
 @pytest.mark.parametrize(
@@ -485,3 +487,44 @@ def test_doctor_reports_a_bad_setting(cli):
     result = cli("doctor", "--json", PILOTLIGHT_SERVER__PORT="99999")
     assert result.exit_code == 1
     assert "server.port" in json.loads(result.stdout)["checks"][0]["detail"]
+
+
+def test_starts_that_failed_say_why(cli, gateway):
+    """vllm-worker.md §7: class, cause and what to do."""
+    endpoint = gateway.add("alpha")
+    failure = {"kind": "disk_full", "cause": "No space left on device", "advice": "Free disk space."}
+    start = {"worker_id": WORKER, "version": 1, "rung": "cold", "outcome": "failed", "stages": []}
+    gateway.starts[endpoint["id"]] = [{**start, "failure": failure}]
+    shown = cli("starts", "alpha")
+    assert f"{WORKER} failed: No space left on device. Free disk space. [disk_full]" in shown.stderr
+
+
+def test_ps_without_workers_says_why_there_are_none(cli, gateway):
+    gateway.add("alpha")
+    failure = {"kind": "bad_flag", "cause": "no such option", "advice": ""}
+    gateway.add("beta", status="unhealthy", failure=failure)
+    told = cli("ps").stderr
+    assert "beta cannot start: no such option. [bad_flag]" in told
+    assert "alpha" not in told
+
+
+@pytest.mark.parametrize(
+    ("workers", "text"),
+    [
+        ([("starting", "downloading", (0, None))], "starting: downloading 0 B"),
+        ([("starting", "downloading", (3_000_000_000, 4_000_000_000))], "75 %"),
+        ([("starting", "downloading", (1, 2)), ("starting", "importing", None)], "starting: importing"),
+        ([("starting", "starting", None)], "starting"),
+        ([("ready", "ready", None), ("starting", "downloading", (1, 2))], "waiting for the answer"),
+    ],
+)
+def test_a_wait_shows_how_far_the_furthest_worker_is(workers, text):
+    views = [
+        {
+            "state": state,
+            "stage": stage,
+            "progress": progress and dict(zip(("done_bytes", "total_bytes"), progress, strict=True)),
+        }
+        for state, stage, progress in workers
+    ]
+    assert text in describe_start(views)

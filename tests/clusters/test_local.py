@@ -197,6 +197,16 @@ async def test_workers_inherit_an_allow_list_and_no_secrets(tmp_path, workers):
     }
 
 
+async def test_a_worker_on_a_volume_of_its_own_does_not_look_into_the_gateways_cache(tmp_path, workers):
+    """vllm-worker.md §5.2: `BASE_PATH` of an endpoint goes before the inherited cache."""
+    base = {"PATH": os.environ["PATH"], "HF_HUB_CACHE": "/gateway/hub"}
+    workers.cluster = cluster = LocalCluster(tmp_path / "own", log_bytes=1000, base_env=base)
+    _, [main] = await workers.start_ready("print=x", env={"BASE_PATH": "/volume"})
+    env = environment_of(main.pid)
+    await cluster.close()
+    assert env["HF_HUB_CACHE"] == env["HF_HOME"] == "/volume/huggingface-cache/hub"
+
+
 @pytest.mark.parametrize(
     ("has_gpus", "devices", "visible"), [(True, (1, 3), "1,3"), (True, (), ""), (False, (), None)]
 )

@@ -202,7 +202,7 @@ CREATE TABLE revisions (
     engine_url TEXT,
     gpu_count INTEGER NOT NULL,
     memory_bytes INTEGER NOT NULL,
-    created_ms INTEGER NOT NULL, command TEXT NOT NULL DEFAULT '[]',
+    created_ms INTEGER NOT NULL, command TEXT NOT NULL DEFAULT '[]', container TEXT,
     PRIMARY KEY (endpoint_id, version)
 ) STRICT, WITHOUT ROWID;
 

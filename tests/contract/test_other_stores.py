@@ -8,7 +8,7 @@ from dataclasses import replace
 import msgspec
 import pytest
 
-from pilotlight.domain.endpoint import Endpoint, ScalerType
+from pilotlight.domain.endpoint import Container, Endpoint, ScalerType, Volume
 from pilotlight.domain.key import ApiKey, Scope
 from pilotlight.domain.usage import Outcome, RequestRecord, Road, StartRecord, UsageInterval
 from pilotlight.domain.worker import Failure, ProcessIdentity, Stage, Worker, WorkerState
@@ -63,7 +63,14 @@ class TestEndpoints:
         self, store: Store, new_endpoint: NewEndpoint
     ) -> None:
         first = new_endpoint()
-        second = revised(first, 2, model="other/model", engine_url="http://127.0.0.1:9")
+        container = Container(
+            image="registry/worker:1",
+            volumes=(Volume(source="/data", target="/runpod-volume", read_only=True),),
+            shm_bytes=2**31,
+            registry_user="me",
+            registry_password="sealed",
+        )
+        second = revised(first, 2, model="other/model", engine_url="http://127.0.0.1:9", container=container)
         await store.add_endpoint(first)
         await store.update_endpoint(second)
         assert list(await store.endpoints()) == [second]

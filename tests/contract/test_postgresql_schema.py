@@ -29,6 +29,8 @@ RELEASED = {
     "versions/0001_initial.py": "2cd71fb4cd4430e080b570e11f1ea3c4ad37473fb92563c4b69c51e539443958",
     "0002_order.sql": "b1c2f99610516d2181ca468d093bfd6ac45991d4dfdefe559a414fd26cf1beb6",
     "versions/0002_order.py": "e27f11b4cae007f8bde974c9476f0f99b353041aab624d742e0afab67ce19517",
+    "0003_containers.sql": "b2ddbc199a3dc0b98f8589151f4547a95ec088a72e51b86ddea6f0504c3492b0",
+    "versions/0003_containers.py": "3ee52d465068d841c7cf0f42c04bf02d5fe2eaf8095e017251af47f78e9a9e04",
 }
 """SHA-256 of every migration that users may have run. Add to it, never change it: a database that has
 run a migration will not run it again."""

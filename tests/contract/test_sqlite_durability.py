@@ -272,8 +272,8 @@ class TestGroups:
             raise ZeroDivisionError
 
         def twice(transaction: Transaction) -> None:
-            transaction.execute("insert_revision", ("e", 1, "m", "{}", None, 0, 0, 0, "[]"))
-            transaction.execute("insert_revision", ("e", 1, "m", "{}", None, 0, 0, 0, "[]"))
+            transaction.execute("insert_revision", ("e", 1, "m", "{}", None, 0, 0, 0, "[]", ""))
+            transaction.execute("insert_revision", ("e", 1, "m", "{}", None, 0, 0, 0, "[]", ""))
 
         async with busy_writer(sqlite_store):
             first = asyncio.create_task(sqlite_store.submit(new_job("a")))

@@ -27,6 +27,8 @@ RELEASED = {
     "versions/0002_queue.py": "310db59a2069a016fab9b678ccf35a6546134e3a2f06d5bff1a1fd545278bbd0",
     "0003_order.sql": "f3bbaaeae5e9b23a1040798f079eecd90279aebad56326d1b00f959b4a47a789",
     "versions/0003_order.py": "559cd31fa4b4e06e9c806f4250a4d1e6b070715140a3ac1fc0d5283be1ce8772",
+    "0004_containers.sql": "b2ddbc199a3dc0b98f8589151f4547a95ec088a72e51b86ddea6f0504c3492b0",
+    "versions/0004_containers.py": "bea34e768cb288bb078a2131dcbc98e4c782c60dee6675ff26c3d030c0457a27",
 }
 """SHA-256 of every migration that users may have run. Add to it, never change it: a database that has
 run a migration will not run it again."""

@@ -23,10 +23,15 @@ def test_the_request_travels_unread():
         (b'{"stream": true}', True),
         (b'{"stream":false}', False),
         (b"{}", False),
-        (b'{"stream":"true"}', False),
+        (b'{"stream":null}', False),
+        (b'{"stream":"true"}', True),
+        (b'{"stream":1}', True),
+        (b'{"stream":"False"}', False),
+        (b'{"stream":0}', False),
     ],
 )
 def test_a_stream_is_what_asks_for_one(body, streamed):
+    """vllm-worker.md §1.9: by the rule that our worker program goes by."""
     assert wants_stream(body) is streamed
 
 
@@ -76,6 +81,19 @@ def test_the_answer_is_the_workers_one_value(output, chunks, answer):
 def test_error_objects_get_their_true_status(value, status):
     """§12 item 38: the reference passes them as 200, which users reported as a bug."""
     assert whole_answer(json.dumps([value]).encode(), []).status == status
+
+
+def test_a_success_that_owns_an_error_is_unwrapped():
+    """vllm-worker.md §3.6: our worker program wraps it, because its error would fail the job."""
+    failed = {"status": "failed", "error": {"message": "x", "code": 500}}
+    output = json.dumps([{"response": failed, "openai_passthrough": True}]).encode()
+    found = whole_answer(output, [])
+    assert (found.status, json.loads(found.body)) == (200, failed)
+    chunk = json.dumps({"output": {"response": failed, "openai_passthrough": True}}).encode()
+    data = stream_text(chunk)
+    assert (data[:6], json.loads(data[6:]), data[-2:]) == (b"data: ", failed, b"\n\n")
+    for other in ({"response": 1, "openai_passthrough": False}, {"openai_passthrough": True, "a": 1}):
+        assert json.loads(whole_answer(json.dumps([other]).encode(), []).body) == other
 
 
 @pytest.mark.parametrize(

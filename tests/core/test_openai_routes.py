@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pilotlight.core.openai_routes import ADMIN_PATHS, ROUTES, RouteKind, check_route
+from pilotlight.core.openai_routes import ADMIN_PATHS, ROUTES, RouteKind, check_route, usual_method
 
 
 @pytest.mark.parametrize(
@@ -103,3 +103,22 @@ def test_forms_are_marked() -> None:
 
 def test_no_allowed_route_is_an_administration_route() -> None:
     assert not ADMIN_PATHS & set(ROUTES)
+
+
+@pytest.mark.parametrize(
+    ("route", "method"),
+    [
+        ("/v1/models", "GET"),
+        ("/v1/models/org/name", "GET"),
+        ("/v1/responses/r_1?stream=true", "GET"),
+        ("/ping", "GET"),
+        ("/v1/chat/completions", "POST"),
+        ("/v1/responses/r_1/cancel", "POST"),
+        ("/unknown", "POST"),
+        ("@host/x", "POST"),
+        ("/\N{SNOWMAN}%ff", "POST"),
+    ],
+)
+def test_the_usual_method_of_a_call_without_a_body(route: str, method: str) -> None:
+    """vllm-worker.md §1.1: what can be read is read, the rest is sent to."""
+    assert usual_method(route) == method

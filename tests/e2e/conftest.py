@@ -404,6 +404,9 @@ def engine_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "bin").mkdir()
     (folder / "bin" / "python").symlink_to(sys.executable)
     manifest = {
+        "format": 2,
+        "registered": {},
+        "quantisations": {},
         "vllm": "0.32.0",
         "torch": "2.13.0+cpu",
         "platform": "cpu",
@@ -412,6 +415,8 @@ def engine_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
             name: {
                 "flag": f"--{name.lower().replace('_', '-')}",
                 "kind": kind,
+                "value": "text",
+                "short": [],
                 "multi": False,
                 "choices": ["auto", "bfloat16"] if name == "DTYPE" else None,
             }

@@ -440,3 +440,34 @@ http.server.ThreadingHTTPServer(("127.0.0.1", int(os.environ["PORT"])), Handler)
     (tmp_path / "go").touch()
     following.result(30)
     assert read == ["first", "last"]
+
+
+def test_our_own_worker_program_is_a_load_balancing_worker(installation, tools):
+    """vllm-worker.md §7.1: in direct mode behind our own load balancer.
+
+    1. A request wakes a worker, waits while it says 204, and is answered. 2. Streams pass. 3. After the idle
+    timeout it is told to end, drains, and nothing is left.
+    """
+    body = {
+        "kind": "load-balancer",
+        "command": [sys.executable, "-m", "pilotlight.worker"],
+        "env": {"WORKER_MODE": "http", "MODEL_NAME": "pilotlight/ember", "FAKE_ENGINE_START_SECONDS": "1"},
+        "idle_timeout_s": 1,
+        "memory_bytes": 50_000_000,
+    }
+    answer = installation.api.post("/pilotlight/v1/endpoints", json=body)
+    assert answer.status_code == 201, answer.text
+    endpoint = Called(installation, answer.json())
+    chat = {"messages": [{"role": "user", "content": "one two three"}]}
+    whole = installation.api.post(f"{endpoint.url}/v1/chat/completions", json=chat)
+    assert whole.status_code == 200, whole.text
+    assert whole.json()["choices"][0]["message"]["content"] == "one two three"
+    streamed = installation.api.post(f"{endpoint.url}/v1/chat/completions", json={**chat, "stream": True})
+    assert streamed.text.endswith("data: [DONE]\n\n")
+    status = endpoint.get("/").json()
+    assert (status["status"], status["models"][0]) == ("ready", "pilotlight/ember")
+    assert installation.api.post(f"{endpoint.url}/sleep", json={}).status_code == 403
+    tools.until(lambda: not installation.processes(), "no process is left")
+    starts = installation.api.get(f"/pilotlight/v1/endpoints/{endpoint.id}/starts").json()["starts"]
+    assert starts[0]["outcome"] == "ready"
+    assert "initializing" in [stage["stage"] for stage in starts[0]["stages"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 import time
@@ -59,6 +60,7 @@ def pair(postgresql_url: str, tmp_path: Path) -> Iterator[tuple[LiveInstallation
     settings = {
         "PILOTLIGHT_STORE__URL": postgresql_url,
         "PILOTLIGHT_SERVER__SECRET_KEY_FILE": str(tmp_path / "secret"),
+        "PILOTLIGHT_ENGINE__COMMAND": json.dumps([sys.executable, "-m", "pilotlight.testing.fake_engine"]),
     }
     with live_installation(**settings) as leader, live_installation(**settings) as follower:
         yield leader, follower
@@ -131,7 +133,40 @@ def test_a_job_submitted_to_one_is_run_by_the_other_and_streamed_from_the_first(
     assert health[0]["completed"] == 1
 
 
-def test_a_follower_has_no_data_path(pair: tuple[LiveInstallation, LiveInstallation]) -> None:
+def test_openai_calls_to_a_follower_become_jobs(pair: tuple[LiveInstallation, LiveInstallation]) -> None:
+    """The engine is out of its reach, so the leader's worker is asked by way of the queue (vllm-worker.md §1.9)."""
+    leader, follower = pair
+    answer = leader.api.post(
+        "/pilotlight/v1/endpoints",
+        json={"model": "pilotlight/ember", "name": "ember", "max": 1},
+    )
+    assert answer.status_code in {201, 409, 503}, answer.text
+    if answer.status_code != 201:
+        pytest.skip("no engine here to check the model with")
+    endpoint_id = answer.json()["id"]
+    until(lambda: follower.api.get(f"/v2/{endpoint_id}/health").status_code == 200)
+    route = f"/v2/{endpoint_id}/openai/v1/chat/completions"
+    body = {"messages": [{"role": "user", "content": "one two three"}], "stream": True}
+    streamed = follower.api.post(route, json=body, timeout=WAIT_S)
+    assert streamed.headers["content-type"].startswith("text/event-stream")
+    events = [line[6:] for line in streamed.text.splitlines() if line.startswith("data: ")]
+    assert events.pop() == "[DONE]"
+    pieces = [json.loads(event)["choices"][0]["delta"].get("content", "") for event in events]
+    assert "".join(pieces) == "one two three"
+    whole = follower.api.post(route, json={**body, "stream": False}, timeout=WAIT_S)
+    assert whole.json()["choices"][0]["message"]["content"] == "one two three"
+    assert follower.api.get(f"/v2/{endpoint_id}/health").json()["jobs"]["completed"] == 2
+    # What the data path refuses or answers itself is the same here (§1.10, §6.1).
+    models = [gateway.api.get(f"/v2/{endpoint_id}/openai/v1/models").json() for gateway in pair]
+    assert models[0] == models[1]
+    assert models[0]["data"][0]["id"] == "pilotlight/ember"
+    assert follower.api.get(route).status_code == 405
+    assert follower.api.post(f"/v2/{endpoint_id}/openai/sleep", json={}).status_code == 403
+
+
+def test_a_follower_refuses_at_once_what_no_worker_can_answer(
+    pair: tuple[LiveInstallation, LiveInstallation],
+) -> None:
     leader, follower = pair
     answer = leader.api.post(
         "/pilotlight/v1/endpoints", json={"model": "pilotlight/ember", "name": "ember", "max": 0}
@@ -140,11 +175,11 @@ def test_a_follower_has_no_data_path(pair: tuple[LiveInstallation, LiveInstallat
     if answer.status_code != 201:
         pytest.skip("no engine here to check the model with")
     endpoint_id = answer.json()["id"]
-    path = f"/v2/{endpoint_id}/openai/v1/models"
-    until(lambda: follower.api.get(path).headers.get("retry-after"))
-    refused = follower.api.get(path)
+    until(lambda: follower.api.get(f"/v2/{endpoint_id}/health").status_code == 200)
+    refused = follower.api.post(f"/v2/{endpoint_id}/openai/v1/chat/completions", json={"messages": []})
     assert refused.status_code == 503
-    assert refused.json()["error"]["code"] == "not_leading"
+    assert refused.headers["retry-after"]
+    assert refused.json()["error"]["code"] == "no_worker"
 
 
 def test_the_follower_takes_over_when_the_leader_is_killed(

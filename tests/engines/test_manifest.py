@@ -13,16 +13,25 @@ from pilotlight.engines.manifest import MANIFEST_NAME, EngineFlag, installed_ver
 from pilotlight.errors import EngineEnvironmentError
 
 CONTENT = {
+    "format": 2,
     "vllm": "0.32.0",
     "torch": "2.13.0+cpu",
     "platform": "cpu",
     "flags": {
-        "MAX_MODEL_LEN": {"flag": "--max-model-len", "kind": "value", "multi": False, "choices": None},
-        "ENFORCE_EAGER": {"flag": "--enforce-eager", "kind": "pair", "multi": False, "choices": None},
-        "DTYPE": {"flag": "--dtype", "kind": "value", "multi": False, "choices": ["auto", "bfloat16"]},
+        "MAX_MODEL_LEN": {
+            "flag": "--max-model-len", "kind": "value", "value": "size", "short": [], "multi": False, "choices": None,
+        },
+        "ENFORCE_EAGER": {
+            "flag": "--enforce-eager", "kind": "pair", "value": "text", "short": [], "multi": False, "choices": None,
+        },
+        "DTYPE": {
+            "flag": "--dtype", "kind": "value", "value": "text", "short": [], "multi": False,
+            "choices": ["auto", "bfloat16"],
+        },
     },
     "architectures": ["LlamaForCausalLM", "Qwen3ForCausalLM"],
-}
+    "registered": {"QUANTIZATION": ["awq", "gptq"]},
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -45,6 +54,13 @@ def test_everything_is_read_back(home):
     )
     assert manifest.supports("LlamaForCausalLM")
     assert not manifest.supports("llamaforcausallm")
+
+
+def test_forms_of_weights_are_read_back_and_may_be_missing(home):
+    assert load_manifest(home).quantizations == {}
+    found = {"gptq 4-bit": "", "gptq 8-bit": "no kernel"}
+    (home / MANIFEST_NAME).write_text(json.dumps(CONTENT | {"quantizations": found}))
+    assert load_manifest(home).quantizations == found
 
 
 def test_a_manifest_cannot_be_changed(home):
@@ -122,4 +138,5 @@ def test_the_real_engine_is_described():
     assert manifest.flags["SERVED_MODEL_NAME"].multi
     assert "bfloat16" in manifest.flags["DTYPE"].choices
     assert manifest.supports("LlamaForCausalLM")
+    assert manifest.quantizations["gptq 4-bit"] == ""
     assert installed_version(home) == manifest.version

@@ -54,6 +54,14 @@ def test_removed_fields_go_through_the_worker_program(field):
     assert not plan_body(CHAT, json.dumps({field: None}).encode()).rewrite
 
 
+def test_best_of_goes_through_the_worker_program():
+    assert plan_body(CHAT, b'{"messages":[],"best_of":3}').rewrite
+    assert not plan_body(CHAT, b'{"messages":[],"best_of":null}').rewrite
+    assert not plan_body(CHAT, b'{"messages":[{"content":"the best_of all"}]}').rewrite
+    streamed = plan_body(CHAT, b'{"best_of":3,"stream":true}')
+    assert (streamed.rewrite, streamed.stream, streamed.hide_usage) == (True, True, True)
+
+
 @pytest.mark.parametrize("body", [b"{", b"[]", b'"x"', b"nul", b'{"a":}', b"\xff\xfe"])
 def test_what_is_not_a_json_object_is_refused(body):
     with pytest.raises(InvalidInputError, match="JSON"):
@@ -68,3 +76,48 @@ def test_half_a_surrogate_pair_passes_as_it_came():
 def test_a_body_nested_too_deeply_is_refused():
     with pytest.raises(InvalidInputError):
         plan_body(CHAT, b'{"a":' * 50_000)
+
+
+@pytest.mark.parametrize("spelling", ["1", '"true"', '"yes"', "2.5"])
+@pytest.mark.parametrize("route", [CHAT, "/v1/responses"])
+def test_every_spelling_of_a_stream_becomes_true(route, spelling):
+    """vllm-worker.md §1.9: the engine reads them as true, so they are counted and passed on as that."""
+    plan = plan_body(route, b'{"x": 1.50, "stream":' + spelling.encode() + b"}")
+    sent = json.loads(plan.body)
+    assert (plan.stream, sent["stream"]) == (True, True)
+    assert plan.hide_usage is ("stream_options" in sent) is (route == CHAT)
+    assert b"1.50" in plan.body
+
+
+@pytest.mark.parametrize("spelling", ["0", '"false"', '"No"', "null", '""', "1e999"])
+def test_other_spellings_are_left_to_the_engine(spelling):
+    body = b'{"stream":' + spelling.encode() + b"}"
+    plan = plan_body(CHAT, body)
+    assert (plan.body, plan.stream) == (body, False)
+
+
+@pytest.mark.parametrize("options", ["", ',"stream_options":null', ',"stream_options":{"x":1}'])
+@pytest.mark.parametrize("stream", ["true", "1"])
+def test_half_a_surrogate_pair_does_not_stand_in_the_way_of_usage(options, stream):
+    body = f'{{"prompt":"\\ud83d","stream":{stream}{options}}}'.encode()
+    sent = json.loads(plan_body(CHAT, body).body)
+    assert (sent["stream"], sent["stream_options"]["include_usage"]) == (True, True)
+    assert sent["prompt"] == "\ud83d"
+
+
+@pytest.mark.parametrize(
+    ("fields", "altered"),
+    [
+        ({"best_of": 1}, False),
+        ({"best_of": 1, "n": None}, False),
+        ({"best_of": 2, "n": 2}, False),
+        ({"guided_decoding_backend": "outlines"}, False),
+        ({"best_of": 2}, True),
+        ({"best_of": 1, "n": 2}, True),
+        ({"best_of": 1, "guided_regex": "a"}, True),
+    ],
+)
+def test_fields_that_ask_for_nothing_alter_nothing(fields, altered):
+    """vllm-worker.md §1.7: as many candidates as sequences is no question."""
+    plan = plan_body(CHAT, json.dumps(fields).encode())
+    assert (plan.rewrite, plan.altered) == (True, altered)

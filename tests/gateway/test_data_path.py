@@ -279,14 +279,20 @@ async def test_an_engine_that_cannot_be_reached_is_a_502(rig):
     assert (answer.status_code, answer.json()["error"]["type"]) == (502, "server_error")
 
 
-async def test_bodies_that_need_rewriting_go_to_the_worker_program(rig, tmp_path):
+@pytest.mark.parametrize("field", [{"guided_regex": "a+"}, {"best_of": 2}])
+async def test_bodies_that_need_rewriting_go_to_the_worker_program(rig, field):
     rig.open_worker(listener=rig.address)
-    assert (await rig.client.post(CHAT, json=BODY | {"guided_regex": "a+"})).status_code == 200
+    assert (await rig.client.post(CHAT, json=BODY | field)).status_code == 200
     rig.slots.drop_worker("w1")
     rig.open_worker()
-    answer = await rig.client.post(CHAT, json=BODY | {"guided_regex": "a+"})
+    answer = await rig.client.post(CHAT, json=BODY | field)
     assert answer.status_code == 400
     assert "structured_outputs" in answer.json()["error"]["message"]
+
+
+async def test_fields_that_ask_for_nothing_need_no_worker_program(rig):
+    rig.open_worker()
+    assert (await rig.client.post(CHAT, json=BODY | {"best_of": 1})).status_code == 200
 
 
 async def test_engine_errors_keep_their_status_and_body(rig):

@@ -52,6 +52,7 @@ def test_the_locks_are_the_ones_we_know():
         "base.lock",
         "build.lock",
         "dev.lock",
+        "worker.lock",
         "engine-cpu.lock",
         "engine-cuda.lock",
         "torch-cpu.lock",

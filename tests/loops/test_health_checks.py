@@ -7,8 +7,9 @@ import asyncio
 import pytest
 
 from pilotlight.domain.endpoint import EndpointKind, Revision
-from pilotlight.domain.worker import Address, Stage, WorkerState
+from pilotlight.domain.worker import Address, DownloadProgress, Stage, WorkerState
 from pilotlight.loops.health_checks import CheckOutcome, HealthChecker
+from pilotlight.ports.fleet import StageReport
 from pilotlight.settings import LoadBalancerSettings
 
 
@@ -80,6 +81,37 @@ async def test_a_worker_whose_port_never_answers_is_ended(world):
     failure = world.fleet.health("e").failure
     assert (failure.kind, failure.cause) == ("unhealthy", "unhealthy for 480 s: status None")
     assert "GET /up" in failure.advice
+    await checked.checker.stop()
+
+
+async def test_a_worker_whose_image_is_being_fetched_has_its_time_after_that(world):
+    """A pull that takes longer than a server may; but one that stands still is given up like a silent server."""
+    checked = Checked(world, [None])
+    worker_id = await checked.start()
+    begin, reports = world.clock.now, 30
+    for number in range(reports):
+        progress = DownloadProgress(done_bytes=number, total_bytes=None)
+        await world.fleet.reported(worker_id, StageReport(stage=Stage.DOWNLOADING, progress=progress))
+        seen, world.clock.now = len(checked.asked), world.clock.now + 60_000
+        async with asyncio.timeout(20):
+            # A check under way may have begun before; the second has not.
+            while len(checked.asked) < seen + 2:
+                await asyncio.sleep(0)
+    assert world.fleet.worker(worker_id) is not None
+    await gone(world, worker_id)
+    assert world.clock.now - begin >= reports * 60_000 + 400_000
+    await checked.checker.stop()
+
+
+async def test_a_fetched_image_does_not_leave_a_worker_without_a_deadline(world):
+    checked = Checked(world, [None])
+    worker_id = await checked.start()
+    progress = DownloadProgress(done_bytes=1, total_bytes=None)
+    await world.fleet.reported(worker_id, StageReport(stage=Stage.DOWNLOADING, progress=progress))
+    await world.fleet.reported(worker_id, StageReport(stage=Stage.STARTING))
+    assert world.fleet.worker(worker_id).stage is Stage.STARTING
+    await gone(world, worker_id)
+    assert world.fleet.health("e").failure.kind == "unhealthy"
     await checked.checker.stop()
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
+from pilotlight.clusters.container_engine import ContainerEngine
 from pilotlight.core.admission import AdmissionLimits
 from pilotlight.core.placement import Gpu, HostResources
 from pilotlight.domain.key import Scope
@@ -24,7 +25,14 @@ from pilotlight.engines.manifest import EngineFlag, EngineManifest
 from pilotlight.errors import EngineEnvironmentError
 from pilotlight.gateway.directory import Directory
 from pilotlight.gateway.slots import SlotTable
-from pilotlight.management import EndpointService, KeyService, WebhookDesk, management_app
+from pilotlight.management import (
+    EndpointService,
+    ImageChecker,
+    KeyService,
+    RegistryLogins,
+    WebhookDesk,
+    management_app,
+)
 from pilotlight.models.catalog import ModelFacts
 from pilotlight.models.hub import FetchCancelledError
 from pilotlight.ports.fleet import Health, StageReport
@@ -154,6 +162,8 @@ def cpu_manifest() -> EngineManifest:
         platform="cpu",
         flags=MappingProxyType(flags),
         architectures=frozenset({"LlamaForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM"}),
+        registered=MappingProxyType({"QUANTIZATION": frozenset({"awq", "gptq"})}),
+        quantizations=MappingProxyType({"gptq 4-bit": "", "gptq 8-bit": "no kernel for 8 bits"}),
     )
 
 
@@ -200,6 +210,7 @@ class Management:
     deleted: list[str]
     surroundings: dict[str, Any]
     model: Path
+    container_engine: ContainerEngine
 
     async def create(self, **body: Any) -> dict[str, Any]:
         answer = await self.http.post("/pilotlight/v1/endpoints", json={"model": str(self.model), **body})
@@ -246,13 +257,15 @@ class HubStub:
             name=name, kind="hub", path=None, architectures=("LlamaForCausalLM",), weight_bytes=1000
         )
 
-    def fetch(self, name, *, cache, revision, token, on_progress, cancelled) -> Path:
-        self.asked.append((name, revision, token))
+    def fetch(self, repository, *, cache, token, endpoint, on_progress, on_wait, cancelled) -> Path:
+        self.asked.append((repository.name, repository.revision, token))
         on_progress(500, 1000)
         on_progress(1000, 1000)
         return cache
 
-    def fetch_until_cancelled(self, name, *, cache, revision, token, on_progress, cancelled) -> Path:
+    def fetch_until_cancelled(
+        self, repository, *, cache, token, endpoint, on_progress, on_wait, cancelled
+    ) -> Path:
         on_progress(1, 1000)
         cancelled.wait()
         self.ended.set()
@@ -291,10 +304,10 @@ async def management(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIt
         "host": HostResources(memory_bytes_total=16 * GIB, memory_bytes_available=12 * GIB, gpus=()),
     }
 
-    def load_manifest() -> EngineManifest:
+    def load_manifest(version: str | None) -> EngineManifest:
         if isinstance(surroundings["manifest"], EngineEnvironmentError):
             raise surroundings["manifest"]
-        return surroundings["manifest"]
+        return surroundings.get(version or "manifest", surroundings["manifest"])
 
     async def on_deleted(endpoint_id: str) -> None:
         deleted.append(endpoint_id)
@@ -311,6 +324,13 @@ async def management(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIt
         host_reader=lambda: surroundings["host"],
         on_deleted=on_deleted,
         base_url=lambda: BASE_URL,
+        images=ImageChecker(
+            engine=(engine := ContainerEngine(f"unix://{tmp_path}/no-engine.sock")),
+            logins=RegistryLogins(InstallationSecret(b"s" * 32)),
+            read_host=lambda: surroundings["host"],
+            reserve_bytes=settings.workers.memory_reserve_bytes,
+            volume_roots=[tmp_path],
+        ),
     )
     keys = KeyService(store=store, directory=directory, clock=clock, entropy=make_entropy())
     _, admin = await keys.create(name="first", scope=Scope.ADMIN)
@@ -351,4 +371,6 @@ async def management(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIt
             deleted=deleted,
             surroundings=surroundings,
             model=write_model(tmp_path / "tiny"),
+            container_engine=engine,
         )
+    engine.close()

@@ -29,6 +29,10 @@ async def test_an_endpoint_has_the_documented_defaults(management):
         "version": 1,
         "kind": "vllm",
         "command": [],
+        "image": None,
+        "volumes": [],
+        "shm_bytes": 0,
+        "registry_user": "",
         "memory_bytes": stored.revision.memory_bytes,
         "url": f"http://127.0.0.1:8400/v2/{stored.id}",
         "openai_url": f"http://127.0.0.1:8400/v2/{stored.id}/openai/v1",
@@ -47,6 +51,7 @@ async def test_an_endpoint_has_the_documented_defaults(management):
             "MODEL_NAME": str(management.model),
         },
         "engine_url": None,
+        "engine_version": None,
         "gpu_count": 0,
         "created_at": "2026-05-28T20:26:40Z",
         "updated_at": "2026-05-28T20:26:40Z",
@@ -134,6 +139,10 @@ async def test_a_default_name_is_numbered_and_a_chosen_one_must_be_free(manageme
         ({"KV_CACHE_MEMORY_BYTES": "2G"}, set()),
         ({"VLLM_CPU_KVCACHE_SPACE": "1"}, {"KV_CACHE_MEMORY_BYTES"}),
         ({"GPU_MEMORY_UTILIZATION": "0.3"}, {"KV_CACHE_MEMORY_BYTES"}),
+        ({"GPU_MEMORY_UTILIZATION": "0.95"}, set()),
+        ({"VLLM_RUNPOD_ENFORCE_EAGER": "false"}, {"ENFORCE_EAGER"}),
+        ({"VLLM_RUNPOD_KV_CACHE_MEMORY_BYTES": "2G"}, {"KV_CACHE_MEMORY_BYTES"}),
+        ({"VLLM_CONFIG_FILE": "/on/the/worker.yaml"}, {"ENFORCE_EAGER", "KV_CACHE_MEMORY_BYTES"}),
         ({"ENFORCE_EAGER": "false"}, set()),
         ({"VLLM_EXTRA_ARGS": "--enforce-eager"}, {"ENFORCE_EAGER"}),
     ],
@@ -200,7 +209,7 @@ async def test_a_bad_body_is_refused_with_the_field_its_value_and_what_is_legal(
 
 async def test_a_body_without_model_and_engine_is_refused(management):
     answer = await management.http.post(URL, json={})
-    assert answer.json()["errors"] == ["$: one of model and engine_url is needed"]
+    assert answer.json()["errors"] == ["$: one of model, image and engine_url is needed"]
 
 
 async def test_malformed_json_is_400_and_a_form_content_type_is_read_as_json(management):
@@ -243,6 +252,29 @@ async def test_an_unknown_architecture_is_refused_with_the_nearest(management, m
     assert answer.status_code == 201
 
 
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (
+            {"quant_method": "gptq", "bits": 8},
+            ("form gptq 8-bit", "vLLM 0.32.0 cannot run here: no kernel for 8 bits; use", "gptq 4-bit"),
+        ),
+        ({"quant_method": "hqq"}, ("form hqq", "it does not know that method")),
+        ({"quant_method": "gptq", "bits": 4}, ()),
+        # Nothing is known of it, so the engine decides.
+        ({"quant_method": "awq", "bits": 4}, ()),
+    ],
+)
+async def test_weights_that_the_engine_cannot_run_are_refused_before_a_start(
+    management, make_model, tmp_path, config, words
+):
+    folder = make_model(tmp_path / "quantized", quantization_config=config)
+    answer = await management.http.post(URL, json={"model": str(folder)})
+    assert answer.status_code == (422 if words else 201)
+    for word in words:
+        assert word in answer.json()["detail"]
+
+
 async def test_all_bad_flags_are_named_at_once(management):
     env = {"LOAD_FORMAT": "floppy", "ENFORCE_EAGER": "perhaps"}
     answer = await management.http.post(URL, json={"model": str(management.model), "env": env})
@@ -282,6 +314,15 @@ async def test_a_missing_engine_is_503_with_the_command(management):
     assert answer.status_code == 503
     assert "`make setup`" in answer.json()["detail"]
     assert answer.headers["retry-after"] == "5"
+
+
+async def test_a_worker_that_serves_http_itself_is_of_another_kind(management):
+    """vllm-worker.md §7.1: it would take no jobs, and listen without a key."""
+    body = {"model": str(management.model), "env": {"WORKER_MODE": "HTTP"}}
+    refused = await management.http.post(URL, json=body)
+    assert refused.status_code == 422
+    assert "load-balancer" in refused.text
+    await management.create(env={"WORKER_MODE": "queue"})
 
 
 async def test_model_name_in_the_environment_must_agree(management):

@@ -64,7 +64,7 @@ async def test_a_default_name_comes_from_the_script_or_the_program(management, c
 @pytest.mark.parametrize(
     ("body", "sentence"),
     [
-        ({"command": None}, "command is needed with kind queue"),
+        ({"command": None}, "command or image is needed with kind queue"),
         ({"command": []}, "at least 1 item"),
         ({"command": [""]}, "names the program"),
         ({"command": ["a\0b"]}, "zero byte"),

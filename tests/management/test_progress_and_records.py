@@ -6,7 +6,7 @@ import asyncio
 import json
 
 from pilotlight.domain.usage import Outcome, RequestRecord, Road, StartRecord, UsageInterval
-from pilotlight.domain.worker import WorkerState
+from pilotlight.domain.worker import Failure, Worker, WorkerState
 from pilotlight.errors import EngineEnvironmentError
 from pilotlight.management.ndjson import progress_lines
 
@@ -50,6 +50,15 @@ async def test_progress_ends_with_the_error(management):
     assert invalid.status_code == 422, "what is wrong at sight is said before anything begins"
 
 
+async def test_a_variable_that_the_endpoint_overrides_is_pointed_out(management):
+    """The worker program gets the endpoint's concurrency, which may be changed without a new revision."""
+    answer = await management.http.post(
+        URL, json={"model": str(management.model), "env": {"MAX_CONCURRENCY": "auto"}}, headers=NDJSON
+    )
+    messages = [line["message"] for line in lines(answer.text) if line["event"] == "progress"]
+    assert any(message.startswith("env.MAX_CONCURRENCY=auto has no effect") for message in messages)
+
+
 async def test_misspelt_variables_are_pointed_out(management):
     answer = await management.http.post(
         URL, json={"model": str(management.model), "env": {"MAX_MODEL_LENN": "5"}}, headers=NDJSON
@@ -59,7 +68,9 @@ async def test_misspelt_variables_are_pointed_out(management):
 
 
 async def test_a_hub_models_weights_are_fetched_before_it_is_stored(management, monkeypatch, hub_stub):
-    monkeypatch.setattr("pilotlight.management.checks.resolve_model", lambda name, **_: hub_stub.facts(name))
+    monkeypatch.setattr(
+        "pilotlight.management.checks.resolve_model", lambda wanted, **_: hub_stub.facts(wanted.name)
+    )
     monkeypatch.setattr("pilotlight.models.hub.fetch", hub_stub.fetch)
     answer = await management.http.post(
         URL, json={"model": "some/model", "env": {"MODEL_REVISION": "v1", "HF_TOKEN": "t"}}, headers=NDJSON
@@ -72,7 +83,9 @@ async def test_a_hub_models_weights_are_fetched_before_it_is_stored(management, 
 
 
 async def test_a_reader_that_goes_away_stops_the_download(management, monkeypatch, hub_stub):
-    monkeypatch.setattr("pilotlight.management.checks.resolve_model", lambda name, **_: hub_stub.facts(name))
+    monkeypatch.setattr(
+        "pilotlight.management.checks.resolve_model", lambda wanted, **_: hub_stub.facts(wanted.name)
+    )
     monkeypatch.setattr("pilotlight.models.hub.fetch", hub_stub.fetch_until_cancelled)
     started = asyncio.Event()
 
@@ -119,9 +132,35 @@ async def test_starts_show_each_stage_after_the_decision(management):
     (start,) = answer.json()["starts"]
     assert start["rung"] == "cold"
     assert start["stages"][1] == {"stage": "spawned", "at_ms": 1015, "after_ms": 15}
+    assert start["failure"] is None
     assert (await management.http.get(f"{URL}/unknown/starts")).status_code == 404
     bad = await management.http.get(f"{URL}/{created['id']}/starts", params={"limit": 0})
     assert bad.status_code == 422
+
+
+async def test_a_start_that_failed_says_why(management):
+    """vllm-worker.md §7 start failure; the reason is the worker's, whose record may be gone sooner."""
+    endpoint_id = (await management.create())["id"]
+    failure = Failure(kind="disk_full", cause="No space left on device", advice="Free disk space.")
+    for worker_id in ("w1", "w2"):
+        await management.store.put_start(
+            StartRecord(
+                worker_id=worker_id,
+                endpoint_id=endpoint_id,
+                version=1,
+                rung="cold",
+                stages=(),
+                outcome="failed",
+            )
+        )
+    await management.store.put_worker(
+        Worker(id="w1", endpoint_id=endpoint_id, version=1, state=WorkerState.FAILED, failure=failure)
+    )
+    starts = (await management.http.get(f"{URL}/{endpoint_id}/starts")).json()["starts"]
+    assert {start["worker_id"]: start["failure"] for start in starts} == {
+        "w1": {"kind": "disk_full", "cause": "No space left on device", "advice": "Free disk space."},
+        "w2": None,
+    }
 
 
 async def test_usage_adds_up(management):

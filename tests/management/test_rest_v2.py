@@ -113,6 +113,7 @@ async def test_workers_are_listed_in_both_vocabularies(management, gpu_host):
         "startedAt": "2026-05-28T20:25:10Z",
         "state": "ready",
         "stage": "ready",
+        "progress": None,
         "failure": None,
         "memory_bytes": 3 << 30,
         "pid": 4711,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from pilotlight.testing.hub_server import HubServer
 
 TINY = {
     "architectures": ["LlamaForCausalLM"],
@@ -48,3 +51,27 @@ def make_model() -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.fixture
+def hub_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A hub of this test's own; the client library of this process asks it and no other."""
+    for name in list(os.environ):
+        if name.startswith(("HF_", "HUGGING")):
+            monkeypatch.delenv(name)
+    with HubServer() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        yield server
+
+
+@pytest.fixture
+def model_files(tiny_config: dict[str, Any]) -> dict[str, bytes]:
+    """A repository as they are: two weight formats, other people's formats, small files."""
+    return {
+        "config.json": json.dumps(tiny_config).encode(),
+        "model.safetensors": safetensors(40_000),
+        "tokenizer.json": b"{}",
+        "pytorch_model.bin": bytes(50_000),
+        "tiny.Q4.gguf": bytes(50_000),
+        "README.md": b"hello",
+    }

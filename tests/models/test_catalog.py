@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from pilotlight.domain.repository import Repository
 from pilotlight.errors import InvalidInputError
 from pilotlight.models import catalog
+from pilotlight.models.cache import hub_cache
 from pilotlight.models.catalog import ModelFacts, facts_of, read_folder, resolve_model, weight_bytes
 
 
@@ -18,7 +20,7 @@ def facts(config):
 
 def test_a_folders_facts(make_model, tmp_path):
     folder = make_model(tmp_path / "tiny")
-    assert resolve_model(str(folder), cache=tmp_path) == ModelFacts(
+    assert resolve_model(Repository(name=str(folder)), cache=tmp_path) == ModelFacts(
         name=str(folder),
         kind="folder",
         path=folder,
@@ -39,14 +41,14 @@ def test_a_folders_facts(make_model, tmp_path):
 def test_a_relative_folder_gets_its_absolute_name(make_model, tmp_path, monkeypatch):
     make_model(tmp_path / "tiny")
     monkeypatch.chdir(tmp_path)
-    assert resolve_model("./tiny", cache=tmp_path).name == str(tmp_path / "tiny")
+    assert resolve_model(Repository(name="./tiny"), cache=tmp_path).name == str(tmp_path / "tiny")
 
 
 def test_the_builtin_model_lies_in_the_package(make_model, tmp_path, monkeypatch):
     assert catalog.builtin_folder().parent.name == "models"
     folder = make_model(tmp_path / "ember")
     monkeypatch.setattr(catalog, "builtin_folder", lambda: folder)
-    found = resolve_model("pilotlight/ember", cache=tmp_path)
+    found = resolve_model(Repository(name="pilotlight/ember"), cache=tmp_path)
     assert (found.name, found.kind, found.path) == ("pilotlight/ember", "builtin", folder)
 
 
@@ -55,7 +57,7 @@ def test_the_builtin_model_lies_in_the_package(make_model, tmp_path, monkeypatch
 )
 def test_names_that_can_be_no_hub_model(name, tmp_path):
     with pytest.raises(InvalidInputError, match="neither pilotlight/ember"):
-        resolve_model(name, cache=tmp_path)
+        resolve_model(Repository(name=name), cache=tmp_path)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "Qwen/Qwen3-0.6B", "meta-llama/Llama-3.1-8B_x"])
@@ -66,7 +68,7 @@ def test_names_that_could_be_hub_models(name):
 def test_each_missing_thing_is_named(make_model, tmp_path, safetensors_bytes):
     def message(folder):
         with pytest.raises(InvalidInputError) as caught:
-            read_folder(folder, name="m", kind="folder")
+            read_folder(folder, Repository(name="m"), kind="folder")
         assert caught.value.field == "model"
         return str(caught.value)
 
@@ -146,7 +148,48 @@ def test_nested_and_unusual_configurations(tiny_config):
 
 
 def test_the_hub_cache_is_the_client_librarys():
-    assert catalog.hub_cache({"HF_HUB_CACHE": "/c", "HF_HOME": "/h"}) == Path("/c")
-    assert catalog.hub_cache({"HF_HOME": "/h", "XDG_CACHE_HOME": "/x"}) == Path("/h/hub")
-    assert catalog.hub_cache({"XDG_CACHE_HOME": "/x"}) == Path("/x/huggingface/hub")
-    assert catalog.hub_cache({}) == Path.home() / ".cache/huggingface/hub"
+    assert hub_cache({"HF_HUB_CACHE": "/c", "HF_HOME": "/h"}) == Path("/c")
+    assert hub_cache({"HF_HOME": "/h", "XDG_CACHE_HOME": "/x"}) == Path("/h/hub")
+    assert hub_cache({"XDG_CACHE_HOME": "/x"}) == Path("/x/huggingface/hub")
+    assert hub_cache({}) == Path.home() / ".cache/huggingface/hub"
+
+
+def test_the_index_of_a_model_with_many_experts_is_read(make_model, safetensors_bytes, tmp_path):
+    """A line per tensor: such indexes are larger than any configuration."""
+    folder = make_model(tmp_path / "m", weights=False)
+    shards = {f"{number:0200d}": "a.safetensors" for number in range(50_000)}
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": shards}))
+    (folder / "a.safetensors").write_bytes(safetensors_bytes(64))
+    assert index.stat().st_size > catalog.CONFIG_BYTES_MAX
+    assert weight_bytes(folder) == len(safetensors_bytes(64))
+
+
+@pytest.mark.parametrize(
+    ("changes", "architecture"),
+    [
+        ({}, "MistralForCausalLM"),
+        ({"moe": {"num_experts": 8}}, "MixtralForCausalLM"),
+        ({"moe": {"num_shared_experts": 1}}, "MistralLarge3ForCausalLM"),
+        ({"vision_encoder": {"hidden_size": 64}}, "PixtralForConditionalGeneration"),
+        ({"multimodal": {"vision_encoder_args": {"x": 1}}}, "PixtralForConditionalGeneration"),
+        ({"multimodal": {"whisper_model_args": {"encoder_args": {}}}}, "VoxtralForConditionalGeneration"),
+        (
+            {"multimodal": {"whisper_model_args": {"encoder_args": {"causal": True}}}},
+            "VoxtralRealtimeGeneration",
+        ),
+        ({"model_type": "mamba"}, "Mamba2ForCausalLM"),
+    ],
+)
+def test_a_model_in_mistrals_own_format_has_facts_too(safetensors_bytes, tmp_path, changes, architecture):
+    """§4.9 CONFIG_FORMAT: what vLLM makes of params.json."""
+    params = {"dim": 256, "n_layers": 4, "n_heads": 8, "n_kv_heads": 2, "head_dim": 32}
+    (tmp_path / "params.json").write_text(json.dumps(params | changes))
+    (tmp_path / "consolidated.safetensors").write_bytes(safetensors_bytes(640))
+    wanted = Repository(name=str(tmp_path), patterns=("consolidated*.safetensors",))
+    facts = resolve_model(wanted, cache=tmp_path)
+    assert facts.architectures == (architecture,)
+    assert (facts.hidden_size, facts.layers, facts.max_context) == (256, 4, 128_000)
+    assert (facts.num_attention_heads, facts.num_kv_heads) == (8, 2)
+    assert facts.kv_values_per_token == 4 * 2 * 2 * 32
+    assert facts.weight_bytes == len(safetensors_bytes(640))

@@ -49,6 +49,21 @@ def test_a_larger_model_gets_room_for_one_full_request():
     assert int(shorter) > 33 * block
 
 
+def test_the_forms_share_of_the_memory_is_no_wish_on_a_cpu():
+    """§5.5, §8 A4: consoles send 0.95 to every endpoint; it would be 95 % of the host's memory."""
+    defaults = fit.cpu_defaults(model(), {})
+    assert fit.cpu_defaults(model(), {"GPU_MEMORY_UTILIZATION": "0.95"}) == defaults
+    assert fit.cpu_defaults(model(), {"GPU_MEMORY_UTILIZATION": "0.8"}) == {"ENFORCE_EAGER": "true"}
+
+
+def test_defaults_yield_to_the_configuration_file():
+    """§4.1: the file goes before defaults, but variables, which these become, before the file."""
+    assert fit.cpu_defaults(model(), {}, None) == {}
+    assert fit.cpu_defaults(model(), {}, {"ENFORCE_EAGER", "KV_CACHE_MEMORY_BYTES"}) == {}
+    assert fit.cpu_defaults(model(), {}, {"GPU_MEMORY_UTILIZATION"}) == {"ENFORCE_EAGER": "true"}
+    assert fit.cpu_defaults(model(), {}, {"SEED"}) == fit.cpu_defaults(model(), {})
+
+
 def test_an_unknown_geometry_gets_one_gibibyte():
     assert fit.cpu_defaults(model(kv_values_per_token=0), {})["KV_CACHE_MEMORY_BYTES"] == str(GIB)
 
@@ -63,6 +78,7 @@ def test_an_unknown_geometry_gets_one_gibibyte():
         ({"VLLM_CPU_KVCACHE_SPACE": "2", "KV_CACHE_MEMORY_BYTES": "5"}, 2 * GIB),
         ({"KV_CACHE_MEMORY_BYTES": "1G"}, GIB),
         ({"KV_CACHE_MEMORY_BYTES": "None", "GPU_MEMORY_UTILIZATION": "0.5"}, 8 * GIB - 2_210_000_000),
+        ({"GPU_MEMORY_UTILIZATION": "0.95"}, int(0.92 * 16 * GIB) - 2_210_000_000),
     ],
 )
 def test_the_kv_cache_is_what_the_engine_would_take(env, kv_cache):
@@ -134,7 +150,7 @@ def test_weights_must_fit_on_the_gpus():
     assert "needs 2 GPUs, but this host has 1" in str(fit.check_gpu_fit(large, {}, host(0, 0, GIB).gpus, 2))
     reason = fit.check_gpu_fit(large, {}, host(0, 0, 16 * GIB, 8 * GIB).gpus, 1)
     assert str(20 * GIB) in str(reason)
-    assert str(int(16 * GIB * 0.92)) in str(reason)
+    assert str(int(16 * GIB * 0.95)) in str(reason)
     assert fit.check_gpu_fit(large, {}, host(0, 0, 16 * GIB, 16 * GIB).gpus, 2) is None
     assert fit.check_gpu_fit(large, {"QUANTIZATION": "fp8"}, host(0, 0, 16 * GIB).gpus, 1) is None
     assert fit.check_gpu_fit(large, {"CPU_OFFLOAD_GB": "8"}, host(0, 0, 16 * GIB).gpus, 1) is None

@@ -91,6 +91,64 @@ def test_openai_responses(client):
     assert ANSWER in answer.output_text
 
 
+def test_openai_streams_responses_and_sees_their_errors(client):
+    """vllm-worker.md §6.1, §6.3: named events, no `[DONE]`; an unknown model is a 404 here too."""
+    asked = {"input": "What is the capital of France?", "temperature": 0, "max_output_tokens": 32}
+    events = list(client.responses.create(model=MODEL, stream=True, **asked))
+    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert ANSWER in "".join(deltas)
+    assert (events[0].type, events[-1].type) == ("response.created", "response.completed")
+    assert events[-1].response.usage.output_tokens > 0
+    with pytest.raises(openai.NotFoundError):
+        client.responses.create(model="nobody/nothing", **asked)
+
+
+async def test_openai_async_responses(real):
+    async with openai.AsyncOpenAI(base_url=real.endpoint["openai_url"], api_key=real.key) as client:
+        answers = await asyncio.gather(
+            *(
+                client.responses.create(
+                    model=MODEL, input="What is 2 plus 3?", temperature=0, max_output_tokens=8
+                )
+                for _ in range(4)
+            )
+        )
+    assert {answer.output_text for answer in answers} == {"5"}
+
+
+def test_openai_streams_completions_of_several_sequences(client):
+    stream = client.completions.create(
+        model=MODEL, prompt="one two three", max_tokens=6, n=2, seed=1, stream=True, temperature=1
+    )
+    words = {0: "", 1: ""}
+    for chunk in stream:
+        words[chunk.choices[0].index] += chunk.choices[0].text
+    whole = client.completions.create(
+        model=MODEL, prompt="one two three", max_tokens=6, n=2, seed=1, temperature=1
+    )
+    assert words == {choice.index: choice.text for choice in whole.choices}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": 3},
+        {"top_p": 0},
+        {"n": 2, "temperature": 0},
+        {"max_tokens": 0},
+        {"extra_body": {"guided_regex": "a", "guided_choice": ["b"]}},
+        {"extra_body": {"best_of": 2, "n": 3}},
+        {"stream_options": {"include_usage": True}},
+    ],
+    ids=str,
+)
+def test_what_openai_calls_cannot_ask_is_a_400(client, fields):
+    """vllm-worker.md §1.11, §6.2: refused by the engine or by the worker program, the same class either way."""
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model=MODEL, messages=QUESTION, **fields)
+    assert caught.value.body["message"]
+
+
 def test_anthropic_messages(real):
     """The Anthropic client sends x-api-key and calls /v1/messages."""
     with anthropic.Anthropic(base_url=f"{real.endpoint['url']}/openai", api_key=real.key) as client:
@@ -102,6 +160,42 @@ def test_anthropic_messages(real):
             model=MODEL, max_tokens=32, messages=QUESTION, extra_body={"temperature": 0}
         ) as stream:
             assert ANSWER in stream.get_final_text()
+
+
+async def test_anthropic_async_counts_and_streams(real):
+    """vllm-worker.md §6.1: `/v1/messages/count_tokens`; the stream's events in Anthropic's order."""
+    async with anthropic.AsyncAnthropic(
+        base_url=f"{real.endpoint['url']}/openai", api_key=real.key
+    ) as client:
+        counted = await client.messages.count_tokens(model=MODEL, messages=QUESTION)
+        stream = await client.messages.create(
+            model=MODEL, max_tokens=32, messages=QUESTION, stream=True, extra_body={"temperature": 0}
+        )
+        events = [event async for event in stream]
+    text = "".join(event.delta.text for event in events if event.type == "content_block_delta")
+    assert ANSWER in text
+    assert [events[0].type, events[-1].type] == ["message_start", "message_stop"]
+    assert counted.input_tokens == events[0].message.usage.input_tokens > 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "key", "error"),
+    [
+        ({"model": "nobody/nothing"}, None, anthropic.NotFoundError),
+        ({"messages": [{"role": "user", "content": "word " * 3000}]}, None, anthropic.BadRequestError),
+        ({}, "rpa_WRONG", anthropic.AuthenticationError),
+    ],
+    ids=["model", "too long", "key"],
+)
+def test_anthropic_sees_true_errors(real, fields, key, error):
+    """vllm-worker.md §3.7, §10 point 15: status and Anthropic's form of the body."""
+    url = f"{real.endpoint['url']}/openai"
+    body = {"model": MODEL, "max_tokens": 8, "messages": QUESTION} | fields
+    client = anthropic.Anthropic(base_url=url, api_key=key or real.key, max_retries=0)
+    with client, pytest.raises(error) as caught:
+        client.messages.create(**body)
+    assert caught.value.body["type"] == "error"
+    assert caught.value.body["error"]["message"]
 
 
 RUNPOD = """

@@ -18,6 +18,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from pilotlight.models.catalog import builtin_folder
 from pilotlight.testing.protocol_server import PlatformStub
 from pilotlight.worker.engine import find_processes
 
@@ -62,6 +63,12 @@ class WorkerProcess:
                 await asyncio.sleep(0.01)
         return self.recorded(what)[-1]
 
+    async def until_event(self, name: str, seconds: float = 10.0) -> dict[str, Any]:
+        async with asyncio.timeout(seconds):
+            while not self.events(name):
+                await asyncio.sleep(0.01)
+        return self.events(name)[-1]
+
     @property
     def engine_pid(self) -> int:
         return int(self.recorded("start")[0]["pid"])
@@ -90,6 +97,15 @@ def _client(door: dict[str, str]) -> aiohttp.ClientSession:
     )
 
 
+def cached_model(cache: Path, name: str = "org/model") -> Path:
+    """The snapshot of a model in a hub cache (vllm-worker.md §5.2), made of the built-in one's files."""
+    folder = cache / f"models--{name.replace('/', '--')}" / "snapshots" / ("1" * 40)
+    folder.mkdir(parents=True)
+    for file in builtin_folder().iterdir():
+        (folder / file.name).symlink_to(file)
+    return folder
+
+
 @pytest.fixture
 async def platform() -> AsyncIterator[PlatformStub]:
     # Its own id: clusters under test end every process that carries the cookie of a worker they know.
@@ -106,11 +122,14 @@ async def start_worker(platform: PlatformStub, tmp_path: Path) -> AsyncIterator[
     # Socket paths are limited to 107 bytes, which tmp_path may exceed.
     run = Path(tempfile.mkdtemp(prefix="pl-"))
 
-    async def start(**variables: str) -> WorkerProcess:
+    cached_model(tmp_path / "hub")
+
+    async def start(*program: str, **variables: str) -> WorkerProcess:
         environment = {
             **{name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ},
             **platform.environment(),
             "MODEL_NAME": "org/model",
+            "HF_HUB_CACHE": str(tmp_path / "hub"),
             "PILOTLIGHT_ENGINE_COMMAND": json.dumps([sys.executable, "-m", "pilotlight.testing.fake_engine"]),
             "PILOTLIGHT_WORKER_RUN_DIR": str(run),
             "FAKE_ENGINE_RECORD": str(tmp_path / "engine.jsonl"),
@@ -119,7 +138,7 @@ async def start_worker(platform: PlatformStub, tmp_path: Path) -> AsyncIterator[
         environment = {name: value for name, value in environment.items() if value != "-"}
         with (tmp_path / "worker.log").open("wb") as log:
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "pilotlight.worker",
+                sys.executable, *(program or ("-m", "pilotlight.worker")),
                 env=environment, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
         worker = WorkerProcess(process, platform, tmp_path, run)

@@ -1,4 +1,4 @@
-"""Dispatch and native bodies: vllm-worker.md §1.1 to §1.10, §10 item 1."""
+"""Dispatch, routes and native fields: vllm-worker.md §1.1 to §1.4, §1.9 to §1.11, §10 point 1."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 
 from pilotlight.worker.batching import EVERY_EVENT, BatchSizes
 from pilotlight.worker.errors import InputError
-from pilotlight.worker.inputs import InputSettings, StreamFormat, plan_request
+from pilotlight.worker.input_settings import ChatMode, InputSettings, StreamFormat
+from pilotlight.worker.inputs import is_anthropic, plan_request
 
 SETTINGS = InputSettings()
 CHAT = [{"role": "user", "content": "hi"}]
@@ -34,6 +35,28 @@ def refusal(job_input: Any) -> InputError:
         ({"openai_route": "/health", "openai_input": None}, "GET", "/health", None),
         ({"openai_route": "/v1/chat/completions", "openai_input": {}}, "POST", "/v1/chat/completions", {}),
         ({"openai_route": "/v1/chat/completions"}, "POST", "/v1/chat/completions", {}),
+        ({"openai_route": "/v1/models/org/m"}, "GET", "/v1/models/org/m", None),
+        ({"openai_route": "/v1/responses/r_1?stream=true"}, "GET", "/v1/responses/r_1?stream=true", None),
+        ({"openai_route": "/v1/models", "openai_input": ""}, "GET", "/v1/models", None),
+        ({"openai_input": "", "route": "/version"}, "GET", "/version", None),
+        ({"openai_route": "", "openai_input": {"a": 1}}, "POST", "/v1/chat/completions", {"a": 1}),
+        ({"openai_route": "/metrics"}, "GET", "/metrics", None),
+        ({"openai_route": "/load", "openai_input": {}}, "GET", "/load", None),
+        ({"openai_route": "/ping", "openai_input": None}, "GET", "/ping", None),
+        (
+            {"openai_route": "/v1/completions", "openai_input": {"a": 1}, "prompt": "x"},
+            "POST",
+            "/v1/completions",
+            {"a": 1},
+        ),
+        ({"route": "/v1/models", "body": {}}, "GET", "/v1/models", None),
+        ({"route": "/tokenize", "body": {}}, "POST", "/tokenize", {}),
+        (
+            {"route": "/v1/completions", "method": "post", "body": {"a": 1}},
+            "POST",
+            "/v1/completions",
+            {"a": 1},
+        ),
         ({"route": "/tokenize", "body": {"prompt": "x"}}, "POST", "/tokenize", {"prompt": "x"}),
         ({"route": "/version"}, "GET", "/version", None),
         ({"route": "/v1/responses/r1", "method": "get"}, "GET", "/v1/responses/r1", None),
@@ -56,6 +79,20 @@ def test_native_families() -> None:
 def test_messages_win_over_prompt_and_null_does_not() -> None:
     assert plan({"messages": CHAT, "prompt": "x"}).chat
     assert not plan({"messages": None, "prompt": "x"}).chat
+    assert "prompt" not in plan({"messages": CHAT, "prompt": "x"}).body
+
+
+def test_extra_keys_are_ignored() -> None:
+    """§1.1, last row; `use_openai_format` was read by every older release and used by none (§1.2)."""
+    job_input = {
+        "prompt": "x",
+        "use_openai_format": True,
+        "streaming": True,
+        "anything": [1],
+        "openai_route": "",
+        "openai_input": "",
+    }
+    assert plan(job_input).body == plan({"prompt": "x"}).body
 
 
 @pytest.mark.parametrize(
@@ -97,7 +134,10 @@ def test_input_must_be_an_object(job_input: Any) -> None:
         {"prompt": "x", "max_batch_size": "many"},
         {"prompt": "x", "batch_size_growth_factor": True},
         {"prompt": "x", "batch_size_growth_factor": "nan"},
+        {"prompt": "x", "use_beam_search": "perhaps"},
+        {"prompt": "x", "apply_chat_template": []},
         {"openai_input": "x"},
+        {"openai_input": [1]},
         {"openai_route": 3, "openai_input": {"a": 1}},
         {"route": ["/x"]},
         {"route": "/tokenize", "body": "x"},
@@ -114,6 +154,16 @@ def test_bad_fields_are_refused_by_name(job_input: dict[str, Any]) -> None:
     ("job_input", "status"),
     [
         ({"route": "@host/x"}, 400),
+        ({"openai_route": "@host/x"}, 400),
+        ({"openai_route": "//h/v1/models"}, 400),
+        ({"route": "/%2f%2fh"}, 400),
+        ({"route": "http://h/"}, 400),
+        ({"route": "/v1/models%0d%0ax"}, 400),
+        ({"route": "/v1\\models"}, 400),
+        ({"openai_route": "/" + "y" * 3072}, 400),
+        ({"route": "/v1/load_lora_adapter", "body": {"a": 1}}, 403),
+        ({"openai_route": "/reset_prefix_cache", "openai_input": {"a": 1}}, 403),
+        ({"route": "/openapi.json"}, 403),
         ({"route": "//h"}, 400),
         ({"openai_route": "/a/../b"}, 400),
         ({"openai_route": "/%2e%2e/sleep"}, 400),
@@ -124,61 +174,16 @@ def test_bad_fields_are_refused_by_name(job_input: dict[str, Any]) -> None:
         ({"route": "/invocations", "body": {}}, 404),
         ({"route": "/v1/models", "method": "PATCH"}, 405),
         ({"route": "/v1/realtime"}, 400),
-        ({"route": "/v1/audio/transcriptions", "body": {"file": "x"}}, 400),
     ],
 )
 def test_the_route_guard_applies_to_both_route_keys(job_input: dict[str, Any], status: int) -> None:
     assert refusal(job_input).status == status
 
 
-def test_native_defaults_are_sent_explicitly() -> None:
-    """§1.6 rule 1: vLLM would otherwise take the model's generation config."""
-    body = plan({"prompt": "x"}).body
-    assert body == {
-        "prompt": "x", "stream": False, "temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0,
-        "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "max_tokens": 16, "n": 1,
-    }  # fmt: skip
-    assert plan({"prompt": "x"}, documented_defaults=False, max_tokens=None).body == {
-        "prompt": "x", "stream": False, "max_tokens": None, "n": 1,
-    }  # fmt: skip
-
-
-def test_overlay_order_and_nulls() -> None:
-    """§1.6 rules 2 and 3, §1.8: top-level keys count, `sampling_params` wins."""
-    job_input = {
-        "prompt": "x", "temperature": 0.5, "top_p": 0.5, "unknown_key": 1,
-        "sampling_params": {"temperature": 0.2, "top_k": None, "max_tokens": None, "stop": None, "made_up": 7, "n": None},
-    }  # fmt: skip
-    body = plan(job_input).body
-    assert (body["temperature"], body["top_p"], body["top_k"], body["n"]) == (0.2, 0.5, -1, 1)
-    assert body["max_tokens"] is None
-    assert body["stop"] is None
-    assert body["made_up"] == 7
-    assert "unknown_key" not in body
-
-
-def test_null_sampling_params_and_null_stream_mean_nothing() -> None:
-    assert plan({"prompt": "x", "sampling_params": None, "stream": None}).stream is False
-
-
-@pytest.mark.parametrize("name", ["logits_processors", "detokenize", "output_kind", "extra_args"])
-def test_parameters_without_a_form_over_http_are_refused(name: str) -> None:
-    error = refusal({"prompt": "x", "sampling_params": {name: 1}})
-    assert (error.status, error.param) == (400, name)
-
-
-def test_best_of_is_refused_unless_it_asks_for_nothing() -> None:
-    assert "best_of" not in plan({"prompt": "x", "sampling_params": {"best_of": 1}}).body
-    assert "best_of" not in plan({"prompt": "x", "sampling_params": {"best_of": None}}).body
-    assert refusal({"prompt": "x", "sampling_params": {"best_of": 3}}).param == "best_of"
-
-
-def test_integer_logprobs_on_chat_are_translated() -> None:
-    body = plan({"messages": CHAT, "sampling_params": {"logprobs": 3}}).body
-    assert (body["logprobs"], body["top_logprobs"]) == (True, 3)
-    body = plan({"prompt": "x", "sampling_params": {"logprobs": 3}}).body
-    assert body["logprobs"] == 3
-    assert "top_logprobs" not in body
+def test_admin_routes_open_by_setting() -> None:
+    """§1.10 rule 3."""
+    request = plan({"route": "/reset_prefix_cache", "method": "POST"}, allow_admin_routes=True)
+    assert (request.method, request.target) == ("POST", "/reset_prefix_cache")
 
 
 def test_stream_options_only_with_a_stream() -> None:
@@ -195,6 +200,110 @@ def test_stream_options_only_with_a_stream() -> None:
 )
 def test_boolean_spellings(value: Any, expected: bool) -> None:
     assert plan({"prompt": "x", "stream": value}).stream is expected
+
+
+@pytest.mark.parametrize(
+    ("job_input", "choices"),
+    [
+        ({"prompt": ["a", "b"]}, 2),
+        ({"prompt": ["a", "b"], "n": 3}, 6),
+        ({"prompt": [1, 2, 3]}, 1),
+        ({"prompt": [[1, 2], [3]], "sampling_params": {"n": 2}}, 4),
+    ],
+)
+def test_lists_of_prompts_and_tokens(job_input: dict[str, Any], choices: int) -> None:
+    """§1.3: passed through; choices are counted prompt by prompt."""
+    request = plan(job_input)
+    assert (request.target, request.body["prompt"]) == ("/v1/completions", job_input["prompt"])
+    assert request.choice_count == choices
+
+
+def test_a_prompt_that_is_a_list_of_messages_is_a_chat() -> None:
+    assert plan({"prompt": CHAT}).body["messages"] == CHAT
+    assert plan({"prompt": CHAT, "apply_chat_template": True}).body["messages"] == CHAT
+
+
+def test_messages_that_are_a_string_are_a_prompt() -> None:
+    request = plan({"messages": "hi"})
+    assert (request.target, request.body["prompt"]) == ("/v1/completions", "hi")
+
+
+def test_content_parts_pass_untouched() -> None:
+    """§1.2: text, pictures, whatever the engine's model takes."""
+    parts = [
+        {"type": "text", "text": "what is this?"},
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA", "detail": "low"}},
+        {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}, "uuid": "x"},
+    ]
+    messages = [{"role": "user", "content": parts, "name": "n", "extra": {"deep": [1]}}]
+    assert plan({"messages": messages}).body["messages"] == messages
+
+
+def test_template_switches_ride_in_sampling_params() -> None:
+    """§1.4."""
+    sampling = {"continue_final_message": True, "chat_template": "{{ x }}"}
+    body = plan({"messages": CHAT, "sampling_params": sampling}).body
+    assert sampling.items() <= body.items()
+    # Adding a prompt is the engine's default, and it refuses both at once.
+    assert body["add_generation_prompt"] is False
+    assert "add_generation_prompt" not in plan({"messages": CHAT}).body
+
+
+@pytest.mark.parametrize("content", ["hi", [{"type": "text", "text": "hi"}], None])
+def test_raw_chats_are_templates_and_then_completions(content: Any) -> None:
+    """§1.4, §8 A7: `NATIVE_CHAT_MODE=raw` gives the text as the model wrote it, past all parsers."""
+    messages = [{"role": "user", "content": content}]
+    sampling = {
+        "temperature": 0.5, "add_generation_prompt": False, "chat_template_kwargs": {"a": 1}, "logprobs": True,
+        "top_logprobs": 2, "tools": [{"x": 1}], "tool_choice": "auto", "reasoning_effort": "low", "model": "m",
+    }  # fmt: skip
+    request = plan(
+        {"messages": messages, "stream": True, "sampling_params": sampling},
+        native_chat_mode=ChatMode.RAW,
+        max_tokens=None,
+    )
+    assert request.template == {
+        "messages": messages, "add_generation_prompt": False, "tools": [{"x": 1}], "model": "m",
+        "chat_template_kwargs": {"a": 1, "reasoning_effort": "low", "enable_thinking": True},
+    }  # fmt: skip
+    assert (request.target, request.as_chat, request.chat) == ("/v1/completions", True, False)
+    body = request.body
+    assert body is not None
+    assert (body["temperature"], body["logprobs"], body["model"], body["stream"]) == (0.5, 2, "m", True)
+    assert not {"messages", "tools", "tool_choice", "reasoning_effort", "top_logprobs"} & body.keys()
+    assert request.whole_context
+
+
+def test_raw_mode_leaves_pictures_and_plain_prompts_alone() -> None:
+    """A completion of tokens would lose the picture; it goes the way of a chat."""
+    picture = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
+    for job_input in ({"messages": picture}, {"prompt": "hi"}):
+        assert plan(job_input, native_chat_mode=ChatMode.RAW) == plan(job_input)
+
+
+def test_forms_for_routes_that_take_a_file() -> None:
+    """§1.10 rule 5."""
+    body = {"file": {"filename": "a.wav", "content_base64": "AAAA"}, "stream": True}
+    request = plan({"route": "/v1/audio/transcriptions", "body": body})
+    assert (request.form, request.stream, request.body) == (True, True, body)
+    assert not plan({"route": "/tokenize", "body": {"a": 1}}).form
+
+
+@pytest.mark.parametrize(
+    ("given", "sent", "streams"),
+    [(True, True, True), (1, True, True), ("yes", True, True), ("false", "false", False), (0, 0, False)],
+)
+def test_truthy_streams_become_true(given: Any, sent: Any, streams: bool) -> None:
+    """§1.9: only JSON true streams."""
+    for settings in ({}, {"strict_passthrough": True}):
+        request = plan({"openai_input": {"messages": CHAT, "stream": given}}, **settings)
+        assert (request.body["stream"], request.stream) == (sent, streams)
+
+
+def test_openai_bodies_get_no_defaults() -> None:
+    """§1.9, §8 A6: they follow the model's generation config."""
+    body = {"messages": CHAT, "logprobs": 3, "made_up": 1, "n": None}
+    assert plan({"openai_input": body}).body == body
 
 
 def test_chat_template_on_a_prompt() -> None:
@@ -253,3 +362,36 @@ def test_the_job_id_becomes_the_request_id() -> None:
     given = plan_request({"prompt": "x", "sampling_params": {"request_id": "mine"}}, SETTINGS, job_id="j1")
     assert given.body["request_id"] == "mine"
     assert plan_request({"openai_input": {"a": 1}}, SETTINGS, job_id="j1").body == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("job_input", "expected"),
+    [
+        ({"openai_route": "/v1/messages"}, True),
+        ({"route": "/v1/messages?beta=true"}, True),
+        ({"route": "/v1%2fmessages", "openai_input": ""}, True),
+        ({"openai_input": {"messages": []}, "route": "/v1/messages"}, False),
+        ({"openai_route": "/v1/models", "route": "/v1/messages"}, False),
+        ({"openai_route": "", "route": "/v1/messages"}, True),
+        ({"prompt": "/v1/messages"}, False),
+        ({"route": 3}, False),
+        ("/v1/messages", False),
+    ],
+)
+def test_errors_take_the_form_of_the_route_that_was_planned(job_input: Any, expected: bool) -> None:
+    """§3.7; the order of §1.1."""
+    assert is_anthropic(job_input) is expected
+
+
+@pytest.mark.parametrize(
+    ("chosen", "sent"),
+    [
+        ({"reasoning_effort": "high", "a": 1}, {"reasoning_effort": "low", "enable_thinking": True, "a": 1}),
+        ({"enable_thinking": False}, {"reasoning_effort": "low", "enable_thinking": False}),
+    ],
+)
+def test_raw_chats_settle_the_templates_arguments_as_the_engine_does(chosen: Any, sent: Any) -> None:
+    """The named fields win over `chat_template_kwargs`, except over a caller's own `enable_thinking`."""
+    sampling = {"reasoning_effort": "low", "chat_template_kwargs": chosen}
+    request = plan({"messages": CHAT, "sampling_params": sampling}, native_chat_mode=ChatMode.RAW)
+    assert (request.template or {})["chat_template_kwargs"] == sent

@@ -12,9 +12,11 @@ import aiohttp
 import pytest
 
 from pilotlight.testing.protocol_server import PlatformStub
+from pilotlight.worker.listener import FailureFinder
 
 Start = Callable[..., Any]
 CHAT = [{"role": "user", "content": "one two three"}]
+PICK = [{"role": "user", "content": "pick one aaa b cc"}]
 
 BODIES = [
     ("/v1/chat/completions", {"messages": CHAT, "guided_choice": ["a", "b"]}),
@@ -22,6 +24,18 @@ BODIES = [
     ("/v1/completions", {"prompt": "one two", "guided_regex": "a+", "guided_decoding_backend": "outlines"}),
     ("/v1/completions", {"prompt": "one two", "guided_regex": "a", "guided_json": {}}),
     ("/v1/completions", {"prompt": "one two", "model": "unknown", "guided_regex": "a"}),
+    ("/v1/completions", {"prompt": "pick one aaa b cc", "best_of": 3, "n": 2}),
+    ("/v1/completions", {"prompt": "pick one aaa b cc", "best_of": 3, "stream": True}),
+    (
+        "/v1/chat/completions",
+        {"messages": PICK, "best_of": 3, "stream": True, "stream_options": {"include_usage": True}},
+    ),
+    ("/v1/completions", {"prompt": ["pick one a bb", "pick one cc d"], "best_of": 2, "guided_regex": "a"}),
+    ("/v1/completions", {"prompt": "pick one aaa b", "best_of": 2, "use_beam_search": True, "stream": True}),
+    ("/v1/completions", {"prompt": "x", "best_of": 1, "n": 2}),
+    ("/v1/completions", {"prompt": "x", "best_of": 2, "temperature": 0}),
+    ("/v1/completions", {"prompt": "x", "best_of": 2, "model": "unknown", "stream": True}),
+    ("/v1/completions", {"prompt": "x y", "best_of": 1, "stream": True}),
     ("/v1/messages", {"messages": CHAT, "max_tokens": 9, "stream": True, "guided_decoding": {"regex": "a"}}),
 ]
 
@@ -30,7 +44,7 @@ BODIES = [
 async def test_the_job_path_and_the_listener_agree(
     start_worker: Start, platform: PlatformStub, route: str, body: dict[str, Any]
 ) -> None:
-    """Same status, same body, same events, and the engine saw the same request twice."""
+    """Same status, same body, same events, and the engine saw the same request twice, or none."""
     worker = await start_worker()
     report = await worker.ready()
     await platform.submit("j", {"openai_route": route, "openai_input": body, "max_batch_size": 1})
@@ -51,10 +65,101 @@ async def test_the_job_path_and_the_listener_agree(
         assert status == 200
         assert result["output"] == [json.loads(direct)]
     seen = [entry["body"] for entry in worker.recorded("request") if entry["path"] == route][-2:]
-    assert len(seen) == 2 or status == 400
-    if len(seen) == 2 and status != 400:
+    if status == 400:
+        assert seen == []
+    else:
+        assert len(seen) == 2
         assert seen[0] == seen[1]
-        assert not any(name.startswith("guided_") for name in seen[0])
+        assert not any(name.startswith(("guided_", "best_of")) for name in seen[0])
+
+
+async def test_the_best_candidate_comes_back_by_the_listener(start_worker: Start) -> None:
+    """vllm-worker.md §1.7, §8 A15."""
+    worker = await start_worker()
+    report = await worker.ready()
+    body = {"messages": PICK, "best_of": 3, "logprobs": True}
+    async with (
+        worker.listener(report) as client,
+        client.post("/v1/chat/completions", json=body) as response,
+    ):
+        answer = await response.json()
+    assert [choice["message"]["content"] for choice in answer["choices"]] == ["b"]
+    assert answer["choices"][0]["logprobs"]["content"][0]["token"] == "b"
+    assert (answer["usage"]["completion_tokens"], answer["usage"]["kept_tokens"]) == (3, 1)
+
+
+async def test_strict_passthrough_goes_for_both_roads(start_worker: Start, platform: PlatformStub) -> None:
+    """§1.9: the engine sees, and overlooks, what it dropped."""
+    worker = await start_worker(OPENAI_STRICT_PASSTHROUGH="1")
+    report = await worker.ready()
+    body = {"prompt": "x", "best_of": 3, "guided_json": {}, "guided_regex": "a"}
+    await platform.submit("j", {"openai_route": "/v1/completions", "openai_input": body})
+    assert "output" in await platform.result("j")
+    async with worker.listener(report) as client, client.post("/v1/completions", json=body) as response:
+        assert response.status == 200
+    seen = [entry["body"] for entry in worker.recorded("request")][-2:]
+    assert seen == [body, body]
+
+
+async def test_fields_without_effect_are_said_once_for_both_roads(
+    start_worker: Start, platform: PlatformStub
+) -> None:
+    """§1.7: the backend of guided decoding is a start option now."""
+    worker = await start_worker()
+    report = await worker.ready()
+    body = {"prompt": "x", "guided_regex": "a", "guided_decoding_backend": "outlines"}
+    await platform.submit("j", {"openai_route": "/v1/completions", "openai_input": body})
+    await platform.result("j")
+    async with worker.listener(report) as client, client.post("/v1/completions", json=body) as response:
+        assert response.status == 200
+    worker.process.terminate()
+    await worker.exit_code()
+    said = worker.events("job.parameter_ignored")
+    assert [line["parameter"] for line in said] == ["guided_decoding_backend"]
+
+
+@pytest.mark.parametrize(
+    ("body", "seen"),
+    [
+        (b'{"prompt":"x","user":"\\ud83d!","guided_regex":"a"}', {"user": "\ufffd!"}),
+        (b'{"prompt":"x","made_up":NaN,"guided_regex":"a"}', {"made_up": None}),
+        (b'{"prompt":"x","user":"\\ud83d"}', {"user": "\ufffd"}),
+    ],
+)
+async def test_bodies_that_only_python_reads_are_rewritten_too(
+    start_worker: Start, body: bytes, seen: dict[str, Any]
+) -> None:
+    """As on the job path, which mends what cannot be sent on."""
+    worker = await start_worker()
+    report = await worker.ready()
+    async with worker.listener(report) as client, client.post("/v1/completions", data=body) as response:
+        assert response.status == 200
+    guided = {"structured_outputs": {"regex": "a"}} if b"guided" in body else {}
+    assert worker.recorded("request")[-1]["body"] == {"prompt": "x", **seen, **guided}
+
+
+async def test_a_body_that_is_nested_too_deeply_is_a_400(start_worker: Start) -> None:
+    worker = await start_worker()
+    report = await worker.ready()
+    async with worker.listener(report) as client:
+        for inner in (b"[" * 100_000 + b"]" * 100_000, b"NaN," + b"[" * 100_000 + b"]" * 100_000):
+            body = b'{"prompt":"x","a":[' + inner + b"]}"
+            async with client.post("/v1/completions", data=body) as response:
+                assert response.status == 400
+                assert "nested too deeply" in (await response.json())["error"]["message"]
+
+
+async def test_refusals_on_the_messages_route_take_its_form(start_worker: Start) -> None:
+    """§3.7."""
+    worker = await start_worker()
+    report = await worker.ready()
+    async with worker.listener(report) as client:
+        async with client.get("/v1/messages?x=1") as response:
+            assert (response.status, response.headers["Allow"]) == (405, "POST")
+            answer = await response.json()
+        assert (answer["type"], answer["error"]["type"]) == ("error", "MethodNotAllowed")
+        async with client.post("/v1/messages/unknown", json={}) as response:
+            assert (response.status, (await response.json())["type"]) == (404, "error")
 
 
 async def test_guard_key_and_info(start_worker: Start, platform: PlatformStub) -> None:
@@ -84,8 +189,8 @@ async def test_guard_key_and_info(start_worker: Start, platform: PlatformStub) -
         ) as response:
             assert response.status == 401
     assert info["stage"] == "ready"
-    assert info["argv"][3:5] == ["--model", "org/model"]
-    assert info["models"] == ["org/model"]
+    assert info["argv"][3] == "--model"
+    assert info["models"][0] == "org/model"
     text = json.dumps(info)
     for secret in (report["engine"]["key"], report["listener"]["key"], platform.key):
         assert secret not in text
@@ -129,3 +234,49 @@ async def test_an_engine_that_dies_mid_answer_breaks_the_connection(start_worker
             await response.read()
     async with asyncio.timeout(20):
         assert await worker.exit_code() == 1
+
+
+def failure(message: str, code: object = 500, name: str = "") -> bytes:
+    data = json.dumps({"error": {"message": message, "type": "InternalServerError", "code": code}})
+    return f"{name}data: {data}\n\n".encode()
+
+
+PIECE = b'data: {"choices":[{"text":"\\"error\\": CUDA error: x"}]}\n\n'
+
+
+@pytest.mark.parametrize(
+    ("event", "fatal"),
+    [
+        (failure("CUDA error: out of luck"), True),
+        (failure("EngineCore encountered an issue"), True),
+        (failure("NCCL error: unhandled", None, "event: error\n"), True),
+        (failure("boom"), False),
+        (failure("the prompt says NCCL error: x", 400), False),
+        (b'data: {"error": CUDA error: x}\n\n', False),
+        (PIECE, False),
+    ],
+)
+def test_a_dead_engines_last_event_is_found_wherever_the_network_cut(event: bytes, fatal: bool) -> None:
+    """vllm-worker.md §7, §6.3."""
+    stream = PIECE + event + b"data: [DONE]\n\n"
+    for cut in range(len(stream)):
+        finder = FailureFinder()
+        found = [finder.is_fatal(part) for part in (stream[:cut], stream[cut:])]
+        assert any(found) is fatal
+    finder = FailureFinder()
+    found = [finder.is_fatal(stream[at : at + 1]) for at in range(len(stream))]
+    assert any(found) is fatal
+
+
+async def test_the_widest_beam_is_half_of_what_the_engine_was_started_with(
+    start_worker: Start, platform: PlatformStub
+) -> None:
+    """§1.7: `--max-logprobs` may come from anywhere."""
+    worker = await start_worker(VLLM_EXTRA_ARGS="--max-logprobs=8")
+    await worker.ready()
+    for width in (4, 5):
+        await platform.submit(f"j{width}", {"prompt": "x", "use_beam_search": True, "n": width})
+    assert "output" in await platform.result("j4")
+    error = json.loads((await platform.result("j5"))["error"])["error"]
+    assert (error["code"], error["param"]) == (400, "n")
+    assert "of at most 4" in error["message"]

@@ -1,22 +1,23 @@
-"""Shapes of items and errors: vllm-worker.md §2.1, §2.2, §3.4 to §3.7."""
+"""What the golden shapes in test_golden leave open: vllm-worker.md §1.10, §2.1, §3.5 to §3.7."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
+import msgspec
 import pytest
 
 from pilotlight.worker.batching import BatchSizes
-from pilotlight.worker.inputs import StreamFormat, UpstreamRequest
+from pilotlight.worker.input_settings import InputSettings, StreamFormat
+from pilotlight.worker.inputs import plan_request
 from pilotlight.worker.outputs import (
-    error_text,
     make_shaper,
-    native_item,
     pass_through_item,
     upstream_error_text,
 )
 from pilotlight.worker.sse import SseSplitter
+from pilotlight.worker.upstream import UpstreamRequest
 
 
 def request(**changes: Any) -> UpstreamRequest:
@@ -31,7 +32,7 @@ def items(upstream: UpstreamRequest, *events: dict[str, Any] | str) -> list[Any]
     shaper = make_shaper(upstream)
     data = "".join(f"data: {event if isinstance(event, str) else json.dumps(event)}\n\n" for event in events)
     out = [item for event in SseSplitter().feed(data.encode()) for item in shaper.feed(event)]
-    return out + shaper.close()
+    return out + shaper.flush()
 
 
 def text(index: int, piece: str, tokens: int, *, finish: str | None = None) -> dict[str, Any]:
@@ -43,28 +44,6 @@ def text(index: int, piece: str, tokens: int, *, finish: str | None = None) -> d
 def totals(prompt: int, completion: int) -> dict[str, Any]:
     usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
     return {"id": "cmpl-1", "choices": [], "usage": usage}
-
-
-def test_native_completion_is_the_union_of_both_generations() -> None:
-    """§3.4."""
-    answer = {
-        "id": "cmpl-1", "object": "text_completion", "model": "org/name", "extra": 1,
-        "choices": [{"index": 0, "text": "full text", "finish_reason": "length", "logprobs": None}],
-        "usage": {"prompt_tokens": 3, "completion_tokens": 100, "total_tokens": 103},
-    }  # fmt: skip
-    item = native_item(answer, chat=False)
-    assert item["choices"][0]["tokens"] == ["full text"]
-    assert item["choices"][0]["text"] == "full text"
-    assert item["usage"] == {
-        "input": 3, "output": 100, "prompt_tokens": 3, "completion_tokens": 100, "total_tokens": 103,
-    }  # fmt: skip
-    assert (item["object"], item["extra"]) == ("text_completion", 1)
-
-
-def test_native_chat_tokens_are_the_content_or_empty() -> None:
-    answer = {"choices": [{"message": {"content": "hi"}}, {"message": {"content": None, "tool_calls": [1]}}]}
-    item = native_item(answer, chat=True)
-    assert [choice["tokens"] for choice in item["choices"]] == [["hi"], [""]]
 
 
 def test_token_stream_of_two_sequences_shares_one_schedule() -> None:
@@ -101,78 +80,6 @@ def test_several_prompts_sum_their_prompt_tokens() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pieces", "sizes"), [(0, []), (1, [1]), (40, [1, 3, 9, 27]), (41, [1, 3, 9, 27, 1])]
-)
-def test_no_trailing_empty_item(pieces: int, sizes: list[int]) -> None:
-    out = items(request(), *[text(0, "x", count + 1) for count in range(pieces)], totals(5, pieces), "[DONE]")
-    assert [len(item["choices"][0]["tokens"]) for item in out] == sizes
-
-
-def test_role_announcement_is_no_piece_and_empty_text_is() -> None:
-    """§2.2."""
-    upstream = request(target="/v1/chat/completions", chat=True)
-    role = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}
-    empty = {"choices": [{"index": 0, "delta": {"content": ""}, "finish_reason": "stop"}]}
-    out = items(upstream, role, empty)
-    assert out[0]["choices"] == [{"index": 0, "tokens": [""], "finish_reason": "stop", "stop_reason": None}]
-
-
-def test_reasoning_and_tool_calls_stand_beside_tokens() -> None:
-    """§3.5, A7: they count as pieces, `tokens` is the answer only."""
-    upstream = request(target="/v1/chat/completions", chat=True, batch=BatchSizes(10, 10, 1))
-    events = [
-        {"choices": [{"index": 0, "delta": {"reasoning": "hm"}}]},
-        {"choices": [{"index": 0, "delta": {"tool_calls": [{"index": 0}]}}]},
-        {"choices": [{"index": 0, "delta": {"content": "yes"}}]},
-    ]
-    (item,) = items(upstream, *events)
-    assert item["choices"] == [
-        {"index": 0, "tokens": ["yes"], "reasoning": ["hm"], "tool_calls": [{"index": 0}]}
-    ]
-
-
-def test_error_inside_a_token_stream_flushes_what_is_pending() -> None:
-    """§3.7: mid-stream failure."""
-    shaper = make_shaper(request(batch=BatchSizes(50, 50, 1)))
-    splitter = SseSplitter()
-    failure = {"error": {"message": "boom", "type": "InternalServerError", "code": 500}}
-    data = f"data: {json.dumps(text(0, 'a', 1))}\n\ndata: {json.dumps(failure)}\n\ndata: [DONE]\n\n"
-    out = [item for event in splitter.feed(data.encode()) for item in shaper.feed(event)] + shaper.close()
-    assert [item["choices"][0]["tokens"] for item in out] == [["a"]]
-    assert json.loads(shaper.error or "")["error"]["message"] == "boom"
-
-
-def test_sse_items_are_whole_events_and_end_with_done() -> None:
-    """§3.6: comments dropped, joining the items gives a valid body."""
-    upstream = request(native=False, stream_format=StreamFormat.SSE)
-    shaper = make_shaper(upstream)
-    events = [f"data: {json.dumps(text(0, str(number), number + 1))}\n\n" for number in range(5)]
-    data = ": ping\n\n" + "".join(events) + "data: [DONE]\n\n"
-    out = [
-        item for event in SseSplitter().feed(data.encode()) for item in shaper.feed(event)
-    ] + shaper.close()
-    assert [item.count("data: {") for item in out] == [1, 3, 1]
-    assert "".join(out) == "".join(events) + "data: [DONE]\n\n"
-
-
-def test_chunk_lists() -> None:
-    """§3.6, RAW_OPENAI_OUTPUT=0: parsed objects, no [DONE]; named events keep their name."""
-    upstream = request(native=False, stream_format=StreamFormat.CHUNKS, batch=BatchSizes(10, 10, 1))
-    (item,) = items(upstream, text(0, "a", 1), text(0, "b", 2), "[DONE]")
-    assert [chunk["choices"][0]["text"] for chunk in item] == ["a", "b"]
-    shaper = make_shaper(upstream)
-    (event,) = SseSplitter().feed(b'event: message_start\ndata: {"a": 1}\n\n')
-    assert shaper.feed(event) + shaper.close() == [[{"event": "message_start", "data": {"a": 1}}]]
-
-
-def test_error_inside_a_raw_stream_is_forwarded_and_noted() -> None:
-    shaper = make_shaper(request(native=False, stream_format=StreamFormat.SSE))
-    (event,) = SseSplitter().feed(b'data: {"error": {"message": "boom", "code": 500}}\n\n')
-    assert "boom" in "".join(shaper.feed(event) + shaper.close())
-    assert shaper.error is not None
-
-
-@pytest.mark.parametrize(
     ("body", "content_type", "item"),
     [
         (b'{"a": 1}', "application/json", {"a": 1}),
@@ -192,23 +99,6 @@ def test_pass_through_items(body: bytes, content_type: str, item: Any) -> None:
     assert pass_through_item(body, content_type) == item
 
 
-def test_errors_are_text_of_an_openai_envelope() -> None:
-    """§3.7."""
-    assert json.loads(error_text(400, "no", param="n")) == {
-        "error": {"message": "no", "type": "BadRequestError", "param": "n", "code": 400, "retryable": False}
-    }
-    assert json.loads(error_text(503, "x", retryable=True))["error"]["retryable"] is True
-    assert json.loads(error_text(404, "x", anthropic=True))["type"] == "error"
-
-
-def test_the_engines_own_envelope_passes_unchanged() -> None:
-    envelope = {
-        "error": {"message": "max_tokens=5 …", "type": "BadRequestError", "param": "max_tokens", "code": 400}
-    }
-    text = upstream_error_text(400, json.dumps(envelope).encode())
-    assert json.loads(text) == {"error": {**envelope["error"], "retryable": False}}
-
-
 @pytest.mark.parametrize(
     ("status", "body", "message"),
     [
@@ -221,3 +111,82 @@ def test_the_engines_own_envelope_passes_unchanged() -> None:
 def test_other_error_bodies_get_an_envelope(status: int, body: bytes, message: str) -> None:
     error = json.loads(upstream_error_text(status, body))["error"]
     assert (error["message"], error["code"]) == (message, status)
+
+
+def test_a_stream_of_several_sequences_to_several_prompts() -> None:
+    """§1.3: prompt by prompt; usage comes per sequence, and its prompt counts once for each prompt."""
+    job_input = {"prompt": ["a", "b"], "stream": True, "max_batch_size": 4, "min_batch_size": 4}
+    request = plan_request({**job_input, "sampling_params": {"n": 2}}, InputSettings())
+    pieces = [text(index, f"{index}.{number}", number + 1) for number in range(2) for index in range(4)]
+    out = items(request, *pieces, totals(10, 8), "[DONE]")
+    assert [[choice["tokens"] for choice in item["choices"]] for item in out] == [
+        [[f"{index}.{number}"] for index in range(4)] for number in range(2)
+    ]
+    assert [choice["index"] for choice in out[0]["choices"]] == [0, 1, 2, 3]
+    assert [(item["usage"]["input"], item["usage"]["output"]) for item in out] == [(10, 4), (10, 8)]
+
+
+def test_token_ids_stand_beside_the_tokens() -> None:
+    """`return_token_ids`: on a text with each choice, of a chat's prompt beside them."""
+    first, second = text(0, "a", 1), text(0, "b", 2)
+    first["choices"][0] |= {"token_ids": [5], "prompt_token_ids": [1, 2]}
+    second["choices"][0] |= {"token_ids": [6, 7]}
+    (item,) = items(request(batch=BatchSizes(9, 9, 1)), first, second)
+    assert item["choices"] == [
+        {"index": 0, "tokens": ["a", "b"], "token_ids": [5, 6, 7], "prompt_token_ids": [1, 2]}
+    ]
+    opening = {"index": 0, "delta": {"role": "assistant", "content": ""}}
+    said = {"index": 0, "delta": {"content": "a"}, "token_ids": [5]}
+    out = items(
+        request(chat=True), {"id": "c", "prompt_token_ids": [1], "choices": [opening]}, {"choices": [said]}
+    )
+    assert (out[0]["prompt_token_ids"], out[0]["choices"][0]["token_ids"]) == ([1], [5])
+
+
+def logged(piece: str, tokens: int) -> dict[str, Any]:
+    event = text(0, piece, tokens)
+    event["choices"][0]["logprobs"] = {"tokens": [piece], "token_logprobs": [-0.5]}
+    return event
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"native": False, "stream_format": StreamFormat.SSE},
+        {"native": False, "stream_format": StreamFormat.CHUNKS},
+    ],
+)
+def test_items_are_cut_before_they_become_too_large(changes: dict[str, Any]) -> None:
+    """§3.1: whatever number of pieces was asked for. Nothing is lost, and usage counts what was said."""
+    upstream = request(batch=BatchSizes(10**9, 10**9, 1), **changes)
+    events = [logged(f'"{number}ü\n', number + 1) for number in range(200)]
+    shaper = make_shaper(upstream, item_bytes=2000)
+    data = "".join(f"data: {json.dumps(one, ensure_ascii=False)}\n\n" for one in events)
+    early = [item for event in SseSplitter().feed(data.encode()) for item in shaper.feed(event)]
+    out = early + shaper.flush()
+    assert len(early) > 3
+    assert max(len(msgspec.json.encode(item)) for item in out) <= 2000
+    assert min(len(msgspec.json.encode(item)) for item in early) > 1000
+    if upstream.native:
+        assert [text for item in out for text in item["choices"][0]["tokens"]] == [
+            one["choices"][0]["text"] for one in events
+        ]
+        said = 0
+        for item in out:
+            said += len(item["choices"][0]["tokens"])
+            assert item["usage"]["output"] == said
+    elif upstream.stream_format is StreamFormat.SSE:
+        assert "".join(out) == data
+        assert all(item.endswith("\n\n") for item in out)
+    else:
+        assert [chunk for item in out for chunk in item] == events
+
+
+def test_an_early_cut_leaves_the_schedule_as_it_was() -> None:
+    """As with a pause (§2.4): the next item has the size it was to have."""
+    shaper = make_shaper(request(batch=BatchSizes(50, 3, 2)), item_bytes=700)
+    events = [text(0, piece, at + 1) for at, piece in enumerate(["x" * 300, "y" * 300, "a", "b", "c", "d"])]
+    data = "".join(f"data: {json.dumps(one)}\n\n" for one in events).encode()
+    out = [item for event in SseSplitter().feed(data) for item in shaper.feed(event)]
+    assert [len(item["choices"][0]["tokens"]) for item in out] == [1, 3]

@@ -6,6 +6,7 @@ Sections cited: worker-protocol.md §1 to §6 (as its client) and vllm-worker.md
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import shutil
@@ -19,6 +20,11 @@ import pytest
 from pilotlight.testing.protocol_server import PlatformStub, Refusal
 
 Start = Callable[..., Any]
+
+PATIENT_TAKE = (
+    "from pilotlight.worker import jobs, main; jobs.TAKE_CLOSE_SECONDS = 1000; raise SystemExit(main.main())"
+)
+"""The program without the moment after which it closes a take that is open when it is told to end."""
 
 
 def error_of(result: dict[str, Any]) -> dict[str, Any]:
@@ -37,7 +43,7 @@ async def test_a_whole_life(start_worker: Start, platform: PlatformStub) -> None
     assert ready["engine"]["address"] == f"unix:{worker.run}/engine.sock"
     assert ready["listener"]["address"] == f"unix:{worker.run}/worker.sock"
     assert ready["engine"]["key"] != ready["listener"]["key"]
-    assert ready["models"] == ["org/model"]
+    assert ready["models"][0] == "org/model"
     assert ready["max_concurrency"] == 30
     assert ready["versions"]["pilotlight"]
     assert all(state["detail"]["elapsed_ms"] >= 0 for state in platform.states)
@@ -59,7 +65,7 @@ async def test_a_whole_life(start_worker: Start, platform: PlatformStub) -> None
 
 
 async def test_the_engine_is_started_as_the_contract_says(
-    start_worker: Start, platform: PlatformStub
+    start_worker: Start, platform: PlatformStub, tmp_path: Path
 ) -> None:
     """§4.1, §4.4: model first, address last, the key in the environment only, no platform secret."""
     worker = await start_worker(
@@ -67,16 +73,19 @@ async def test_the_engine_is_started_as_the_contract_says(
     )
     ready = await worker.ready()
     start = worker.recorded("start")[0]
-    assert start["argv"] == [
-        "--model", "org/model", "--max-model-len", "512", "--served-model-name", "org/model",
-        "--shutdown-timeout", "7", "--uds", f"{worker.run}/engine.sock",
-    ]  # fmt: skip
+    snapshot = str(tmp_path / "hub" / "models--org--model" / "snapshots" / ("1" * 40))
+    assert start["argv"][:2] == ["--model", snapshot]
+    assert start["argv"][-4:] == ["--shutdown-timeout", "7", "--uds", f"{worker.run}/engine.sock"]
+    assert ("--max-model-len", "512") in itertools.pairwise(start["argv"])
+    assert ("--served-model-name", "org/model") in itertools.pairwise(start["argv"])
     environment = dict(
         pair.split("=", 1) for pair in Path(f"/proc/{start['pid']}/environ").read_text().split("\0") if pair
     )
     assert environment["VLLM_API_KEY"] == ready["engine"]["key"]
     assert environment["PILOTLIGHT_WORKER_ID"] == platform.worker_id
     assert environment["SPT_NOENV"] == "1"
+    # vLLM's own patience is 600 s, the worker's 1200 s.
+    assert environment["VLLM_ENGINE_READY_TIMEOUT_S"] == "1200"
     assert environment["HF_TOKEN"] == "hf"
     assert not [name for name in environment if name.startswith("RUNPOD_")]
     assert "PILOTLIGHT_WORKER_STATE_URL" not in environment
@@ -262,19 +271,15 @@ async def test_a_job_delivered_after_sigterm_is_still_run(
     start_worker: Start, platform: PlatformStub
 ) -> None:
     """worker-protocol.md §6.3, the trap: the reference SDK accepts such a job and never runs it."""
-    worker = await start_worker()
+    worker = await start_worker("-c", PATIENT_TAKE)
     await worker.ready()
     await platform.until(lambda: bool(list(platform.of_kind("take"))))
     worker.process.send_signal(signal.SIGTERM)
+    await platform.stage("draining")
     await platform.submit("late", {"prompt": "x y"})
-    code = await worker.exit_code()
-    assert code == 0
-    # The poll may have been closed first; then the job was never handed out and is still queued.
-    assert (
-        "late" in platform.results or [job["id"] for job in platform.queue] == ["late"] or not platform.queue
-    )
-    if "late" in platform.results:
-        assert "output" in platform.results["late"]
+    assert "output" in await platform.result("late")
+    assert await worker.exit_code() == 0
+    assert len(list(platform.of_kind("take"))) == 1
 
 
 async def test_drain_ends_at_its_limit_and_asks_for_another_worker(
@@ -303,6 +308,8 @@ async def test_a_second_signal_cuts_the_drain_short(
     worker.process.terminate()
     await platform.stage("draining")
     worker.process.terminate()
+    error = error_of(await platform.result("d"))
+    assert (error["code"], error["retryable"]) == (503, True)
     assert await worker.exit_code() == 0
     assert worker.engine_processes() == {}
 
@@ -386,7 +393,9 @@ async def test_a_job_past_its_time_is_aborted(
         ),
         ({"MODEL_NAME": "/no/such/folder"}, "model_not_found", "model folder /no/such/folder does not exist"),
         ({"VLLM_EXTRA_ARGS": "--uds /x"}, "bad_flag", "VLLM_EXTRA_ARGS='--uds'"),
-        ({"PILOTLIGHT_ENGINE_COMMAND": '["/no/such/engine"]'}, None, "/no/such/engine"),
+        ({"PILOTLIGHT_ENGINE_COMMAND": '["/no/such/engine"]'}, "engine_missing", "/no/such/engine"),
+        ({"PILOTLIGHT_ENGINE_COMMAND": '["no-such-engine"]'}, "engine_missing", "no-such-engine"),
+        ({"PILOTLIGHT_WORKER_RUN_DIR": "/dev/null/run"}, "run_folder", "/dev/null"),
         (
             {"FAKE_ENGINE_START_SECONDS": "60", "VLLM_STARTUP_TIMEOUT": "1"},
             "start_timeout",
@@ -395,17 +404,30 @@ async def test_a_job_past_its_time_is_aborted(
     ],
 )
 async def test_failed_starts_name_their_cause(
-    start_worker: Start, platform: PlatformStub, variables: dict[str, str], kind: str | None, cause: str
+    start_worker: Start, platform: PlatformStub, variables: dict[str, str], kind: str, cause: str
 ) -> None:
     worker = await start_worker(**variables)
     failed = await platform.stage("failed")
-    if kind is not None:
-        assert failed["detail"]["kind"] == kind
+    assert failed["detail"]["kind"] == kind
     assert cause in failed["detail"]["cause"]
     assert failed["detail"]["advice"]
     assert await worker.exit_code() == 1
     assert not list(platform.of_kind("take"))
     assert worker.engine_processes() == {}
+
+
+async def test_a_variable_that_cannot_be_read_is_told_as_such(
+    start_worker: Start, platform: PlatformStub
+) -> None:
+    """vllm-worker.md §0.3 point 9: the value itself is malformed; nothing is started."""
+    worker = await start_worker(DRAIN_TIMEOUT="soon")
+    failed = await platform.stage("failed")
+    assert failed["detail"]["kind"] == "bad_value"
+    assert "DRAIN_TIMEOUT" in failed["detail"]["cause"]
+    assert "soon" in failed["detail"]["cause"]
+    assert await worker.exit_code() == 1
+    assert "DRAIN_TIMEOUT" in worker.log()
+    assert worker.recorded("start") == []
 
 
 async def test_sigterm_during_the_start_ends_everything(start_worker: Start, tmp_path: Path) -> None:
@@ -462,6 +484,18 @@ async def test_a_worker_that_never_reached_its_platform_ends_itself(
     assert await worker.exit_code() == 0
     assert worker.engine_processes() == {}
     assert platform.requests == []
+
+
+async def test_proxies_of_the_environment_are_for_others(start_worker: Start, platform: PlatformStub) -> None:
+    """vllm-worker.md §7 HTTP client: neither the platform nor the engine is asked through one."""
+    proxy = "http://127.0.0.1:9"
+    worker = await start_worker(
+        NO_PROXY="-", HTTP_PROXY=proxy, http_proxy=proxy, HTTPS_PROXY=proxy, ALL_PROXY=proxy
+    )
+    await worker.ready()
+    await platform.submit("p", {"prompt": "x"})
+    assert "output" in await platform.result("p")
+    await platform.until(lambda: bool(platform.pings))
 
 
 async def test_without_a_state_url_it_runs_as_on_runpod(start_worker: Start, platform: PlatformStub) -> None:

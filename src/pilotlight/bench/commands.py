@@ -94,10 +94,32 @@ def queue_command(
     run(Load(seconds=seconds, rounds=rounds, deep=deep, peers=named), Report("queue", as_json=as_json))
 
 
+def worker_command(
+    starts: Annotated[int, typer.Option(min=1, max=1000, help="Starts with the stand-in engine.")] = 10,
+    jobs: Annotated[int, typer.Option(min=10, max=100_000, help="Jobs, one at a time.")] = 1000,
+    pairs: Annotated[
+        int, typer.Option(min=0, max=1000, help="Runs of each kind with vLLM, in pairs; 0 leaves them out.")
+    ] = 20,
+    streams: Annotated[int, typer.Option(min=1, max=1000, help="Streams at the same time.")] = 16,
+    tokens: Annotated[int, typer.Option(min=1, max=900, help="Tokens per stream.")] = 256,
+    as_json: JsonOption = False,
+) -> None:
+    """What the worker program adds to the engine: to a start, to a job, to a stream, and its memory.
+
+    Needs the engine (`make setup`) unless --pairs is 0. Takes about four minutes on two cores.
+    """
+    from pilotlight.bench.figures import Report  # noqa: PLC0415
+    from pilotlight.bench.worker import run  # noqa: PLC0415
+
+    report = Report("worker", as_json=as_json)
+    run(starts=starts, jobs=jobs, pairs=pairs, streams=streams, tokens=tokens, report=report)
+
+
 for _name, _function in (
     ("gateway", gateway_command),
     ("queue", queue_command),
     ("coldstart", coldstart_command),
     ("throughput", throughput_command),
+    ("worker", worker_command),
 ):
     app.command(_name, help=help_text(_function))(_function)

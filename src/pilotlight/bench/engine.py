@@ -12,11 +12,11 @@ from pathlib import Path
 
 from pilotlight.bench.errors import BenchError
 from pilotlight.bench.processes import Bench, Child, environment, free_port
+from pilotlight.engines.flags import translate
 from pilotlight.engines.manifest import load_manifest
-from pilotlight.engines.vllm_flags import translate
 from pilotlight.settings import load_settings
 from pilotlight.worker.config import engine_environment
-from pilotlight.worker.model import resolve_model
+from pilotlight.worker.model import look_for_model
 
 MODEL = "pilotlight/ember"
 """The model that every benchmark uses: inside the package, so nothing is fetched."""
@@ -66,7 +66,7 @@ def start_plain_engine(
     """
     home = load_settings().engine_home
     manifest = load_manifest(home)
-    model = resolve_model(MODEL)
+    model, _ = look_for_model({**endpoint_env, "MODEL_NAME": MODEL})
     plan = translate(endpoint_env, manifest, served_names=model.names, run_folder=str(bench.folder))
     if plan.errors or plan.files:
         problem = "; ".join(error.message for error in plan.errors) or "it needs files"

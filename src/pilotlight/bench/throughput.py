@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -62,7 +62,7 @@ def run(pairs: int, streams: int, tokens: int, report: Report) -> None:
                 note(f"throughput: {told}: {case}: {result['tokens_per_s']:.0f} tokens/s")
                 if number >= 0:
                     seen[case].append(result)
-        _print(report, seen)
+        report_pairs(report, seen, reference=DIRECT)
 
 
 def _measure(
@@ -82,18 +82,30 @@ def _measure(
     return result
 
 
-def _print(report: Report, seen: dict[str, list[dict[str, Any]]]) -> None:
+def report_pairs(
+    report: Report, seen: Mapping[str, Sequence[Mapping[str, Any]]], *, reference: str, prefix: str = ""
+) -> None:
+    """Print what runs in pairs gave: rates, first tokens, and the ratio with its lower bound.
+
+    Args:
+        report: Takes the figures.
+        seen: Results of the programs of `bench.harness`, in order, by case: the reference and ours.
+        reference: The case to compare with.
+        prefix: Of the figures' names.
+    """
     for metric, unit in (("tokens_per_s", "1/s"), ("first_ms_p50", "ms")):
-        direct = report.add(DIRECT, metric, unit, [result[metric] for result in seen[DIRECT]])
+        theirs = report.add(
+            reference, f"{prefix}{metric}", unit, [result[metric] for result in seen[reference]]
+        )
         ours = [result[metric] for result in seen[PILOTLIGHT]]
-        report.add(PILOTLIGHT, metric, unit, ours, reference=direct)
+        report.add(PILOTLIGHT, f"{prefix}{metric}", unit, ours, reference=theirs)
     ratios = [
-        ours["tokens_per_s"] / direct["tokens_per_s"]
-        for ours, direct in zip(seen[PILOTLIGHT], seen[DIRECT], strict=True)
+        mine["tokens_per_s"] / other["tokens_per_s"]
+        for mine, other in zip(seen[PILOTLIGHT], seen[reference], strict=True)
     ]
     mean, lower = mean_ratio(ratios)
-    report.add(PILOTLIGHT, "ratio", "ratio", ratios, value=mean)
-    report.add(PILOTLIGHT, "ratio_lower_95", "ratio", ratios, value=lower)
+    report.add(PILOTLIGHT, f"{prefix}ratio", "ratio", ratios, value=mean)
+    report.add(PILOTLIGHT, f"{prefix}ratio_lower_95", "ratio", ratios, value=lower)
 
 
 def mean_ratio(ratios: Sequence[float]) -> tuple[float, float]:

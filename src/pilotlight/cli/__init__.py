@@ -37,11 +37,11 @@ def main() -> NoReturn:
 
 def _run() -> int:
     arguments = sys.argv[1:]
-    if arguments[:1] == ["worker"] and not {"-h", "--help"} & set(arguments):
+    if arguments == ["worker"]:
         # One of these runs beside every engine for hours; it shall not carry the command line's modules.
         from pilotlight.worker.main import main as run_worker  # noqa: PLC0415
 
-        return run_worker(arguments[1:])
+        return run_worker()
     from pilotlight.cli.root import app  # noqa: PLC0415 - keeps Ctrl-C during this import inside `main`
 
     try:

@@ -13,8 +13,17 @@ from typing import Annotated, Any
 
 import typer
 
+from pilotlight.cli.containers import (
+    ImageOption,
+    RegistryOption,
+    ShmOption,
+    VolumeOption,
+    parse_arguments,
+    parse_volume,
+    registry_password,
+)
 from pilotlight.cli.output import JsonOption, connect, duration, note, print_json, write
-from pilotlight.cli.progress import Waiting, describe_progress, watch_start
+from pilotlight.cli.progress import Waiting, describe_failure, describe_progress, watch_start
 from pilotlight.cli.targets import match_endpoint
 from pilotlight.client import BusyError, GatewayError, PilotlightClient
 from pilotlight.client.models import Endpoint, Failure
@@ -135,6 +144,12 @@ EngineUrl = Annotated[
         "--engine-url", metavar="URL", help="A running OpenAI server to use instead of own workers."
     ),
 ]
+EngineVersion = Annotated[
+    str | None,
+    typer.Option(
+        "--engine-version", metavar="V", help="Which of the installed engines.  [default: the usual]"
+    ),
+]
 
 
 def deploy_command(
@@ -155,6 +170,11 @@ def deploy_command(
     memory: Memory = None,
     wait: Wait = False,
     engine_url: EngineUrl = None,
+    engine_version: EngineVersion = None,
+    image: ImageOption = None,
+    volume: VolumeOption = None,
+    shm_size: ShmOption = None,
+    registry_user: RegistryOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make an endpoint of a model or a command, or revise one.
@@ -169,11 +189,13 @@ def deploy_command(
       pilotlight deploy --engine-url http://10.0.0.5:8000 --name fixed
       pilotlight deploy --kind queue --command "python handler.py" --name resize
       pilotlight deploy --kind load-balancer --command "python server.py" --name api
+      pilotlight deploy --kind queue --image ghcr.io/me/worker:1.2 --volume models:/runpod-volume
     """
-    check_kind(kind, model=model, command=command, engine_url=engine_url, memory=memory)
+    check_kind(kind, model=model, command=command, engine_url=engine_url, memory=memory, image=image)
     given = {
         "kind": None if kind is None else kind.value,
-        "command": None if command is None else parse_command(command),
+        **_container_fields(image, volume, shm_size, registry_user),
+        "command": _command(command, image),
         "memory_bytes": None if memory is None else parse_size(memory),
         "model": None if model is None else resolve_model(model),
         "name": name,
@@ -188,18 +210,36 @@ def deploy_command(
         "execution_timeout_ms": None if execution_timeout is None else execution_timeout * 1000,
         "gpu_count": gpu_count,
         "engine_url": engine_url,
+        "engine_version": engine_version,
     }
     spec = {field: value for field, value in given.items() if value is not None}
     with connect() as client:
         endpoint, revised = _apply(client, spec, wait=wait)
         try:
-            if wait and endpoint["kind"] in {Kind.QUEUE, Kind.LOAD_BALANCER}:
-                endpoint = wait_command_ready(client, endpoint)
-            elif wait:
-                endpoint = wait_ready(client, endpoint)
+            if wait:
+                of_command = endpoint["kind"] in {Kind.QUEUE, Kind.LOAD_BALANCER}
+                endpoint = (wait_command_ready if of_command else wait_ready)(client, endpoint)
         finally:
             # Whatever became of the first worker, the endpoint exists, and its id must not be lost.
             _print(endpoint, revised=revised, as_json=as_json)
+
+
+def _container_fields(
+    image: str | None, volumes: list[str] | None, shm_size: str | None, registry_user: str | None
+) -> dict[str, Any]:
+    return {
+        "image": image,
+        "volumes": None if volumes is None else [parse_volume(each) for each in volumes],
+        "shm_bytes": None if shm_size is None else parse_size(shm_size, option="--shm-size"),
+        "registry_user": registry_user,
+        "registry_password": None if registry_user is None else registry_password(registry_user),
+    }
+
+
+def _command(text: str | None, image: str | None) -> list[str] | None:
+    if text is None:
+        return None
+    return parse_command(text) if image is None else parse_arguments(text)
 
 
 def _apply(client: PilotlightClient, spec: dict[str, Any], *, wait: bool) -> tuple[Endpoint, bool]:
@@ -288,12 +328,17 @@ def _has_ready(client: PilotlightClient, endpoint: Endpoint) -> bool:
 
 
 def _cannot_start(endpoint: Endpoint, failure: Failure) -> PilotlightError:
-    advice = f" {failure['advice']}" if failure.get("advice") else ""
-    return PilotlightError(f"{endpoint['name']} cannot start: {failure.get('cause')}.{advice}")
+    return PilotlightError(f"{endpoint['name']} cannot start: {describe_failure(failure)}")
 
 
 def check_kind(
-    kind: Kind | None, *, model: str | None, command: str | None, engine_url: str | None, memory: str | None
+    kind: Kind | None,
+    *,
+    model: str | None,
+    command: str | None,
+    engine_url: str | None,
+    memory: str | None,
+    image: str | None = None,
 ) -> None:
     """Return when the options say what the workers are.
 
@@ -304,18 +349,20 @@ def check_kind(
         if command is not None:
             message = "belongs to --kind queue or --kind load-balancer; name the kind"
             raise typer.BadParameter(message, param_hint="--command")
-        if memory is not None:
+        if memory is not None and image is None:
             message = "belongs to --kind queue or --kind load-balancer; a model's need is computed"
             raise typer.BadParameter(message, param_hint="--memory")
-        if model is None and engine_url is None:
+        if image is not None and engine_url is not None:
+            raise typer.BadParameter("has no place beside --image", param_hint="--engine-url")
+        if model is None and engine_url is None and image is None:
             message = "give a MODEL, the --engine-url of a running server, or a --kind with its --command"
             raise typer.BadParameter(message, param_hint="MODEL")
         return
     if model is not None or engine_url is not None:
         message = f"--kind {kind} takes a --command instead"
         raise typer.BadParameter(message, param_hint="MODEL" if model is not None else "--engine-url")
-    if command is None:
-        message = f'--kind {kind} needs it, such as --command "python handler.py"'
+    if command is None and image is None:
+        message = f'--kind {kind} needs it or an --image, such as --command "python handler.py"'
         raise typer.BadParameter(message, param_hint="--command")
 
 
@@ -348,7 +395,7 @@ def parse_command(text: str) -> list[str]:
     return resolved
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, *, option: str = "--memory") -> int:
     """Bytes of a size such as 512M or 4GiB; a number alone is bytes.
 
     Raises:
@@ -357,7 +404,7 @@ def parse_size(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?", text.strip().upper())
     if found is None or not float(found[1]):
         message = f"{text!r} is no size; write 512M, 4G, or a number of bytes"
-        raise typer.BadParameter(message, param_hint="--memory")
+        raise typer.BadParameter(message, param_hint=option)
     return int(float(found[1]) * _UNITS[found[2]])
 
 
@@ -422,6 +469,7 @@ def _print(endpoint: Endpoint, *, revised: bool, as_json: bool) -> None:
 
 def _command_text(endpoint: Endpoint) -> str:
     name, url, key = endpoint["name"], endpoint["url"], '-H "Authorization: Bearer $PILOTLIGHT_API_KEY"'
+    image = f"  image    {endpoint['image']}\n" if endpoint.get("image") else ""
     if endpoint["kind"] == Kind.QUEUE:
         example = (
             f"curl {url}/runsync \\\n"
@@ -436,7 +484,7 @@ def _command_text(endpoint: Endpoint) -> str:
         f"{name} is deployed (revision {endpoint['version']}, {endpoint['status']})\n"
         f"  id       {endpoint['id']}\n"
         f"  kind     {endpoint['kind']}\n"
-        f"  command  {shlex.join(endpoint['command'])}\n"
+        f"{image}  command  {shlex.join(endpoint['command']) or 'that of the image'}\n"
         f"  URL      {url}\n"
         f"\n{example}\n"
         f"Next:\n{first}"

@@ -18,6 +18,7 @@ from pilotlight.cli.output import (
     print_json,
     print_table,
 )
+from pilotlight.cli.progress import describe_failure
 from pilotlight.cli.targets import find_id, match_endpoint
 from pilotlight.client.models import Start
 
@@ -55,6 +56,9 @@ def starts_command(
         rows.append([head, start.get("outcome") or "starting", total, ""])
         rows += waterfall(start, longest)
     print_table(["START", "OUTCOME", ">TIME", "|"], rows)
+    for start in starts:
+        if failure := start.get("failure"):
+            note(f"{start['worker_id']} failed: {describe_failure(failure)}")
 
 
 def total_ms(start: Start) -> int:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 
 from pilotlight.cli.output import JsonOption, connect, duration, note, print_json, print_table, size
+from pilotlight.cli.progress import describe_failure, describe_stage
 from pilotlight.cli.targets import match_endpoint
 from pilotlight.client.models import Endpoint, Worker
 from pilotlight.errors import NotFoundError
@@ -45,11 +47,15 @@ def list_command(as_json: JsonOption = False) -> None:
             for one in endpoints
         ],
     )
+    _note_failures(endpoints)
+
+
+def _note_failures(endpoints: Sequence[Endpoint]) -> None:
+    """Say which endpoints cannot start, why, and what to do."""
     for one in endpoints:
         if failure := one.get("failure"):
-            advice = f" {failure['advice']}" if failure.get("advice") else ""
             again = f" Next attempt: {one['retry_at']}." if one.get("retry_at") else ""
-            note(f"{one['name']} cannot start: {failure.get('cause')}.{advice}{again}")
+            note(f"{one['name']} cannot start: {describe_failure(failure)}{again}")
 
 
 def workers_command(
@@ -68,7 +74,8 @@ def workers_command(
     found: list[tuple[Endpoint, Worker]] = []
     with connect() as client:
         endpoints = client.endpoints()
-        for one in endpoints if endpoint is None else [match_endpoint(endpoints, endpoint)]:
+        endpoints = endpoints if endpoint is None else [match_endpoint(endpoints, endpoint)]
+        for one in endpoints:
             try:
                 found += [(one, worker) for worker in client.workers(one["id"])]
             except NotFoundError:
@@ -80,6 +87,7 @@ def workers_command(
         return
     if not found:
         note("no workers; they start when somebody asks")
+        _note_failures(endpoints)
         return
     print_table(
         ["WORKER", "ENDPOINT", "KIND", "STATUS", "STAGE", ">REV", ">UP", ">BUSY", ">MEMORY", ">PID"],
@@ -89,7 +97,7 @@ def workers_command(
                 one["name"],
                 one.get("kind", "").replace("_", " "),
                 worker.get("state") or worker.get("status"),
-                worker.get("stage", "").replace("_", " "),
+                describe_stage(worker),
                 f"{worker.get('version')}{' (old)' if worker.get('isStale') else ''}",
                 duration(worker.get("uptimeSeconds") or 0),
                 f"{worker.get('occupied', 0)}/{worker.get('capacity') or '?'}",

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pilotlight.cli.output import clean, size
 from pilotlight.client import AccessError
-from pilotlight.client.models import Progress, Worker
+from pilotlight.client.models import Failure, Progress, Worker
 from pilotlight.errors import PilotlightError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ QUIET_S = 0.3
 REPEAT_S = 10.0
 """Pause between two lines of one step, where no terminal renews a line in place."""
 
-_ORDER = ("starting", "importing", "loading_weights", "warming_up", "ready")
+_ORDER = ("starting", "downloading", "importing", "loading_weights", "warming_up", "ready")
 
 
 class Waiting:
@@ -153,24 +153,45 @@ def watch_start(client: PilotlightClient, endpoint_id: str) -> Iterator[Callable
 def describe_start(workers: Sequence[Worker]) -> str:
     """What a caller of an endpoint with these workers waits for, in a few words."""
     states = [worker.get("state", "") for worker in workers]
-    starting = [worker.get("stage", "") for worker in workers if worker.get("state") == "starting"]
+    starting = [worker for worker in workers if worker.get("state") == "starting"]
     if "ready" in states:
         return "waiting for the answer"
     if starting:
-        furthest = max(starting, key=lambda stage: _ORDER.index(stage) if stage in _ORDER else -1)
-        return "starting" if furthest in {"", "starting"} else f"starting: {furthest.replace('_', ' ')}"
+        furthest = max(starting, key=_position)
+        stage = describe_stage(furthest)
+        return "starting" if stage in {"", "starting"} else f"starting: {stage}"
     failures: list[Any] = [worker.get("failure") for worker in workers if worker.get("state") == "failed"]
     if failures and failures[-1]:
         return f"the last start failed ({failures[-1].get('cause', 'unknown')}); waiting for another"
     return "waiting for a worker"
 
 
+def _position(worker: Worker) -> int:
+    stage = worker.get("stage", "")
+    return _ORDER.index(stage) if stage in _ORDER else -1
+
+
+def describe_stage(worker: Worker) -> str:
+    """The step that a worker has reached; of a download also how far it is."""
+    stage = worker.get("stage", "").replace("_", " ")
+    if (progress := worker.get("progress")) is None:
+        return stage
+    return f"{stage} {_share(progress['done_bytes'], progress['total_bytes'])}"
+
+
+def _share(done: int, total: int | None) -> str:
+    return f"{size(done)} of {size(total)} ({100 * done // total} %)" if total else size(done)
+
+
+def describe_failure(failure: Failure) -> str:
+    """Why a worker could not start: the cause, what to do about it, and its class for those who search."""
+    cause = failure.get("cause", "unknown").removesuffix(".")
+    kind = f"[{failure['kind']}]" if failure.get("kind") else ""
+    return " ".join(part for part in (f"{cause}.", failure.get("advice", ""), kind) if part)
+
+
 def describe_progress(progress: Progress) -> str:
     """One line for a step of a deployment."""
     text = ": ".join(part for part in (progress.get("stage"), progress.get("message")) if part)
     done, total = progress.get("done"), progress.get("total")
-    if done is None:
-        return text
-    if not total:
-        return f"{text}: {size(done)}"
-    return f"{text}: {size(done)} of {size(total)} ({100 * done // total} %)"
+    return text if done is None else f"{text}: {_share(done, total)}"

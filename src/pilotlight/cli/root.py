@@ -64,6 +64,9 @@ COMMANDS: dict[str, Entry] = {
     "webhooks": Entry(
         f"{_CLI}.webhooks", "app", "Serve", "Show what signs webhooks, and deal with undelivered ones."
     ),
+    "models": Entry(
+        f"{_CLI}.models", "app", "Serve", "Fetch, list, check and remove models; list architectures."
+    ),
     "chat": Entry(f"{_CLI}.chat", "chat_command", "Use", "Talk to an endpoint's model."),
     "run": Entry(f"{_CLI}.one_job", "run_command", "Use", "Submit a job to an endpoint."),
     "status": Entry(f"{_CLI}.one_job", "status_command", "Use", "Show a job."),

@@ -28,6 +28,10 @@ class Endpoint(TypedDict):
     kind: str
     command: list[str]
     memory_bytes: int
+    image: str | None
+    volumes: list[dict[str, Any]]
+    shm_bytes: int
+    registry_user: str
     url: str
     openai_url: str
     served_names: list[str]
@@ -41,12 +45,20 @@ class Endpoint(TypedDict):
     execution_timeout_ms: int
     env: dict[str, str]
     engine_url: str | None
+    engine_version: str | None
     gpu_count: int
     created_at: str
     updated_at: str
     workers: dict[str, int]
     failure: Failure | None
     retry_at: str | None
+
+
+class DownloadProgress(TypedDict):
+    """How much of a model a starting worker has; the total is None while nobody knows it."""
+
+    done_bytes: int
+    total_bytes: int | None
 
 
 class Worker(TypedDict):
@@ -61,6 +73,7 @@ class Worker(TypedDict):
     startedAt: str | None
     state: str
     stage: str
+    progress: DownloadProgress | None
     failure: Failure | None
     memory_bytes: int
     pid: int | None
@@ -93,6 +106,7 @@ class Start(TypedDict):
     rung: str
     outcome: str
     stages: list[StartStage]
+    failure: Failure | None
 
 
 class Key(TypedDict):

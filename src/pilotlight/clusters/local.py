@@ -35,6 +35,7 @@ import structlog
 from pilotlight.clusters import processes
 from pilotlight.clusters.logs import WorkerLogs
 from pilotlight.clusters.work_folders import WorkFolders
+from pilotlight.core.storage import VOLUME, chosen_cache
 from pilotlight.domain.worker import WORKER_COOKIE, ProcessIdentity
 from pilotlight.errors import ClusterError
 from pilotlight.ports.cluster import WorkerExit, WorkerSpec
@@ -59,6 +60,7 @@ INHERITED_VARIABLES = frozenset(
         "CUDA_PATH",
         "HF_HOME",
         "HF_HUB_CACHE",
+        "HUGGINGFACE_HUB_CACHE",
         "HF_ENDPOINT",
         "HF_HUB_OFFLINE",
         "SSL_CERT_FILE",
@@ -233,7 +235,17 @@ class LocalCluster:
         return sorted(ended)
 
     async def close(self) -> None:
-        """End all workers, politely at first; see the port. Idempotent.
+        """End all workers, politely at first, and the logs; see the port. Idempotent.
+
+        Raises:
+            ClusterError: A process survived SIGKILL.
+        """
+        await self.end_all()
+        await self.logs.close()
+        self._executor.shutdown(wait=False)
+
+    async def end_all(self) -> None:
+        """End all workers, politely at first, and start none any more; the logs stay open.
 
         Raises:
             ClusterError: A process survived SIGKILL.
@@ -254,12 +266,12 @@ class LocalCluster:
             await self._kill_all(left)
             for child in children:
                 await child.ended.wait()
-        await self.logs.close()
-        self._executor.shutdown(wait=False)
 
     def _environment(self, spec: WorkerSpec) -> dict[str, str]:
         own = self._folders.environment(spec.worker_id, self._base_env) if spec.private_folders else {}
-        env = self._base_env | own | dict(spec.env)
+        # An endpoint on a volume of its own does not look into the cache that the gateway was given.
+        cache = chosen_cache(spec.env, volume_present=Path(VOLUME).is_dir())
+        env = self._base_env | own | cache | dict(spec.env)
         env[WORKER_COOKIE] = spec.worker_id
         if spec.devices or self._host_has_gpus:
             # Our indices are the driver's; CUDA counts by speed unless told otherwise. An empty list

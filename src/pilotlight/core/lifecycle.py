@@ -111,9 +111,10 @@ class ExecutionTimedOut(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TtlReached(msgspec.Struct, frozen=True, kw_only=True):
-    """The job's time to live is over."""
+    """The job's time to live is over; `reason` says why no worker had it by then, "" where one had."""
 
     now_ms: int
+    reason: str = ""
 
 
 class Retried(msgspec.Struct, frozen=True, kw_only=True):
@@ -293,8 +294,9 @@ def _next(job: Job, event: JobEvent) -> Job | Effect:
             return _finish(job, JobStatus.CANCELLED, now)
         case ExecutionTimedOut(now_ms=now):
             return _finish(job, JobStatus.FAILED, now, error=EXECUTION_TIMEOUT_ERROR)
-        case TtlReached(now_ms=now):
-            return _finish(job, JobStatus.TIMED_OUT, now, error=TTL_ERROR)
+        case TtlReached(now_ms=now, reason=reason):
+            error = f"{TTL_ERROR}: {reason}" if reason else TTL_ERROR
+            return _finish(job, JobStatus.TIMED_OUT, now, error=error)
         case Retried():
             return _after_retry(job, event)
 

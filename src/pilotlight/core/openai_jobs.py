@@ -13,6 +13,8 @@ from typing import Any
 
 import msgspec
 
+from pilotlight.core.openai_routes import asks_to_stream
+
 _objects = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _items = msgspec.json.Decoder(list[msgspec.Raw])
 
@@ -46,27 +48,32 @@ class Failure:
     message: str
 
 
-def job_input(route: str, body: bytes) -> bytes:
+def job_input(route: str, body: bytes, *, single_pieces: bool = False) -> bytes:
     """The input of the job that carries a call.
 
     Args:
         route: Path behind `/openai`, such as `/v1/chat/completions`.
         body: The request's JSON, passed on as it is; empty for none.
+        single_pieces: Ask the worker for a stream in items of one piece each, as somebody reads it live; for
+            our own worker program (vllm-worker.md §1.9), as other programs may refuse what they do not know.
     """
     fields: dict[str, object] = {"openai_route": route}
     if body:
         fields["openai_input"] = msgspec.Raw(body)
+    if single_pieces:
+        fields["max_batch_size"] = 1
     return msgspec.json.encode(fields)
 
 
 def wants_stream(body: bytes) -> bool:
-    """Whether a JSON body asks for a stream.
+    """Whether a JSON body asks for a stream, in whatever words (`openai_routes.asks_to_stream`).
 
     Raises:
         ValueError: Not a JSON object.
     """
     try:
-        return bytes(_objects.decode(body).get("stream", b"")) == b"true"
+        value = _objects.decode(body).get("stream")
+        return value is not None and asks_to_stream(msgspec.json.decode(value))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError("request body must be a JSON object") from error
 
@@ -75,13 +82,13 @@ def stream_text(chunk: bytes) -> bytes:
     """The bytes to write for one stream chunk `{"output": …}`.
 
     Text is server-sent events already, whole ones or parts, and is written verbatim; anything else becomes
-    the data of one event.
+    the data of one event, out of the wrapper in which our worker program sends a success that owns an error.
     """
     value = _output_of(chunk)
     if value.startswith(b'"'):
         text: str = json.loads(value)
         return text.encode("utf-8", "replace")
-    return b"data: " + value + b"\n\n"
+    return b"data: " + (_passed_through(value) or value) + b"\n\n"
 
 
 def whole_answer(output: bytes | None, chunks: Sequence[bytes]) -> Answer:
@@ -98,6 +105,9 @@ def whole_answer(output: bytes | None, chunks: Sequence[bytes]) -> Answer:
     if value == b"null" and chunks:
         values = [_output_of(chunk) for chunk in chunks]
         value = values[0] if len(values) == 1 else b"[" + b",".join(values) + b"]"
+    wrapped = _passed_through(value)
+    if wrapped is not None:
+        return Answer(status=200, body=wrapped)
     return Answer(status=_status_of(value) or 200, body=value)
 
 
@@ -114,6 +124,22 @@ def failure_of(error: str) -> Failure:
             return Failure(status=_http_status(envelope.get("code")) or 500, message=message)
         case _:
             return Failure(status=500, message=error)
+
+
+def _passed_through(value: bytes) -> bytes | None:
+    """The engine's own body out of our worker program's wrapper; None for all other values.
+
+    A success that owns an error, such as a failed Responses object, travels wrapped (vllm-worker.md §3.6).
+    """
+    if not value.startswith(b"{") or b'"openai_passthrough"' not in value:
+        return None
+    try:
+        fields = _objects.decode(value)
+    except msgspec.DecodeError:
+        return None
+    if fields.keys() != {"response", "openai_passthrough"} or bytes(fields["openai_passthrough"]) != b"true":
+        return None
+    return bytes(fields["response"])
 
 
 def _elements(array: bytes) -> list[bytes]:

@@ -109,11 +109,9 @@ ROUTES: Final = MappingProxyType(
 STREAM_USAGE_ROUTES: Final = frozenset({"/v1/chat/completions", "/v1/completions"})
 """Routes whose streams carry token counts only when `stream_options.include_usage` asks for them (§6.3)."""
 
-EMPTY_GET_ROUTES: Final = frozenset({"/v1/models", "/health", "/version", "/metrics", "/load", "/ping"})
-"""Routes that `openai_route` without a body means as GET; all others get POST `{}` (§1.1)."""
-
 REWRITTEN_FIELDS: Final = frozenset(
     {
+        "best_of",
         "guided_json",
         "guided_regex",
         "guided_choice",
@@ -123,7 +121,10 @@ REWRITTEN_FIELDS: Final = frozenset(
         "guided_decoding",
     }
 )
-"""Body fields that the worker program translates and the engine would silently ignore (§1.7)."""
+"""Body fields that the worker program honours and the engine would silently ignore (§1.7)."""
+
+_FALSE_TEXTS: Final = frozenset({"false", "0", "no", "off", "f", "n"})
+"""Texts that the engine reads as false."""
 
 ADMIN_PATHS: Final = frozenset(
     {
@@ -207,6 +208,34 @@ def find_route(path: str) -> Route | None:
         if pattern.fullmatch(path):
             return candidate
     return None
+
+
+def asks_to_stream(value: object) -> bool:
+    """Whether a body's `stream`, parsed JSON, asks for a stream (§1.9).
+
+    Engines read more than `true` as true, so it is written anew as `true` wherever a body is passed on.
+    """
+    return bool(value) and not (isinstance(value, str) and value.lower() in _FALSE_TEXTS)
+
+
+def speaks_anthropic(route: str) -> bool:
+    """Whether errors of a route take the form of `/v1/messages` (§3.7).
+
+    Args:
+        route: Path and query as the caller wrote them; anything.
+    """
+    return unquote_to_bytes(route.encode("utf-8", "replace")).startswith(b"/v1/messages")
+
+
+def usual_method(route: str) -> str:
+    """The method of a call that carries no body: GET where a route can be read, else POST (§1.1).
+
+    Args:
+        route: Path and query as the caller wrote them; anything.
+    """
+    raw_path = route.partition("?")[0]
+    found = find_route(unquote_to_bytes(raw_path).decode("ascii", "replace"))
+    return "GET" if found is not None and "GET" in found.methods else "POST"
 
 
 def _malformed(path: str) -> str:

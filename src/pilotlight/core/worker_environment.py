@@ -8,6 +8,12 @@ from urllib.parse import quote_plus, urlsplit
 STATE_URL_VARIABLE = "PILOTLIGHT_WORKER_STATE_URL"
 """Where our own worker program reports its stages; unset on other platforms."""
 
+RUN_FOLDER_VARIABLE = "PILOTLIGHT_WORKER_RUN_DIR"
+"""Where our own worker program has its sockets; unset on other platforms."""
+
+HTTP_HOST_VARIABLE = "PILOTLIGHT_HTTP_HOST"
+"""The address that our worker program listens on in direct HTTP mode; unset in containers, for every one."""
+
 DATA_CENTER = "LOCAL"
 """The id of the one data center there is: the owner's machines."""
 

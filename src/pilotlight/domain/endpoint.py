@@ -18,6 +18,9 @@ RESERVED_ENDPOINT_IDS = frozenset(
 MODEL_VARIABLE = "MODEL_NAME"
 """The environment variable by which a worker learns its model (vllm-worker.md §4.9)."""
 
+ENGINE_VERSION_VARIABLE = "ENGINE_VERSION"
+"""The environment variable by which an endpoint asks for one of several engines that are installed."""
+
 
 class EndpointKind(StrEnum):
     """What the workers of an endpoint are; never changes after the endpoint was made."""
@@ -35,6 +38,40 @@ class ScalerType(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Volume:
+    """What a container sees of the machine.
+
+    Attributes:
+        source: An absolute folder, or the name of a volume that the container engine keeps.
+        target: Where the container sees it.
+        read_only: Whether it can only read there.
+    """
+
+    source: str
+    target: str
+    read_only: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Container:
+    """How the workers of a revision run as containers.
+
+    Attributes:
+        image: The image's reference as its owner named it.
+        volumes: What they see of the machine, beside their image.
+        shm_bytes: Size of `/dev/shm`; 0 means the installation's default.
+        registry_user: Who fetches the image; "" for anybody.
+        registry_password: His password or token, sealed for the endpoint's id.
+    """
+
+    image: str
+    volumes: tuple[Volume, ...] = ()
+    shm_bytes: int = 0
+    registry_user: str = ""
+    registry_password: str = field(default="", repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Revision:
     """One immutable version of what an endpoint's workers run.
 
@@ -42,12 +79,14 @@ class Revision:
         endpoint_id: The endpoint it belongs to.
         version: 1 for the first, then counting up.
         model: `pilotlight/ember`, a Hugging Face id, or an absolute folder; "" for other kinds than vllm.
-        command: Program and arguments that a worker of the other kinds is; empty for vllm.
+        command: Program and arguments that a worker of the other kinds is; empty for vllm. In a container the
+            arguments for its image, empty for the image's own.
         env: The worker's environment as the user may see it; holds MODEL_NAME.
         engine_url: Base URL of a fixed engine that we do not start (`http://host:port`), or None.
         gpu_count: Devices per worker; 0 means the worker runs on the CPU.
         memory_bytes: Host memory one worker is expected to take; 0 means unknown.
         created_ms: When it was made.
+        container: Set where workers are containers instead of processes.
     """
 
     endpoint_id: str
@@ -59,6 +98,7 @@ class Revision:
     gpu_count: int = 0
     memory_bytes: int = 0
     created_ms: int = 0
+    container: Container | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

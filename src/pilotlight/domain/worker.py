@@ -30,6 +30,7 @@ class Stage(StrEnum):
     """Steps of a start as the worker program reports them, or as health checks find them."""
 
     STARTING = "starting"
+    DOWNLOADING = "downloading"
     IMPORTING = "importing"
     LOADING_WEIGHTS = "loading_weights"
     WARMING_UP = "warming_up"
@@ -38,6 +39,19 @@ class Stage(StrEnum):
     UNHEALTHY = "unhealthy"
     DRAINING = "draining"
     FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DownloadProgress:
+    """How much of a model has arrived.
+
+    Attributes:
+        done_bytes: So much.
+        total_bytes: Of so much; None while nobody knows.
+    """
+
+    done_bytes: int
+    total_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +86,11 @@ class Failure:
     advice: str = ""
     line: str = ""
 
+    @property
+    def sentence(self) -> str:
+        """All of it that a caller may read, in one line: for errors of jobs and of requests."""
+        return f"{self.cause} ({self.kind}: {self.advice})" if self.advice else self.cause
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Worker:
@@ -83,6 +102,7 @@ class Worker:
         version: Revision it was started from.
         state: Where it stands.
         stage: Last step reported by the worker program.
+        progress: How far a download is; None in other stages. Not stored, as the next report brings it anew.
         key_hash: SHA-256 of its per-worker credential, hex.
         devices: Indices of the GPUs assigned to it.
         memory_bytes: Host memory reserved for it.
@@ -99,6 +119,7 @@ class Worker:
     version: int
     state: WorkerState = WorkerState.STARTING
     stage: Stage = Stage.STARTING
+    progress: DownloadProgress | None = None
     key_hash: str = ""
     devices: tuple[int, ...] = ()
     memory_bytes: int = 0

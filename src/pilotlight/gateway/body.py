@@ -9,7 +9,7 @@ from typing import cast
 
 import msgspec
 
-from pilotlight.core.openai_routes import REWRITTEN_FIELDS, STREAM_USAGE_ROUTES
+from pilotlight.core.openai_routes import REWRITTEN_FIELDS, STREAM_USAGE_ROUTES, asks_to_stream
 from pilotlight.errors import InvalidInputError
 
 
@@ -24,7 +24,10 @@ class _Asked(msgspec.Struct):
 
 _Peek = msgspec.defstruct(
     "_Peek",
-    [(name, msgspec.Raw, msgspec.field(default=msgspec.Raw(b""))) for name in sorted(REWRITTEN_FIELDS)],
+    [
+        (name, msgspec.Raw, msgspec.field(default=msgspec.Raw(b"")))
+        for name in ("n", *sorted(REWRITTEN_FIELDS))
+    ],
     bases=(_Asked,),
 )
 _asked = msgspec.json.Decoder(_Asked)
@@ -32,6 +35,7 @@ _peek: msgspec.json.Decoder[_Asked] = msgspec.json.Decoder(_Peek)
 _options = msgspec.json.Decoder(_StreamOptions)
 _objects = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _NULLS = (b"", b"null")
+_FALSES = (*_NULLS, b"false")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +46,15 @@ class BodyPlan:
         body: The body, with usage asked for where the client had not.
         stream: Whether the client asked for a stream.
         hide_usage: Whether the usage event must be taken out of the answer.
-        rewrite: Whether the worker program's listener must rewrite it.
+        rewrite: Whether the worker program's listener is to rewrite it.
+        altered: Whether the answer would be another one without that.
     """
 
     body: bytes
-    stream: bool
-    hide_usage: bool
-    rewrite: bool
+    stream: bool = False
+    hide_usage: bool = False
+    rewrite: bool = False
+    altered: bool = False
 
 
 def plan_body(route: str, body: bytes) -> BodyPlan:
@@ -62,29 +68,52 @@ def plan_body(route: str, body: bytes) -> BodyPlan:
         InvalidInputError: Not a JSON object.
     """
     peek = _look(body)
-    stream = bytes(peek.stream) == b"true"
-    rewrite = type(peek) is not _Asked and any(
-        bytes(getattr(peek, name)) not in _NULLS for name in REWRITTEN_FIELDS
-    )
-    if not stream or route not in STREAM_USAGE_ROUTES:
-        return BodyPlan(body=body, stream=stream, hide_usage=False, rewrite=rewrite)
-    options = bytes(peek.stream_options)
-    if options in _NULLS:
-        return BodyPlan(body=_with_usage(body, options), stream=True, hide_usage=True, rewrite=rewrite)
+    rewrite = altered = False
+    if type(peek) is not _Asked:
+        rare = [name for name in REWRITTEN_FIELDS if bytes(getattr(peek, name)) not in _NULLS]
+        rewrite, altered = bool(rare), any(_alters(peek, name) for name in rare)
+    stream = bytes(peek.stream)
+    streamed = stream == b"true"
+    if not streamed and stream not in _FALSES and _is_true(stream):
+        # How the engine reads it is one thing; from here on there is one spelling.
+        streamed, body = True, _with_member(body, "stream", b"true")
+    hide_usage = False
+    if streamed and route in STREAM_USAGE_ROUTES:
+        options = bytes(peek.stream_options)
+        hide_usage = options in _NULLS or _lacks_usage(options)
+        if hide_usage:
+            body = _with_usage(body, options)
+    return BodyPlan(body, streamed, hide_usage, rewrite, altered)
+
+
+def _is_true(stream: bytes) -> bool:
     try:
-        asked = _options.decode(options).include_usage
+        return asks_to_stream(msgspec.json.decode(stream))
+    except msgspec.DecodeError:
+        return False
+
+
+def _lacks_usage(options: bytes) -> bool:
+    try:
+        return not _options.decode(options).include_usage
     except msgspec.DecodeError:
         # Not what it should be; the engine's own message says it better than ours could.
-        return BodyPlan(body=body, stream=True, hide_usage=False, rewrite=rewrite)
-    if asked:
-        return BodyPlan(body=body, stream=True, hide_usage=False, rewrite=rewrite)
-    return BodyPlan(body=_with_usage(body, options), stream=True, hide_usage=True, rewrite=rewrite)
+        return False
+
+
+def _alters(peek: _Asked, name: str) -> bool:
+    """Whether a field that the engine would overlook asks for anything (vllm-worker.md §1.7)."""
+    if name == "best_of":
+        wanted = bytes(getattr(peek, "n"))  # noqa: B009 - a field that is made at run time
+        return bytes(getattr(peek, name)) != (b"1" if wanted in _NULLS else wanted)
+    return name != "guided_decoding_backend"
 
 
 def _look(body: bytes) -> _Asked:
     try:
         # The fields to be rewritten are rare, and looking for each of them is most of the work.
-        return _peek.decode(body) if b"guided_" in body else _asked.decode(body)
+        rare = b"guided_" in body or b"best_of" in body
+        return _peek.decode(body) if rare else _asked.decode(body)
     except msgspec.ValidationError as error:
         raise InvalidInputError(f"request body must be a JSON object: {error}") from error
     except RecursionError as error:
@@ -92,19 +121,28 @@ def _look(body: bytes) -> _Asked:
     except msgspec.DecodeError as error:
         # Half of a surrogate pair is no text, but clients send it and Python's reader takes it.
         with contextlib.suppress(ValueError, RecursionError, AttributeError):
-            values = {
-                name: msgspec.Raw(json.dumps(value).encode()) for name, value in json.loads(body).items()
-            }
-            return cast("_Asked", msgspec.convert(values, _Peek))
+            return cast("_Asked", msgspec.convert(_python_members(body), _Peek))
         raise InvalidInputError(f"request body is not valid JSON: {error}") from error
+
+
+def _python_members(body: bytes) -> dict[str, msgspec.Raw]:
+    return {name: msgspec.Raw(json.dumps(value).encode()) for name, value in json.loads(body).items()}
 
 
 def _with_usage(body: bytes, options: bytes) -> bytes:
     if not options:
         brace = body.index(b"{") + 1
         return b"".join((body[:brace], b'"stream_options":{"include_usage":true},', body[brace:]))
-    whole = _objects.decode(body)
     merged = {} if options == b"null" else _objects.decode(options)
     merged["include_usage"] = msgspec.Raw(b"true")
-    whole["stream_options"] = msgspec.Raw(msgspec.json.encode(merged))
+    return _with_member(body, "stream_options", msgspec.json.encode(merged))
+
+
+def _with_member(body: bytes, name: str, value: bytes) -> bytes:
+    """An object with one member set to this JSON, all others as they came."""
+    try:
+        whole = _objects.decode(body)
+    except msgspec.DecodeError:
+        whole = _python_members(body)
+    whole[name] = msgspec.Raw(value)
     return msgspec.json.encode(whole)

@@ -12,9 +12,7 @@ import asyncio
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from http import HTTPStatus
 
-import msgspec
 import structlog
 
 from pilotlight.core.admission import AdmissionReason, Verdict
@@ -37,7 +35,7 @@ from pilotlight.gateway.body import BodyPlan, plan_body
 from pilotlight.gateway.directory import Directory
 from pilotlight.gateway.events import EventStream, TokenCount
 from pilotlight.gateway.exchange import Exchange
-from pilotlight.gateway.openai_access import called_endpoint, caller_of
+from pilotlight.gateway.openai_access import called_endpoint, caller_of, models_answer, route_refusal
 from pilotlight.gateway.protocol import EXTENSION, ClientStream
 from pilotlight.gateway.refusal import RequestRefusedError, anthropic_body, openai_body
 from pilotlight.gateway.slots import HoldExpiredError, SlotTable, WorkerSlots
@@ -185,7 +183,7 @@ class DataPath:
         endpoint = called_endpoint(self._directory, key, exchange.endpoint_id)
         decision = _check_route(scope["method"], path)
         if not decision.allowed or decision.kind is RouteKind.WEBSOCKET:
-            raise _route_refusal(decision)
+            raise route_refusal(decision)
         exchange.route = decision.path
         if decision.path.startswith("/v1/models"):
             await self._models(exchange, endpoint, decision.path, send)
@@ -220,7 +218,7 @@ class DataPath:
             message = f"the request body did not arrive within {self._limits.body_s} s"
             raise RequestRefusedError(408, message, outcome=Outcome.EXPIRED) from error
         if decision.kind is not RouteKind.JSON or not body:
-            return BodyPlan(body=body, stream=False, hide_usage=False, rewrite=False)
+            return BodyPlan(body=body)
         try:
             return plan_body(decision.path, body)
         except InvalidInputError as error:
@@ -311,8 +309,7 @@ class DataPath:
     def _progress(self, endpoint: Endpoint) -> str:
         health = self._fleet.health(endpoint.id)
         if health.failure is not None and health.failures:
-            reason = f"{health.failure.cause} ({health.failure.advice or health.failure.kind})"
-            return f"starting a worker failed {health.failures} times: {reason}"
+            return f"starting a worker failed {health.failures} times: {health.failure.sentence}"
         if health.throttled:
             return health.throttled
         workers = self._fleet.workers(endpoint.id)
@@ -332,13 +329,13 @@ class DataPath:
         registration: Registration,
     ) -> UpstreamResponse:
         address = registration.engine
-        if plan.rewrite:
-            if registration.listener is None:
-                raise RequestRefusedError(
-                    400, "guided_* fields were removed from vLLM and this endpoint has no worker program to "
-                    "translate them; use structured_outputs",
-                )  # fmt: skip
+        if plan.rewrite and registration.listener is not None:
             address = registration.listener
+        elif plan.altered:
+            raise RequestRefusedError(
+                400, "guided_* and best_of were removed from vLLM and this endpoint has no worker "
+                "program to honour them; use structured_outputs, or n",
+            )  # fmt: skip
         passed = [(name, value) for name, value in headers.items() if name in _PASSED_ON]
         passed.append((b"x-request-id", exchange.request_id.encode()))
         return await self._pool.request(
@@ -418,27 +415,9 @@ class DataPath:
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _models(self, exchange: _OpenAIExchange, endpoint: Endpoint, path: str, send: Send) -> None:
-        cards = [
-            {
-                "id": name,
-                "object": "model",
-                "created": endpoint.revision.created_ms // 1000,
-                "owned_by": "pilotlight",
-                "root": endpoint.revision.model,
-                "parent": None,
-            }
-            for name in endpoint.served_names
-        ]
-        wanted = path.removeprefix("/v1/models").strip("/")
-        answer: object = {"object": "list", "data": cards}
-        if wanted:
-            answer = next((card for card in cards if card["id"] == wanted), None)
-            if answer is None:
-                raise RequestRefusedError(404, f"The model `{wanted}` does not exist.", type="NotFoundError")
+        answer = models_answer(endpoint, path)
         exchange.status, exchange.outcome, exchange.head_sent = 200, Outcome.OK, True
-        await send_json(
-            send, 200, msgspec.json.encode(answer), [(b"x-request-id", exchange.request_id.encode())]
-        )
+        await send_json(send, 200, answer, [(b"x-request-id", exchange.request_id.encode())])
 
     async def _refuse(self, exchange: _OpenAIExchange, send: Send, refusal: RequestRefusedError) -> None:
         exchange.status, exchange.head_sent = refusal.status, True
@@ -482,13 +461,3 @@ async def _watch(receive: Receive, exchange: _OpenAIExchange, task: asyncio.Task
     if not exchange.body_sent:
         exchange.client_gone = True
         task.cancel()
-
-
-def _route_refusal(decision: RouteDecision) -> RequestRefusedError:
-    if decision.allowed:
-        return RequestRefusedError(400, "WebSocket routes are not served here")
-    headers = [(b"allow", ", ".join(decision.methods).encode())] if decision.status == 405 else []
-    return RequestRefusedError(
-        decision.status, decision.message, type=decision.error_type or HTTPStatus(decision.status).phrase,
-        headers=headers,
-    )  # fmt: skip

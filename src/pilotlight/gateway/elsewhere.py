@@ -15,7 +15,6 @@ import structlog
 from pilotlight.domain.endpoint import Endpoint
 from pilotlight.domain.worker import Worker
 from pilotlight.errors import StoreError
-from pilotlight.gateway.asgi import Receive, Scope, Send, send_json
 from pilotlight.gateway.directory import Directory
 from pilotlight.gateway.jobs.ledger import Ledger
 from pilotlight.gateway.jobs.links import HandOut, WorkerLink
@@ -45,18 +44,6 @@ FOLLOWS = (
 def follower_body() -> bytes:
     """The answer of a gateway that follows to what only workers can answer; status 503."""
     return openai_body(503, FOLLOWS, type="server_error", code="not_leading")
-
-
-async def follower_answer(
-    scope: Scope,  # noqa: ARG001 - called like the data path
-    receive: Receive,  # noqa: ARG001
-    send: Send,
-    *,
-    endpoint_id: str,  # noqa: ARG001
-    path: str,  # noqa: ARG001
-) -> None:
-    """Answer for the data path on a gateway that follows."""
-    await send_json(send, 503, follower_body(), [(b"retry-after", b"%d" % FOLLOWER_RETRY_S)])
 
 
 class JobsElsewhere:

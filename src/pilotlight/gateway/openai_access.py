@@ -1,11 +1,17 @@
-"""Who may call the OpenAI routes of an endpoint; both roads ask here, so that they refuse alike."""
+"""Who may call which OpenAI routes of an endpoint, and what needs no worker; both roads ask here."""
 
 from __future__ import annotations
 
+from http import HTTPStatus
+
+import msgspec
+
+from pilotlight.core.openai_routes import RouteDecision
 from pilotlight.domain.endpoint import Endpoint
 from pilotlight.domain.key import ApiKey
 from pilotlight.gateway.asgi import Headers
 from pilotlight.gateway.directory import Directory, secret_of
+from pilotlight.gateway.model_cards import model_cards
 from pilotlight.gateway.refusal import RequestRefusedError
 
 
@@ -33,3 +39,30 @@ def called_endpoint(directory: Directory, key: ApiKey, endpoint_id: str) -> Endp
             code="access_denied",
         )  # fmt: skip
     return endpoint
+
+
+def route_refusal(decision: RouteDecision) -> RequestRefusedError:
+    """The answer for a route that is not served, or not by this method."""
+    if decision.allowed:
+        return RequestRefusedError(400, "WebSocket routes are not served here")
+    headers = [(b"allow", ", ".join(decision.methods).encode())] if decision.status == 405 else []
+    return RequestRefusedError(
+        decision.status, decision.message, type=decision.error_type or HTTPStatus(decision.status).phrase,
+        headers=headers,
+    )  # fmt: skip
+
+
+def models_answer(endpoint: Endpoint, path: str) -> bytes:
+    """The body that answers `/v1/models` or `/v1/models/{name}`, for which no worker is woken.
+
+    Raises:
+        RequestRefusedError: 404, no model has this name.
+    """
+    cards = model_cards(endpoint)
+    wanted = path.removeprefix("/v1/models").strip("/")
+    if not wanted:
+        return msgspec.json.encode({"object": "list", "data": cards})
+    answer = next((card for card in cards if card["id"] == wanted), None)
+    if answer is None:
+        raise RequestRefusedError(404, f"The model `{wanted}` does not exist.", type="NotFoundError")
+    return msgspec.json.encode(answer)

@@ -17,7 +17,14 @@ import msgspec
 import structlog
 
 from pilotlight.domain.job import Job
-from pilotlight.domain.worker import Address, Failure, Registration, Stage, Worker
+from pilotlight.domain.worker import (
+    Address,
+    DownloadProgress,
+    Failure,
+    Registration,
+    Stage,
+    Worker,
+)
 from pilotlight.errors import InvalidInputError, PilotlightError
 from pilotlight.gateway.asgi import Response
 from pilotlight.gateway.errors import (
@@ -398,7 +405,20 @@ def parse_state(body: bytes) -> StageReport:
             max_concurrency=state.max_concurrency,
             versions=state.versions,
         )
-    return StageReport(stage=state.stage, detail=detail, failure=failure, registration=registration)
+    return StageReport(
+        stage=state.stage,
+        detail=detail,
+        progress=_progress(detail) if state.stage is Stage.DOWNLOADING else None,
+        failure=failure,
+        registration=registration,
+    )
+
+
+def _progress(detail: Mapping[str, object]) -> DownloadProgress | None:
+    done, total = detail.get("done_bytes"), detail.get("total_bytes")
+    if not isinstance(done, int):
+        return None
+    return DownloadProgress(done_bytes=done, total_bytes=total if isinstance(total, int) else None)
 
 
 def _address(name: str, server: _Server) -> Address:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Protocol
 
 import structlog
@@ -25,14 +25,15 @@ from pilotlight.core.placement import HostResources, NotPlaced, Reservation, Res
 from pilotlight.domain.endpoint import Endpoint, EndpointKind
 from pilotlight.domain.ids import short_id
 from pilotlight.domain.key import hash_secret
-from pilotlight.domain.usage import StartRecord
-from pilotlight.domain.worker import Failure, ProcessIdentity, Registration, Stage, Worker, WorkerState
+from pilotlight.domain.worker import Failure, ProcessIdentity, Stage, Worker, WorkerState
 from pilotlight.errors import ClusterError, NotFoundError, StoreError
 from pilotlight.loops.account import UsageAccount
 from pilotlight.loops.failures import FailureLog, exit_failure
 from pilotlight.loops.leftovers import end_leftovers
+from pilotlight.loops.living import Living
+from pilotlight.loops.needs import resources_of, worker_spec
 from pilotlight.ports.clock import Clock
-from pilotlight.ports.cluster import Cluster, WorkerExit, WorkerSpec
+from pilotlight.ports.cluster import Cluster, WorkerExit
 from pilotlight.ports.fleet import Health, StageReport, WorkerListener
 from pilotlight.ports.store import StartLog, UsageStore, WorkerStore
 from pilotlight.settings import WorkerSettings
@@ -44,25 +45,6 @@ _OPEN_STATES = frozenset({WorkerState.STARTING, WorkerState.READY})
 
 class FleetStore(WorkerStore, UsageStore, StartLog, Protocol):
     """What the fleet remembers."""
-
-
-@dataclass(slots=True)
-class _Live:
-    """A living worker and what only its owner knows of it."""
-
-    worker: Worker
-    endpoint: Endpoint
-    registration: Registration | None = None
-    asked: int = 0
-    capacity: int = 0
-    stages: list[tuple[str, int]] = field(default_factory=list)
-    metered_ms: int = 0
-    usage_sequence: int = 0
-    deadline: asyncio.TimerHandle | None = None
-    grace_s: float = 0
-    wanted_end: str | None = None
-    killed: bool = False
-    failure: Failure | None = None
 
 
 class WorkerFleet:
@@ -109,7 +91,7 @@ class WorkerFleet:
         self._host = host
         self._last_line = last_line
         self.on_change = on_change
-        self._live: dict[str, _Live] = {}
+        self._live: dict[str, Living] = {}
         self._failures = FailureLog(clock, settings)
         self._account = UsageAccount(store)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -188,7 +170,7 @@ class WorkerFleet:
             created_ms=now,
             state_ms=now,
         )
-        live = _Live(
+        live = Living(
             worker=worker,
             endpoint=endpoint,
             stages=[("decision", now)],
@@ -207,7 +189,7 @@ class WorkerFleet:
             else:
                 await noted
             raise
-        self._note(live, "spawned")
+        live.note("spawned", self._clock.now_ms())
         live.worker = replace(live.worker, process=process)
         self._watch_start(live)
         self._listener.spawned(live.worker, endpoint)
@@ -215,10 +197,11 @@ class WorkerFleet:
             # Told to end while it was being spawned; the grace that began then goes on.
             await self._cluster.terminate(worker_id)
         await self._put(live.worker)
-        _log.info("worker_started", endpoint=endpoint.id, worker=worker_id, pid=process.pid, devices=devices)
+        pid = None if process is None else process.pid
+        _log.info("worker_started", endpoint=endpoint.id, worker=worker_id, pid=pid, devices=devices)
         return live.worker
 
-    async def _run(self, live: _Live, secret: str) -> ProcessIdentity:
+    async def _run(self, live: Living, secret: str) -> ProcessIdentity | None:
         """Record the worker and spawn its process, unless it is told to end meanwhile."""
         worker, endpoint = live.worker, live.endpoint
         # On disk before there is a process, so that a later life of ours looks for it.
@@ -226,13 +209,11 @@ class WorkerFleet:
         if live.killed or self._refusal is not None:
             raise ClusterError(self._refusal or f"worker {worker.id} was told to end before it had started")
         process = await self._cluster.start(
-            WorkerSpec(
-                worker_id=worker.id,
-                endpoint_id=endpoint.id,
+            worker_spec(
+                worker,
+                endpoint,
                 env=self._environment(endpoint, worker.id, secret),
-                command=endpoint.revision.command or self._command,
-                devices=worker.devices,
-                private_folders=endpoint.kind is not EndpointKind.VLLM,
+                program=self._command,
             ),
             self._exited,
         )
@@ -240,7 +221,7 @@ class WorkerFleet:
             self._grace_over(live)
         return process
 
-    async def _not_started(self, live: _Live, error: BaseException) -> None:
+    async def _not_started(self, live: Living, error: BaseException) -> None:
         """Record a worker without a process; only what is the worker's fault counts as a failed start."""
         if isinstance(error, StoreError):
             return
@@ -298,10 +279,7 @@ class WorkerFleet:
         return await self.start(endpoint, worker_id=worker_id, usage_sequence=sequence)
 
     def _need(self, endpoint: Endpoint) -> Resources:
-        return Resources(
-            gpu_count=endpoint.revision.gpu_count,
-            memory_bytes=endpoint.revision.memory_bytes or self._settings.memory_default_bytes,
-        )
+        return resources_of(endpoint, memory_default_bytes=self._settings.memory_default_bytes)
 
     def _place(self, endpoint: Endpoint) -> tuple[int, ...]:
         taken = [
@@ -323,8 +301,8 @@ class WorkerFleet:
             raise ClusterError(placement.message)
         return placement.devices
 
-    def _watch_start(self, live: _Live) -> None:
-        """Restart the deadline of a start; every stage report is a sign of life.
+    def _watch_start(self, live: Living) -> None:
+        """Restart the deadline of a start: it has moved on.
 
         Deadlines of other states are somebody else's: a report must not lengthen the grace of a worker
         that was told to end. How long a load-balancing worker may take is seen by its health checks.
@@ -333,7 +311,7 @@ class WorkerFleet:
         if live.worker.state is WorkerState.STARTING and not by_checks:
             self._set_deadline(live, self._settings.start_timeout_s, self._start_timed_out)
 
-    def _set_deadline(self, live: _Live, delay_s: float, action: Callable[[_Live], None] | None) -> None:
+    def _set_deadline(self, live: Living, delay_s: float, action: Callable[[Living], None] | None) -> None:
         """Replace the worker's deadline; None for no deadline."""
         if live.deadline is not None:
             live.deadline.cancel()
@@ -341,7 +319,7 @@ class WorkerFleet:
             None if action is None else asyncio.get_running_loop().call_later(delay_s, action, live)
         )
 
-    def _start_timed_out(self, live: _Live) -> None:
+    def _start_timed_out(self, live: Living) -> None:
         cause = f"no progress for {self._settings.start_timeout_s} s in stage {live.worker.stage}"
         live.failure = Failure(
             kind="timeout", cause=cause, advice="see `pilotlight logs`; raise workers.start_timeout_s"
@@ -355,13 +333,22 @@ class WorkerFleet:
         live = self._live.get(worker_id)
         if live is None:
             return
-        self._note(live, report.stage)
-        live.worker = replace(live.worker, stage=report.stage)
+        live.note(report.stage, self._clock.now_ms())
+        goes_on = report.stage is live.worker.stage is Stage.DOWNLOADING
+        known = live.worker.progress if goes_on else None
+        progress = report.progress or known
+        # One that stands still says so again and again, and so does one that waits for another's download.
+        moved = report.stage is not live.worker.stage or progress != known
+        live.worker = replace(live.worker, stage=report.stage, progress=progress)
         if report.failure is not None:
             live.failure = report.failure
         if report.registration is not None:
             live.registration = report.registration
-        self._watch_start(live)
+        if moved:
+            self._watch_start(live)
+        if goes_on:
+            # It comes every second, and nobody decides anything of it.
+            return
         if report.stage is Stage.READY:
             self._open(live, report.registration.max_concurrency if report.registration else 1)
         elif report.stage in {Stage.UNHEALTHY, Stage.INITIALIZING}:
@@ -391,14 +378,14 @@ class WorkerFleet:
         await self._put(live.worker)
         self.on_change(live.worker.endpoint_id)
 
-    def _open(self, live: _Live, slots: int) -> None:
+    def _open(self, live: Living, slots: int) -> None:
         if live.worker.state is WorkerState.STARTING:
-            self._note(live, "ready")
+            live.note("ready", self._clock.now_ms())
             self._change(live, WorkerState.READY)
             live.worker = replace(live.worker, ready_ms=live.worker.state_ms)
             self._set_deadline(live, 0, None)
             self._failures.note_start(live.worker.endpoint_id)
-            self._spawn(self._store.put_start(self._start_record(live, "ready")), "put-start")
+            self._spawn(self._store.put_start(live.start_record("ready")), "put-start")
         if live.worker.state is WorkerState.READY:
             live.asked = slots
             live.capacity = max(1, min(slots, live.endpoint.concurrency))
@@ -436,16 +423,16 @@ class WorkerFleet:
             if live.worker.state is WorkerState.DRAINING and live.worker.endpoint_id == endpoint_id:
                 self._spawn(self._stop_if_free(live), f"stop-{live.worker.id}")
 
-    async def _stop_if_free(self, live: _Live) -> None:
+    async def _stop_if_free(self, live: Living) -> None:
         if live.worker.state is WorkerState.DRAINING and not self._listener.occupied(live.worker.id):
             await self._stop(live)
 
-    def _drain_over(self, live: _Live) -> None:
+    def _drain_over(self, live: Living) -> None:
         """Its time for what it has in hand is over; signalled, it may still finish that (§6.3)."""
         if live.worker.state is WorkerState.DRAINING:
             self._spawn(self._stop(live), f"stop-{live.worker.id}")
 
-    async def _stop(self, live: _Live) -> None:
+    async def _stop(self, live: Living) -> None:
         if live.worker.state is not WorkerState.DRAINING:
             return
         self._change(live, WorkerState.STOPPING)
@@ -456,7 +443,7 @@ class WorkerFleet:
         self._listener.closed(live.worker)
         await self._put(live.worker)
 
-    def _grace_over(self, live: _Live) -> None:
+    def _grace_over(self, live: Living) -> None:
         self._spawn(self.kill(live.worker.id, reason="did not end in time"), f"kill-{live.worker.id}")
 
     async def kill(self, worker_id: str, *, reason: str) -> None:
@@ -478,11 +465,12 @@ class WorkerFleet:
     def _exited(self, gone: WorkerExit) -> None:
         live = self._live.pop(gone.worker_id, None)
         if live is not None:
+            live.failure = live.failure or gone.failure
             ending = self._spawn(self._ended(live, gone.code), f"ended-{gone.worker_id}")
             self._ending[gone.worker_id] = ending
             ending.add_done_callback(lambda _: self._ending.pop(gone.worker_id))
 
-    async def _ended(self, live: _Live, code: int | None) -> None:
+    async def _ended(self, live: Living, code: int | None) -> None:
         worker = live.worker
         self._set_deadline(live, 0, None)
         was_ready = worker.ready_ms is not None
@@ -494,7 +482,7 @@ class WorkerFleet:
             self._change(live, WorkerState.STOPPING)
         self._change(live, WorkerState.FAILED if failed else WorkerState.STOPPED)
         live.worker = replace(live.worker, failure=failed, ended_ms=live.worker.state_ms)
-        reason = failed.cause if failed else live.wanted_end or "ended"
+        reason = failed.sentence if failed else live.wanted_end or "ended"
         _log.info(
             "worker_ended", endpoint=worker.endpoint_id, worker=worker.id, code=code, reason=reason,
             failure=failed.kind if failed else None,
@@ -505,11 +493,11 @@ class WorkerFleet:
             await self._listener.ended(live.worker, reason)
             await self._put(live.worker)
             if not was_ready:
-                await self._store.put_start(self._start_record(live, "failed" if failed else "stopped"))
+                await self._store.put_start(live.start_record("failed" if failed else "stopped"))
         finally:
             self.on_change(worker.endpoint_id)
 
-    async def _exit_failure(self, live: _Live, code: int | None) -> Failure:
+    async def _exit_failure(self, live: Living, code: int | None) -> Failure:
         if live.endpoint.kind is EndpointKind.VLLM or self._last_line is None:
             return exit_failure(live.worker, code)
         line = await self._last_line(live.worker.id)
@@ -517,14 +505,14 @@ class WorkerFleet:
 
     # Accounting.
 
-    def _change(self, live: _Live, state: WorkerState) -> None:
+    def _change(self, live: Living, state: WorkerState) -> None:
         """The one place where a worker's state changes; closes the usage interval of the old one."""
         check_worker_transition(live.worker.state, state)
         now = self._clock.now_ms()
         self._close_interval(live, now)
         live.worker = replace(live.worker, state=state, state_ms=now)
 
-    def _close_interval(self, live: _Live, now_ms: int) -> None:
+    def _close_interval(self, live: Living, now_ms: int) -> None:
         if now_ms <= live.metered_ms:
             return
         live.usage_sequence += 1
@@ -545,20 +533,6 @@ class WorkerFleet:
             await self._store.put_worker(worker)
         except StoreError as error:
             _log.warning("worker_not_recorded", worker=worker.id, state=worker.state, error=str(error))
-
-    def _note(self, live: _Live, stage: str) -> None:
-        if all(name != stage for name, _ in live.stages):
-            live.stages.append((stage, self._clock.now_ms()))
-
-    def _start_record(self, live: _Live, outcome: str) -> StartRecord:
-        return StartRecord(
-            worker_id=live.worker.id,
-            endpoint_id=live.worker.endpoint_id,
-            version=live.worker.version,
-            rung="cold",
-            stages=tuple(live.stages),
-            outcome=outcome,
-        )
 
     # Life of the fleet itself.
 

@@ -15,7 +15,15 @@ import structlog
 
 from pilotlight.core.health_check import HealthHistory, HealthVerdict, health_path, note_check
 from pilotlight.domain.endpoint import Endpoint
-from pilotlight.domain.worker import Address, Failure, Registration, Stage, Worker, WorkerState
+from pilotlight.domain.worker import (
+    Address,
+    DownloadProgress,
+    Failure,
+    Registration,
+    Stage,
+    Worker,
+    WorkerState,
+)
 from pilotlight.ports.clock import Clock
 from pilotlight.ports.fleet import Fleet, StageReport
 from pilotlight.settings import LoadBalancerSettings
@@ -115,11 +123,16 @@ class HealthChecker:
     async def _follow(self, worker_id: str, endpoint: Endpoint) -> None:
         address, path = self._address(worker_id), health_path(endpoint.revision.env)
         history, told = HealthHistory(), None
+        progress: DownloadProgress | None = None
         while self._living(worker_id):
             outcome = await self._check(address, path)
             worker = self._living(worker_id)
             if worker is None:
                 return
+            if worker.progress != progress:
+                # Its image is being fetched, or has just been. While that goes on nothing can listen, so its
+                # time begins anew; a registry that has fallen silent gets no more time than a server.
+                history, progress = HealthHistory(), worker.progress
             history = note_check(
                 history,
                 outcome.status,

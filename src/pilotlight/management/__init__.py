@@ -7,8 +7,16 @@ the gateway, which sends it every request below `/pilotlight` and below the rese
 from __future__ import annotations
 
 from pilotlight.management.app import management_app
+from pilotlight.management.images import ImageChecker, RegistryLogins
 from pilotlight.management.keys import KeyService
 from pilotlight.management.service import EndpointService
 from pilotlight.management.webhooks import WebhookDesk
 
-__all__ = ["EndpointService", "KeyService", "WebhookDesk", "management_app"]
+__all__ = [
+    "EndpointService",
+    "ImageChecker",
+    "KeyService",
+    "RegistryLogins",
+    "WebhookDesk",
+    "management_app",
+]

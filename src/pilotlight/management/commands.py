@@ -89,18 +89,35 @@ class CommandChecker:
         if kind is EndpointKind.LOAD_BALANCER:
             check_ports(env)
         host = await asyncio.to_thread(self._read_host)
-        if gpu_count and gpu_count > len(host.gpus):
-            raise InvalidInputError(
-                f"gpu_count is {gpu_count}, but this host has {len(host.gpus)} GPUs", field="gpu_count"
-            )
-        most = max(0, host.memory_bytes_total - self._reserve_bytes)
-        if memory_bytes is not None and memory_bytes > most:
-            raise InvalidInputError(
-                f"memory_bytes is {memory_bytes}, but this host can give a worker at most {most}",
-                field="memory_bytes",
-            )
+        check_resources(host, self._reserve_bytes, gpu_count=gpu_count, memory_bytes=memory_bytes)
         return CheckedCommand(
             command=tuple(command), env=dict(env), gpu_count=gpu_count or 0, memory_bytes=memory_bytes or 0
+        )
+
+
+def check_resources(
+    host: HostResources, reserve_bytes: int, *, gpu_count: int | None, memory_bytes: int | None
+) -> None:
+    """Return when this host has what a worker needs.
+
+    Args:
+        host: What it has.
+        reserve_bytes: Host memory never given to workers.
+        gpu_count: GPUs per worker; None means none.
+        memory_bytes: Host memory per worker; None means the installation's default.
+
+    Raises:
+        InvalidInputError: It has not; says what it has.
+    """
+    if gpu_count and gpu_count > len(host.gpus):
+        raise InvalidInputError(
+            f"gpu_count is {gpu_count}, but this host has {len(host.gpus)} GPUs", field="gpu_count"
+        )
+    most = max(0, host.memory_bytes_total - reserve_bytes)
+    if memory_bytes is not None and memory_bytes > most:
+        raise InvalidInputError(
+            f"memory_bytes is {memory_bytes}, but this host can give a worker at most {most}",
+            field="memory_bytes",
         )
 
 

@@ -8,7 +8,7 @@ from functools import partial
 
 from pilotlight.errors import InvalidInputError
 from pilotlight.management.problems import UnavailableError
-from pilotlight.management.threads import call_in_thread
+from pilotlight.threads import call_in_thread
 
 TIMEOUT_S = 5.0
 """How long a fixed engine may take to name its models."""

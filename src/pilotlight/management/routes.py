@@ -11,6 +11,7 @@ from fastapi.security import HTTPBearer
 
 import pilotlight
 from pilotlight.domain.key import Scope
+from pilotlight.domain.worker import Failure
 from pilotlight.errors import EngineEnvironmentError
 from pilotlight.management import views
 from pilotlight.management.checks import Progress
@@ -31,7 +32,7 @@ from pilotlight.management.schemas import (
     UsageView,
 )
 from pilotlight.management.service import EndpointService, no_progress
-from pilotlight.ports.store import RequestLog, StartLog, UsageStore
+from pilotlight.ports.store import RequestLog, StartLog, UsageStore, WorkerStore
 
 PREFIX = "/pilotlight/v1"
 
@@ -46,7 +47,7 @@ PROBLEMS: dict[int | str, dict[str, object]] = {
 }
 
 
-class RecordStore(StartLog, UsageStore, RequestLog, Protocol):
+class RecordStore(StartLog, UsageStore, RequestLog, WorkerStore, Protocol):
     """What is recorded of the past."""
 
 
@@ -115,10 +116,17 @@ def record_routes(service: EndpointService, records: RecordStore, *, home: str) 
 
     @router.get("/endpoints/{endpoint_id}/starts")
     async def list_starts(endpoint_id: str, limit: Limit = 50) -> StartList:
-        """Starts of an endpoint's workers, newest first, stage by stage."""
+        """Starts of an endpoint's workers, newest first, stage by stage, and why some failed."""
         service.endpoint(endpoint_id)
         starts = await records.starts(endpoint_id=endpoint_id, limit=limit)
-        return StartList(starts=[views.start_view(record) for record in starts])
+        failures: dict[str, Failure | None] = {}
+        for record in starts:
+            # The record of a worker is kept for shorter than that of its start.
+            if record.outcome == "failed" and (worker := await records.worker(record.worker_id)) is not None:
+                failures[record.worker_id] = worker.failure
+        return StartList(
+            starts=[views.start_view(record, failures.get(record.worker_id)) for record in starts]
+        )
 
     @router.get("/usage")
     async def read_usage(endpoint: EndpointFilter = None, since_ms: Since = 0) -> UsageView:

@@ -11,7 +11,7 @@ from collections.abc import Set as AbstractSet
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 from pilotlight.core.worker_environment import CHOOSABLE_VARIABLES
 
@@ -55,6 +55,13 @@ _SECRET_WORDS = frozenset(
     | {"DSN", "PWD"}
 )
 _USER_IN_URL = re.compile(r"://[^/\s@]+@")
+_IMAGE = re.compile(
+    r"(?:[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?(?::\d{1,5})?/)?"
+    r"[a-z0-9]+(?:(?:\.|_{1,2}|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_{1,2}|-+)[a-z0-9]+)*)*"
+    r"(?::\w[\w.-]{0,127})?(?:@sha256:[0-9a-f]{64})?",
+    re.ASCII,
+)
+_VOLUME_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -110,6 +117,24 @@ def _check_command(command: list[str]) -> list[str]:
     return command
 
 
+def _check_image(image: str) -> str:
+    if not _IMAGE.fullmatch(image):
+        raise ValueError(f"{image[:100]!r} is no image; write [registry/]name[:tag] or name@sha256:digest")
+    return image
+
+
+def _check_source(source: str) -> str:
+    if not source.startswith("/") and not _VOLUME_NAME.fullmatch(source):
+        raise ValueError(f"{source[:100]!r} is neither an absolute folder nor the name of a volume")
+    return source
+
+
+def _check_target(target: str) -> str:
+    if not target.startswith("/") or ".." in target.split("/") or not target.strip("/"):
+        raise ValueError(f"{target[:100]!r} is no absolute folder of a container below its root")
+    return target.rstrip("/")
+
+
 def _check_engine_url(url: str) -> str:
     parts = urlsplit(url)
     try:
@@ -149,6 +174,11 @@ Command = Annotated[
     list[str], Field(min_length=1, max_length=COMMAND_ARGUMENTS_MAX), AfterValidator(_check_command)
 ]
 MemoryBytes = Annotated[int, Field(ge=1, le=MEMORY_BYTES_MAX)]
+ShmBytes = Annotated[int, Field(ge=1 << 16, le=MEMORY_BYTES_MAX)]
+ImageReference = Annotated[str, Field(min_length=1, max_length=512), AfterValidator(_check_image)]
+EngineVersion = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_check_text)]
+RegistryUser = Annotated[str, Field(min_length=1, max_length=NAME_LENGTH_MAX), AfterValidator(_check_text)]
+RegistryPassword = Annotated[SecretStr, Field(min_length=1, max_length=16 * 1024)]
 
 
 def check_scaler(scaler: str, value: float) -> None:
@@ -165,6 +195,22 @@ def check_workers(workers_min: int, workers_max: int) -> None:
         raise ValueError(f"min is {workers_min}, but must not be above max, which is {workers_max}")
 
 
+CONTAINER_FIELDS = frozenset({"volumes", "shm_bytes", "registry_user", "registry_password"})
+"""What says how the workers of an image run."""
+
+
+def foreign_fields(kind: str, *, contained: bool) -> AbstractSet[str]:
+    """The fields that belong to other kinds of endpoint.
+
+    Args:
+        kind: The kind.
+        contained: Whether its workers are containers, whose need of memory is the owner's to say.
+    """
+    if kind != "vllm":
+        return {"model", "engine_url", "engine_version"}
+    return {"command", "engine_version"} if contained else {"command", "memory_bytes"}
+
+
 def check_kind(kind: str, sent: AbstractSet[str]) -> None:
     """Return when the fields sent belong to the kind of endpoint and say what its workers run.
 
@@ -175,16 +221,24 @@ def check_kind(kind: str, sent: AbstractSet[str]) -> None:
     Raises:
         ValueError: One is missing, or belongs to another kind.
     """
+    if "image" not in sent and (foreign := sorted(sent & CONTAINER_FIELDS)):
+        raise ValueError(f"{foreign[0]} belongs to an image, but there is none")
+    if ("registry_user" in sent) != ("registry_password" in sent):
+        raise ValueError("registry_user and registry_password belong together")
     if kind == "vllm":
-        if foreign := sorted(sent & {"command", "memory_bytes"}):
+        if "image" in sent and "engine_url" in sent:
+            raise ValueError("image and engine_url exclude each other")
+        if "engine_version" in sent and sent & {"image", "engine_url"}:
+            raise ValueError("engine_version belongs to an engine of this installation")
+        if foreign := sorted(sent & foreign_fields(kind, contained="image" in sent)):
             raise ValueError(f"{foreign[0]} belongs to the kinds queue and load-balancer, but kind is vllm")
-        if not sent & {"model", "engine_url"}:
-            raise ValueError("one of model and engine_url is needed")
+        if not sent & {"model", "engine_url", "image"}:
+            raise ValueError("one of model, image and engine_url is needed")
         return
-    if foreign := sorted(sent & {"model", "engine_url"}):
+    if foreign := sorted(sent & foreign_fields(kind, contained="image" in sent)):
         raise ValueError(f"{foreign[0]} belongs to the kind vllm, but kind is {kind}")
-    if "command" not in sent:
-        raise ValueError(f"command is needed with kind {kind}: the program that a worker is")
+    if not sent & {"command", "image"}:
+        raise ValueError(f"command or image is needed with kind {kind}: the program that a worker is")
 
 
 def check_kind_scaler(kind: str, scaler: str) -> None:
@@ -201,6 +255,20 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
 
+class VolumeBody(_Body):
+    """What a container sees of the machine."""
+
+    source: Annotated[str, Field(max_length=4096), AfterValidator(_check_text), AfterValidator(_check_source)]
+    """An absolute folder of the gateway's machine, or the name of a volume that the container engine has."""
+    target: Annotated[str, Field(max_length=4096), AfterValidator(_check_text), AfterValidator(_check_target)]
+    """Where the container sees it, such as /runpod-volume."""
+    read_only: bool = False
+    """Whether it can only read there."""
+
+
+Volumes = Annotated[list[VolumeBody], Field(max_length=32)]
+
+
 class CreateEndpoint(_Body):
     """A new endpoint, made from a model, from an engine that runs already, or from any command."""
 
@@ -210,7 +278,19 @@ class CreateEndpoint(_Body):
     command: Command | None = None
     """Program and arguments of a worker, for the kinds queue and load-balancer; no shell reads them."""
     memory_bytes: MemoryBytes | None = None
-    """Memory reserved for a worker, for the same kinds; left out, the installation's default."""
+    """Memory reserved for a worker, for the same kinds and for images; left out, the installation's default.
+    A container is given no more."""
+    image: ImageReference | None = None
+    """Container image that a worker is, of any kind; with it, command is arguments for the image, and model
+    may be left out where the image names the one it holds."""
+    volumes: Volumes = []
+    """What a container sees of the machine; a network volume belongs at /runpod-volume."""
+    shm_bytes: ShmBytes | None = None
+    """Size of a container's /dev/shm; left out, the installation's default."""
+    registry_user: RegistryUser | None = None
+    """Who fetches the image from its registry; left out, anybody."""
+    registry_password: RegistryPassword | None = None
+    """The user's password or token; stored sealed and never shown."""
     model: Model | None = None
     """`pilotlight/ember`, a folder, or a Hugging Face id; with `engine_url` the name that engine serves."""
     name: Name | None = None
@@ -229,6 +309,8 @@ class CreateEndpoint(_Body):
     """The workers' environment; names of the engine's options in capitals set them."""
     engine_url: EngineUrl | None = None
     """Base URL of a fixed engine, which is used instead of workers of our own."""
+    engine_version: EngineVersion | None = None
+    """Which of the installed engines; left out, the usual one. The same as ENGINE_VERSION in env."""
     scaler: Scaler = "QUEUE_DELAY"
     """Which rule scales it."""
     scaler_value: ScalerValue = 4
@@ -262,6 +344,16 @@ class ReviseEndpoint(_Body):
     """Makes a new revision, also with the same command, whose files may have changed."""
     memory_bytes: MemoryBytes | None = None
     """Memory reserved for a worker; null goes back to the installation's default."""
+    image: ImageReference = ""
+    """Makes a new revision, also with the same image; workers that were processes become containers."""
+    volumes: Volumes = []
+    """Replaces the volumes."""
+    shm_bytes: ShmBytes | None = None
+    """Size of a container's /dev/shm; null goes back to the installation's default."""
+    registry_user: RegistryUser | None = None
+    """Who fetches the image, with registry_password; null for anybody."""
+    registry_password: RegistryPassword | None = None
+    """The user's password or token."""
     model: Model = ""
     """Makes a new revision, also with the same model, whose files may have changed."""
     name: Name = ""
@@ -280,6 +372,8 @@ class ReviseEndpoint(_Body):
     """Replaces the environment; a value shown as ******** may be sent back and stays as it is."""
     engine_url: EngineUrl | None = None
     """Base URL of a fixed engine; null goes back to workers of our own."""
+    engine_version: EngineVersion | None = None
+    """Which of the installed engines; null goes back to the usual one."""
     scaler: Scaler = "QUEUE_DELAY"
     """Which rule scales it."""
     scaler_value: ScalerValue = 4
@@ -328,6 +422,10 @@ class EndpointView(BaseModel):
     kind: Literal["vllm", "engine_url", "queue", "load-balancer"]
     command: list[str]
     memory_bytes: int
+    image: str | None
+    volumes: list[VolumeBody]
+    shm_bytes: int
+    registry_user: str
     url: str
     openai_url: str
     served_names: list[str]
@@ -341,6 +439,7 @@ class EndpointView(BaseModel):
     execution_timeout_ms: int
     env: dict[str, str]
     engine_url: str | None
+    engine_version: str | None
     gpu_count: int
     created_at: str
     updated_at: str
@@ -394,6 +493,7 @@ class StartView(BaseModel):
     rung: str
     outcome: str
     stages: list[StageView]
+    failure: FailureView | None
 
 
 class StartList(BaseModel):

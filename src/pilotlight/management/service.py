@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from pilotlight.core.placement import HostResources
 from pilotlight.domain.endpoint import (
+    ENGINE_VERSION_VARIABLE,
     MODEL_VARIABLE,
     RESERVED_ENDPOINT_IDS,
     Endpoint,
@@ -30,7 +31,9 @@ from pilotlight.management.checks import CheckedModel, ModelChecker, Progress, P
 from pilotlight.management.commands import CheckedCommand, CommandChecker
 from pilotlight.management.directory import EndpointDirectory
 from pilotlight.management.engine_url import served_model
+from pilotlight.management.images import CheckedContainer, ImageChecker, container_of, plain_login
 from pilotlight.management.schemas import (
+    CONTAINER_FIELDS,
     MASK,
     NAME_LENGTH_MAX,
     CreateEndpoint,
@@ -39,6 +42,7 @@ from pilotlight.management.schemas import (
     check_kind_scaler,
     check_scaler,
     check_workers,
+    foreign_fields,
 )
 from pilotlight.management.views import endpoint_view
 from pilotlight.ports.clock import Clock
@@ -51,7 +55,12 @@ ENDPOINTS_MAX = 1000
 
 _T = TypeVar("_T")
 
-_REVISION_FIELDS = frozenset({"model", "command", "env", "engine_url", "gpu_count", "memory_bytes"})
+_REVISION_FIELDS = CONTAINER_FIELDS | {
+    "model", "command", "env", "engine_url", "engine_version", "gpu_count", "memory_bytes", "image"
+}  # fmt: skip
+
+Checked = CheckedModel | CheckedCommand | CheckedContainer
+"""What a revision is made of."""
 
 
 class ManagementStore(EndpointStore, WorkerStore, Protocol):
@@ -75,10 +84,12 @@ class EndpointService:
         clock: Time.
         entropy: Gives that many random bytes, such as `os.urandom`.
         wake: Tells the autoscaler that an endpoint has changed.
-        manifest_loader: Reads what the installed engine understands; raises EngineEnvironmentError.
+        manifest_loader: Reads what the engine of a version (None: the usual one) understands; raises
+            EngineEnvironmentError, and InvalidInputError for a version that is not installed.
         host_reader: Reads what the host has; may block.
         on_deleted: Awaited after an endpoint was deleted: cancels its jobs and held requests.
         base_url: Gives the base URL under which clients reach us, without a slash at the end.
+        images: Checks and fetches container images.
     """
 
     def __init__(
@@ -91,10 +102,11 @@ class EndpointService:
         clock: Clock,
         entropy: Callable[[int], bytes],
         wake: Callable[[str], None],
-        manifest_loader: Callable[[], EngineManifest],
+        manifest_loader: Callable[[str | None], EngineManifest],
         host_reader: Callable[[], HostResources],
         on_deleted: Callable[[str], Awaitable[None]],
         base_url: Callable[[], str],
+        images: ImageChecker,
     ) -> None:
         self._store = store
         self._directory = directory
@@ -114,6 +126,7 @@ class EndpointService:
         self.commands = CommandChecker(
             read_host=host_reader, reserve_bytes=settings.workers.memory_reserve_bytes
         )
+        self.images = images
         self._changing = asyncio.Lock()
 
     def endpoints(self) -> Sequence[Endpoint]:
@@ -177,9 +190,16 @@ class EndpointService:
             if value == MASK:
                 raise InvalidInputError(f"env.{name} holds the mask that answers show", field=f"env.{name}")
         kind = EndpointKind(body.kind)
-        made: CheckedModel | CheckedCommand
-        if kind is EndpointKind.VLLM:
-            made = await self._checked(body.model, body.env, body.engine_url, body.gpu_count, progress)
+        made: Checked
+        if body.image is not None:
+            container = container_of(body)
+            made = await self.images.check(
+                kind, container, lambda: plain_login(container), model=body.model, command=body.command or (),
+                env=body.env, gpu_count=body.gpu_count, memory_bytes=body.memory_bytes, progress=progress,
+            )  # fmt: skip
+        elif kind is EndpointKind.VLLM:
+            env = _with_version(body.env, body)
+            made = await self._checked(body.model, env, body.engine_url, body.gpu_count, progress)
         else:
             progress("checking", f"command {body.command[0] if body.command else ''}")
             made = await self.commands.check(
@@ -213,7 +233,9 @@ class EndpointService:
             self._check_name(body.name, but=endpoint_id)
         _apply_settings(current, body)
         _check_revised_kind(current, body)
-        if current.kind is EndpointKind.VLLM:
+        if "image" in sent or current.revision.container is not None:
+            revision = await self._revised_container(current, body, progress)
+        elif current.kind is EndpointKind.VLLM:
             revision = await self._revised(current.revision, body, progress)
         else:
             revision = await self._revised_command(current, body, progress)
@@ -228,7 +250,7 @@ class EndpointService:
         """
         await _finish(self._store_deleted(endpoint_id))
 
-    async def _store_new(self, body: CreateEndpoint, model: CheckedModel | CheckedCommand) -> Endpoint:
+    async def _store_new(self, body: CreateEndpoint, model: Checked) -> Endpoint:
         async with self._changing:
             now = self._clock.now_ms()
             endpoint_id = self._new_id()
@@ -246,6 +268,11 @@ class EndpointService:
                     gpu_count=model.gpu_count,
                     memory_bytes=model.memory_bytes,
                     created_ms=now,
+                    container=(
+                        self.images.logins.seal(endpoint_id, model.container)
+                        if isinstance(model, CheckedContainer)
+                        else None
+                    ),
                 ),
                 workers_min=body.min,
                 workers_max=body.max,
@@ -301,6 +328,7 @@ class EndpointService:
             env.pop(MODEL_VARIABLE, None)
             if "model" in sent and current.engine_url is None:
                 env = await self.checker.without_defaults(current.model, env)
+        env = _with_version(env, body)
         engine_url = body.engine_url if "engine_url" in sent else current.engine_url
         gpu_count = body.gpu_count if "gpu_count" in sent else None
         gpus_kept = 0 if "gpu_count" in sent else current.gpu_count
@@ -354,6 +382,51 @@ class EndpointService:
         if replace(revision, version=current.version) == current and "command" not in sent:
             return None
         return revision
+
+    async def _revised_container(
+        self, endpoint: Endpoint, body: ReviseEndpoint, progress: Progress
+    ) -> Revision | None:
+        sent, current = body.model_fields_set, endpoint.revision
+        if not _REVISION_FIELDS & sent:
+            return None
+        before, logins = current.container, self.images.logins
+        container = container_of(body, before)
+        fresh = "registry_password" in sent or before is None
+        env = _kept_secrets(body.env, current) if "env" in sent else dict(current.env)
+        if "env" not in sent:
+            env.pop(MODEL_VARIABLE, None)
+            # What was computed or written for processes means nothing to an image.
+            if before is None and current.model and current.engine_url is None:
+                env.pop(ENGINE_VERSION_VARIABLE, None)
+                env = await self.checker.without_defaults(current.model, env)
+        model = body.model if "model" in sent else None if "image" in sent else current.model
+        memory_bytes = current.memory_bytes if before is not None else 0
+        checked = await self.images.check(
+            endpoint.kind,
+            container,
+            lambda: plain_login(container) if fresh else logins.of(endpoint.id, container),
+            model=model or None,
+            model_kept=current.model,
+            command=body.command if "command" in sent else current.command if before is not None else (),
+            env=env,
+            gpu_count=body.gpu_count if "gpu_count" in sent else None,
+            gpus_kept=0 if "gpu_count" in sent else current.gpu_count,
+            memory_bytes=body.memory_bytes if "memory_bytes" in sent else memory_bytes or None,
+            progress=progress,
+        )
+        revision = Revision(
+            endpoint_id=endpoint.id,
+            version=current.version + 1,
+            model=checked.model,
+            command=checked.command,
+            env=checked.env,
+            gpu_count=checked.gpu_count,
+            memory_bytes=checked.memory_bytes,
+            created_ms=current.created_ms,
+            container=logins.seal(endpoint.id, container) if fresh else container,
+        )
+        same = replace(revision, version=current.version) == current
+        return None if same and not {"image", "model", "command"} & sent else revision
 
     async def _checked(
         self,
@@ -442,13 +515,37 @@ def _check_revised_kind(endpoint: Endpoint, body: ReviseEndpoint) -> None:
             " make another endpoint",
             field="kind",
         )
-    vllm = kind is EndpointKind.VLLM
-    foreign = {"command", "memory_bytes"} if vllm else {"model", "engine_url"}
-    if wrong := sorted(foreign & sent):
+    vllm, contained = kind is EndpointKind.VLLM, "image" in sent or endpoint.revision.container is not None
+    if not contained and (wrong := sorted(CONTAINER_FIELDS & sent)):
+        raise InvalidInputError(
+            f"{wrong[0]} belongs to an image, but endpoint {endpoint.name} has none", field=wrong[0]
+        )
+    if contained and "engine_url" in sent:
+        raise InvalidInputError("image and engine_url exclude each other", field="engine_url")
+    named = [name for name in ("registry_user", "registry_password") if name in sent]
+    if len(named) == 1 or (body.registry_user is None) != (body.registry_password is None):
+        raise InvalidInputError("registry_user and registry_password belong together", field="registry_user")
+    if wrong := sorted(foreign_fields(kind.value, contained=contained) & sent):
         belongs = "the kinds queue and load-balancer" if vllm else "the kind vllm"
         raise InvalidInputError(
             f"{wrong[0]} belongs to {belongs}, but endpoint {endpoint.name} is of kind {kind}", field=wrong[0]
         )
+
+
+def _with_version(env: Mapping[str, str], body: CreateEndpoint | ReviseEndpoint) -> dict[str, str]:
+    """The environment with the engine's version as far as the field says one; null takes it away.
+
+    Raises:
+        InvalidInputError: Field and variable contradict each other.
+    """
+    if "engine_version" not in body.model_fields_set:
+        return dict(env)
+    rest = {name: value for name, value in env.items() if name != ENGINE_VERSION_VARIABLE}
+    version, named = body.engine_version, body.env.get(ENGINE_VERSION_VARIABLE)
+    if named is not None and named != version:
+        msg = f"env.{ENGINE_VERSION_VARIABLE} is {named!r}, but engine_version is {version!r}; send one"
+        raise InvalidInputError(msg, field=f"env.{ENGINE_VERSION_VARIABLE}")
+    return rest if version is None else {**rest, ENGINE_VERSION_VARIABLE: version}
 
 
 def _kept_secrets(env: dict[str, str], current: Revision) -> dict[str, str]:

@@ -19,7 +19,7 @@ from pilotlight.core.health_check import health_path
 from pilotlight.core.placement import HostResources
 from pilotlight.core.worker_counts import ServiceStatus, count_workers, service_status
 from pilotlight.core.worker_environment import DATA_CENTER
-from pilotlight.domain.endpoint import Endpoint, EndpointKind, ScalerType
+from pilotlight.domain.endpoint import ENGINE_VERSION_VARIABLE, Container, Endpoint, EndpointKind, ScalerType
 from pilotlight.domain.key import ApiKey
 from pilotlight.domain.usage import RequestRecord, StartRecord, UsageInterval
 from pilotlight.domain.worker import Failure, Worker, WorkerState
@@ -34,6 +34,7 @@ from pilotlight.management.schemas import (
     StartView,
     UsageTotal,
     UsageView,
+    VolumeBody,
     looks_secret,
 )
 from pilotlight.ports.fleet import Health
@@ -121,6 +122,7 @@ def endpoint_view(
         kind=endpoint.kind.value if revision.engine_url is None else "engine_url",
         command=list(revision.command),
         memory_bytes=revision.memory_bytes,
+        **_container_view(revision.container),
         url=endpoint_url(endpoint, base_url),
         openai_url="" if balanced else f"{base_url}/v2/{endpoint.id}/openai/v1",
         served_names=list(endpoint.served_names),
@@ -134,6 +136,7 @@ def endpoint_view(
         execution_timeout_ms=endpoint.execution_timeout_ms,
         env=masked(revision.env),
         engine_url=revision.engine_url,
+        engine_version=revision.env.get(ENGINE_VERSION_VARIABLE),
         gpu_count=revision.gpu_count,
         created_at=timestamp(endpoint.created_ms),
         updated_at=timestamp(endpoint.updated_ms),
@@ -141,6 +144,17 @@ def endpoint_view(
         failure=failure_view(health.failure),
         retry_at=None if health.retry_ms is None else timestamp(health.retry_ms),
     )
+
+
+def _container_view(container: Container | None) -> dict[str, Any]:
+    """How workers run as containers; the password of a registry is not even masked."""
+    volumes = container.volumes if container is not None else ()
+    return {
+        "image": None if container is None else container.image,
+        "volumes": [VolumeBody(**asdict(volume)) for volume in volumes],
+        "shm_bytes": 0 if container is None else container.shm_bytes,
+        "registry_user": "" if container is None else container.registry_user,
+    }
 
 
 def failure_view(failure: Failure | None) -> FailureView | None:
@@ -163,8 +177,8 @@ def key_view(key: ApiKey) -> KeyView:
     )
 
 
-def start_view(record: StartRecord) -> StartView:
-    """A start with the time each stage began, absolute and after the decision."""
+def start_view(record: StartRecord, failure: Failure | None) -> StartView:
+    """A start with the time each stage began, absolute and after the decision, and why it failed."""
     first = record.stages[0][1] if record.stages else 0
     return StartView(
         worker_id=record.worker_id,
@@ -174,6 +188,7 @@ def start_view(record: StartRecord) -> StartView:
         stages=[
             StageView(stage=stage, at_ms=at_ms, after_ms=at_ms - first) for stage, at_ms in record.stages
         ],
+        failure=failure_view(failure),
     )
 
 
@@ -334,6 +349,7 @@ def _v2_worker(
         "startedAt": timestamp(worker.created_ms),
         "state": worker.state.value,
         "stage": worker.stage.value,
+        "progress": None if worker.progress is None else asdict(worker.progress),
         "failure": failure.model_dump() if failure else None,
         "memory_bytes": worker.memory_bytes,
         "pid": worker.process.pid if worker.process else None,
@@ -343,6 +359,8 @@ def _v2_worker(
 
 
 def _image(endpoint: Endpoint) -> str:
+    if endpoint.revision.container is not None:
+        return endpoint.revision.container.image
     if endpoint.kind is not EndpointKind.VLLM:
         return COMMAND_IMAGE
     return IMAGE if endpoint.revision.engine_url is None else ENGINE_URL_IMAGE

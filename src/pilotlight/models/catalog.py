@@ -12,19 +12,36 @@ import os
 import re
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from pilotlight.domain.repository import (
+    WEIGHT_PATTERNS,
+    Repository,
+    RepositoryKind,
+    is_folder_name,
+    is_object_uri,
+)
 from pilotlight.errors import InvalidInputError
+from pilotlight.models.quantization import forms_of
 
 BUILTIN_MODEL = "pilotlight/ember"
 """The model that ships inside the package."""
 
 CONFIG_FILE = "config.json"
+PARAMS_FILE = "params.json"
+"""The same in Mistral's own format; counts where there is no config.json."""
+
 MODEL_FIELD = "model"
 
-_CONFIG_BYTES_MAX = 8 * 1024 * 1024
+CONFIG_BYTES_MAX = 8 * 1024 * 1024
+_INDEX_BYTES_MAX = 128 * 1024 * 1024
+"""Of a weight index: a line per tensor, of which models with many experts have a hundred thousand."""
+
+_INDEX_FILES = {"*.safetensors": "model.safetensors.index.json", "*.bin": "pytorch_model.bin.index.json"}
+"""Which file names the shards of a weight format."""
+
 _HEADER_BYTES_MAX = 100 * 1024 * 1024  # the safetensors format's own limit
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 
@@ -41,6 +58,17 @@ _CONTEXT_KEYS = (
 )
 """Where configurations keep their context length; vLLM 0.32 takes the smallest."""
 
+_PARAMS = {
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+}
+"""Mistral's own names for what config.json says."""
+
+_PARAMS_CONTEXT = 128_000
+"""Context of a model whose params.json names none (vLLM 0.32)."""
+
 _ROPE_UNSCALED = frozenset(
     {"default", "su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling", "mrope"}
 )
@@ -52,7 +80,7 @@ class ModelFacts:
     """What is known of a model before it is loaded. 0 and "" mean that its configuration does not say.
 
     Attributes:
-        name: `pilotlight/ember`, the hub's repository id, or the absolute folder.
+        name: `pilotlight/ember`, the hub's repository id, the absolute folder, or a URI of an object store.
         kind: Where its files come from.
         path: The folder with its files; None for a hub model that is not complete in the cache.
         architectures: Model classes named by config.json.
@@ -66,12 +94,13 @@ class ModelFacts:
         weight_bytes: Size of the weight files that the engine would load.
         kv_values_per_token: Numbers that one token adds to the KV cache, all layers together.
         quantization: Method, such as `awq`; "" when not quantised.
+        quantization_forms: The same more exactly, as in `models.quantization`.
         custom_code: Whether the repository brings model code of its own (`auto_map`).
         full_attention: Whether every layer keeps every token in its cache, so that its size can be computed.
     """
 
     name: str
-    kind: Literal["builtin", "folder", "hub"]
+    kind: Literal["builtin", "folder", "hub", "object"]
     path: Path | None
     architectures: tuple[str, ...] = ()
     model_type: str = ""
@@ -84,37 +113,43 @@ class ModelFacts:
     weight_bytes: int = 0
     kv_values_per_token: int = 0
     quantization: str = ""
+    quantization_forms: tuple[str, ...] = ()
     custom_code: bool = False
     full_attention: bool = False
 
 
 def resolve_model(
-    name: str, *, cache: Path, revision: str | None = None, token: str | None = None
+    wanted: Repository, *, cache: Path, token: str | None = None, endpoint: str | None = None
 ) -> ModelFacts:
-    """The facts of a model, from its name.
+    """The facts of a model.
 
     Args:
-        name: `pilotlight/ember`; a folder (absolute, or beginning with `./`, `../` or `~`); or a
-            Hugging Face id.
+        wanted: What of it the engine will read; by name `pilotlight/ember`; a folder (absolute, or beginning
+            with `./`, `../` or `~`); a place in an object store (`s3://…`), of which nothing but the name is
+            known; or a Hugging Face id.
         cache: The hub cache, where models fetched before lie.
-        revision: Branch, tag or commit of a hub model; None is its main branch.
         token: Hugging Face token for gated and private models.
+        endpoint: URL of the hub; None is the one this process is set to.
 
     Raises:
         InvalidInputError: No such model, or its files are incomplete; names what is missing and where.
         HubUnreachableError: The hub does not answer and the cache does not have the model.
     """
+    name = wanted.name
     if name == BUILTIN_MODEL:
-        return read_folder(builtin_folder(), name=BUILTIN_MODEL, kind="builtin")
+        return read_folder(builtin_folder(), wanted, kind="builtin")
     if is_folder_name(name):
         # Symlinks stay as the user named them.
         folder = Path(os.path.abspath(Path(name).expanduser()))  # noqa: PTH100
-        return read_folder(folder, name=str(folder), kind="folder")
+        return read_folder(folder, replace(wanted, name=str(folder)), kind="folder")
+    if is_object_uri(name):
+        # Nothing of it can be read here; the engine does that.
+        return ModelFacts(name=name, kind="object", path=None)
     check_hub_name(name)
     # The client library costs 40 MB and half a second; most installations never deploy a hub model.
     from pilotlight.models import hub  # noqa: PLC0415
 
-    return hub.resolve(name, cache=cache, revision=revision, token=token)
+    return hub.resolve(wanted, cache=cache, token=token, endpoint=endpoint)
 
 
 def builtin_folder() -> Path:
@@ -122,40 +157,22 @@ def builtin_folder() -> Path:
     return Path(__file__).with_name("ember")
 
 
-def hub_cache(env: Mapping[str, str]) -> Path:
-    """The cache of hub models that a program with this environment uses.
-
-    The client library's own rule, so that gateway, workers and other programs share one download.
-    """
-    if env.get("HF_HUB_CACHE"):
-        return Path(env["HF_HUB_CACHE"]).expanduser()
-    if env.get("HF_HOME"):
-        return Path(env["HF_HOME"]).expanduser() / "hub"
-    base = env.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "huggingface" / "hub"
-
-
-def is_folder_name(name: str) -> bool:
-    """Whether a model's name means a folder of this machine."""
-    return name.startswith(("/", "./", "../", "~")) or name in {".", ".."}
-
-
-def check_hub_name(name: str) -> None:
+def check_hub_name(name: str, *, field: str = MODEL_FIELD) -> None:
     """Return when a name could be a Hugging Face repository id, else raise InvalidInputError."""
     if not _HUB_NAME.fullmatch(name) or "--" in name or ".." in name or name.endswith((".git", "-", ".")):
         msg = (
             f"model {name!r} is neither {BUILTIN_MODEL}, nor a folder (absolute, or beginning with ./), "
-            "nor a Hugging Face id such as Qwen/Qwen3-0.6B"
+            "nor an object store (s3://, gs://, az://), nor a Hugging Face id such as Qwen/Qwen3-0.6B"
         )
-        raise InvalidInputError(msg, field=MODEL_FIELD)
+        raise InvalidInputError(msg, field=field)
 
 
-def read_folder(folder: Path, *, name: str, kind: Literal["builtin", "folder", "hub"]) -> ModelFacts:
+def read_folder(folder: Path, wanted: Repository, *, kind: Literal["builtin", "folder", "hub"]) -> ModelFacts:
     """The facts of a model whose files lie in a folder, which must be complete.
 
     Args:
-        folder: The folder that holds config.json and the weights.
-        name: What the model is called.
+        folder: The folder that holds its configuration and the weights.
+        wanted: What the model is called, and which weights of it are wanted.
         kind: Where the files came from.
 
     Raises:
@@ -165,64 +182,81 @@ def read_folder(folder: Path, *, name: str, kind: Literal["builtin", "folder", "
         raise InvalidInputError(f"model folder {folder} does not exist", field=MODEL_FIELD)
     if not folder.is_dir():
         raise InvalidInputError(f"model {folder} is not a folder", field=MODEL_FIELD)
-    config = read_config(folder / CONFIG_FILE)
-    return facts_of(config, name=name, kind=kind, path=folder, weight_bytes=weight_bytes(folder))
+    config = read_configuration(folder)
+    size = 0 if wanted.kind is RepositoryKind.CONFIG else weight_bytes(folder, wanted.patterns)
+    return facts_of(config, name=wanted.name, kind=kind, path=folder, weight_bytes=size)
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """A model's configuration; InvalidInputError when it is missing or is not a JSON object."""
+def read_configuration(folder: Path) -> dict[str, Any]:
+    """A model's configuration: config.json, else params.json in the words of config.json."""
+    params = folder / PARAMS_FILE
+    if not (folder / CONFIG_FILE).exists() and params.is_file():
+        return config_of_params(read_config(params))
+    return read_config(folder / CONFIG_FILE)
+
+
+def read_config(path: Path, *, bytes_max: int = CONFIG_BYTES_MAX) -> dict[str, Any]:
+    """A JSON object in a file; InvalidInputError when it is missing, too large or is none."""
     try:
-        if path.stat().st_size > _CONFIG_BYTES_MAX:
-            msg = f"{path} has {path.stat().st_size} bytes; at most {_CONFIG_BYTES_MAX} are read"
+        if path.stat().st_size > bytes_max:
+            msg = f"{path} has {path.stat().st_size} bytes; at most {bytes_max} are read"
             raise InvalidInputError(msg, field=MODEL_FIELD)
-        content = json.loads(path.read_bytes())
+        content = path.read_bytes()
     except FileNotFoundError as error:
         msg = f"model folder {path.parent} has no {path.name}; it must hold a model in Hugging Face's format"
         raise InvalidInputError(msg, field=MODEL_FIELD) from error
     except OSError as error:
         raise InvalidInputError(f"{path} cannot be read: {error.strerror}", field=MODEL_FIELD) from error
-    except ValueError as error:
-        raise InvalidInputError(f"{path} is not valid JSON: {error}", field=MODEL_FIELD) from error
-    if not isinstance(content, dict):
-        msg = f"{path} holds a JSON {type(content).__name__}; expected an object"
+    return parse_config(content, str(path))
+
+
+def parse_config(content: bytes, where: str) -> dict[str, Any]:
+    """A JSON object, read from somewhere; InvalidInputError, which names that, when it is none."""
+    try:
+        parsed = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise InvalidInputError(f"{where} is not valid JSON: {error}", field=MODEL_FIELD) from error
+    if not isinstance(parsed, dict):
+        msg = f"{where} holds a JSON {type(parsed).__name__}; expected an object"
         raise InvalidInputError(msg, field=MODEL_FIELD)
-    return content
+    return parsed
 
 
-def weight_bytes(folder: Path) -> int:
-    """Total size of the weight files the engine would load: safetensors, else .bin, else .pt.
+def weight_bytes(folder: Path, patterns: Sequence[str] = WEIGHT_PATTERNS) -> int:
+    """Total size of the weight files the engine would load.
+
+    Args:
+        folder: The model's.
+        patterns: Weight formats, in the order of preference; the first that is there counts.
 
     Raises:
         InvalidInputError: No weights, a shard named by the index is missing, or a file is cut short.
     """
-    for index, pattern in (
-        ("model.safetensors.index.json", "*.safetensors"),
-        ("pytorch_model.bin.index.json", "*.bin"),
-        ("", "*.pt"),
-    ):
+    for pattern in patterns:
+        index = folder / _INDEX_FILES.get(pattern, "")
         files = sorted(path for path in folder.glob(pattern) if path.is_file())
-        shards = _indexed_shards(folder / index) if index and (folder / index).is_file() else ()
+        shards = _indexed_shards(index) if index.is_file() else ()
         missing = [shard for shard in shards if not (folder / shard).is_file()]
         if missing:
             shown = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
             raise InvalidInputError(
-                f"{folder} is incomplete: {len(missing)} of {len(shards)} weight files named by {index} "
+                f"{folder} is incomplete: {len(missing)} of {len(shards)} weight files named by {index.name} "
                 f"are missing ({shown})",
                 field=MODEL_FIELD,
             )
         if shards:
             files = [folder / shard for shard in shards]
         if files:
-            if pattern == "*.safetensors":
-                for path in files:
+            for path in files:
+                if path.suffix == ".safetensors":
                     _check_safetensors(path)
             return sum(path.stat().st_size for path in files)
-    msg = f"model folder {folder} holds no weights (*.safetensors, *.bin or *.pt)"
-    raise InvalidInputError(msg, field=MODEL_FIELD)
+    msg = f"model folder {folder} holds no weights ({', '.join(patterns[:-1])} or {patterns[-1]})"
+    raise InvalidInputError(msg.replace("( or ", "("), field=MODEL_FIELD)
 
 
 def _indexed_shards(index: Path) -> Sequence[str]:
-    weight_map = read_config(index).get("weight_map")
+    weight_map = read_config(index, bytes_max=_INDEX_BYTES_MAX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise InvalidInputError(f"{index} has no usable weight_map", field=MODEL_FIELD)
     shards = sorted(set(weight_map.values()))
@@ -283,6 +317,7 @@ def facts_of(
     # Multi-head latent attention keeps one compressed vector per token instead of keys and values per head.
     per_layer = latent + _integer(text, "qk_rope_head_dim") if latent else 2 * kv_heads * head_size
     quantization = config.get("quantization_config") or text.get("quantization_config")
+    quantization = quantization if isinstance(quantization, dict) else {}
     return ModelFacts(
         name=name,
         kind=kind,
@@ -297,10 +332,32 @@ def facts_of(
         dtype=str(text.get("dtype") or text.get("torch_dtype") or ""),
         weight_bytes=weight_bytes,
         kv_values_per_token=layers * per_layer,
-        quantization=str(quantization.get("quant_method", "")) if isinstance(quantization, dict) else "",
+        quantization=str(quantization.get("quant_method", "")),
+        quantization_forms=forms_of(quantization),
         custom_code=isinstance(config.get("auto_map"), dict),
         full_attention=_is_full_attention(text),
     )
+
+
+def config_of_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The same in the words of config.json (vLLM 0.32, transformers_utils/configs/mistral.py)."""
+    moe, multimodal = params.get("moe"), params.get("multimodal")
+    parts = multimodal if isinstance(multimodal, dict) else {}
+    if parts.get("vision_encoder_args") or params.get("vision_encoder"):
+        architecture = "PixtralForConditionalGeneration"
+    elif isinstance(audio := parts.get("whisper_model_args"), dict):
+        encoder = audio.get("encoder_args")
+        causal = isinstance(encoder, dict) and encoder.get("causal")
+        architecture = "VoxtralRealtimeGeneration" if causal else "VoxtralForConditionalGeneration"
+    elif params.get("model_type") == "mamba":
+        architecture = "Mamba2ForCausalLM"
+    elif isinstance(moe, dict):
+        shared = _integer(moe, "num_shared_experts")
+        architecture = "MistralLarge3ForCausalLM" if shared else "MixtralForCausalLM"
+    else:
+        architecture = "MistralForCausalLM"
+    renamed = {new: params[old] for old, new in _PARAMS.items() if old in params}
+    return {"max_position_embeddings": _PARAMS_CONTEXT, **params, **renamed, "architectures": [architecture]}
 
 
 def _is_full_attention(text: Mapping[str, Any]) -> bool:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from pilotlight.core.placement import Gpu, HostResources
+from pilotlight.core.variables import MEMORY_UTILIZATION, clean_value, is_formal_share
 from pilotlight.errors import InvalidInputError
 from pilotlight.models.catalog import ModelFacts
 
@@ -40,22 +41,21 @@ while each GiB costs 3.4 s of a start (measured)."""
 CPU_CACHE_BYTES_MAX = GIB
 """The default KV cache stays within this unless one request of full length needs more."""
 
-GPU_UTILIZATION = 0.92
-"""Part of a device's (on a CPU: the host's) memory that vLLM 0.32 takes where nothing says otherwise."""
+CPU_UTILIZATION = 0.92
+"""Part of the host's memory that vLLM 0.32 takes on a CPU where nothing says otherwise."""
 
 DEFAULT_VARIABLES = frozenset({"ENFORCE_EAGER", "KV_CACHE_MEMORY_BYTES"})
 """What `cpu_defaults` may set."""
 
 _DEFAULT_CONTEXT = 2048
 _SIZE_VARIABLES = ("KV_CACHE_MEMORY_BYTES", "VLLM_CPU_KVCACHE_SPACE")
-_CACHE_VARIABLES = (*_SIZE_VARIABLES, "GPU_MEMORY_UTILIZATION", "VLLM_CONFIG_FILE")
+_CACHE_VARIABLES = (*_SIZE_VARIABLES, "GPU_MEMORY_UTILIZATION")
 _CACHE_OPTIONS = (
     "--kv-cache-memory-bytes",
     "--num-gpu-blocks-override",
     "--gpu-memory-utilization",
-    "--config",
 )
-_UNSET = frozenset({"", "none", "null", "~"})
+_CACHE_NAMES = frozenset({"KV_CACHE_MEMORY_BYTES", "NUM_GPU_BLOCKS_OVERRIDE", "GPU_MEMORY_UTILIZATION"})
 _HUMAN = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)")
 _DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -75,7 +75,9 @@ class MemoryNeed:
         return self.weights + self.kv_cache + self.overhead
 
 
-def cpu_defaults(facts: ModelFacts, env: Mapping[str, str]) -> dict[str, str]:
+def cpu_defaults(
+    facts: ModelFacts, env: Mapping[str, str], configured: Collection[str] | None = ()
+) -> dict[str, str]:
     """The variables a CPU endpoint gets where its owner said nothing about the matter.
 
     * ENFORCE_EAGER: compiling takes longer than it saves on the models one serves from a CPU.
@@ -87,14 +89,20 @@ def cpu_defaults(facts: ModelFacts, env: Mapping[str, str]) -> dict[str, str]:
     Args:
         facts: The model.
         env: What the owner set.
+        configured: Options that the engine's configuration file sets, by name in capitals, over which
+            variables would win; None where the file cannot be read here: then there are no defaults.
     """
-    defaults = {}
-    extra = env.get("VLLM_EXTRA_ARGS", "")
-    if value_of(env, "ENFORCE_EAGER") is None and "--enforce-eager" not in extra:
-        defaults["ENFORCE_EAGER"] = "true"
-    if any(value_of(env, name) is not None for name in _CACHE_VARIABLES):
+    defaults: dict[str, str] = {}
+    if configured is None:
         return defaults
-    if any(option in extra for option in _CACHE_OPTIONS):
+    extra = env.get("VLLM_EXTRA_ARGS", "")
+    said = "--enforce-eager" in extra or "ENFORCE_EAGER" in configured
+    if value_of(env, "ENFORCE_EAGER") is None and not said:
+        defaults["ENFORCE_EAGER"] = "true"
+    named = [name for name in _CACHE_VARIABLES if value_of(env, name) is not None]
+    if is_formal_share(env.get("GPU_MEMORY_UTILIZATION"), "cpu"):
+        named.remove("GPU_MEMORY_UTILIZATION")
+    if named or any(option in extra for option in _CACHE_OPTIONS) or not _CACHE_NAMES.isdisjoint(configured):
         return defaults
     block = _block_bytes(facts, env, CPU_BLOCK_TOKENS)
     if not block:
@@ -132,7 +140,9 @@ def estimate_memory(
     elif cache is not None:
         kv_cache = cache
     else:
-        share = float_of(env, "GPU_MEMORY_UTILIZATION") or GPU_UTILIZATION
+        asked = float_of(env, "GPU_MEMORY_UTILIZATION")
+        formal = is_formal_share(env.get("GPU_MEMORY_UTILIZATION"), "cpu")
+        share = CPU_UTILIZATION if asked is None or formal else asked
         kv_cache = max(0, int(share * host_memory_bytes) - facts.weight_bytes - CPU_OVERHEAD_BYTES)
     return MemoryNeed(weights=facts.weight_bytes, kv_cache=kv_cache, overhead=CPU_OVERHEAD_BYTES)
 
@@ -212,7 +222,7 @@ def check_gpu_fit(facts: ModelFacts, env: Mapping[str, str], gpus: tuple[Gpu, ..
     largest = sorted((gpu.memory_bytes for gpu in gpus), reverse=True)[:count]
     if not all(largest):
         return None
-    share = float_of(env, "GPU_MEMORY_UTILIZATION") or GPU_UTILIZATION
+    share = float_of(env, "GPU_MEMORY_UTILIZATION") or MEMORY_UTILIZATION
     usable = int(sum(largest) * share)
     offload = int((float_of(env, "CPU_OFFLOAD_GB") or 0.0) * GIB) * count
     needed = max(0, facts.weight_bytes - offload)
@@ -246,8 +256,7 @@ def parse_human(value: str | None) -> int | None:
 
 def value_of(env: Mapping[str, str], name: str) -> str | None:
     """A variable's text; None where templates mean "unset" (vllm-worker.md §4.2)."""
-    text = env.get(name, "").strip()
-    return None if text.lower() in _UNSET else text
+    return clean_value(env.get(name))
 
 
 def float_of(env: Mapping[str, str], name: str) -> float | None:

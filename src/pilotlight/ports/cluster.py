@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from pilotlight.domain.worker import ProcessIdentity
+from pilotlight.domain.endpoint import Container
+from pilotlight.domain.worker import Failure, ProcessIdentity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,10 +18,12 @@ class WorkerSpec:
         worker_id: Also the value of the cookie in every process of the worker.
         endpoint_id: For log files and listings.
         env: The complete environment added to the cluster's base; holds secrets, never logged.
-        command: Program and arguments.
+        command: Program and arguments; in a container the arguments for its image, empty for the image's own.
         devices: Indices of the GPUs it may see; empty on a host without GPUs.
         private_folders: Whether it begins in an empty folder of its own and has another one as its home;
-            both are removed with it, so that no worker finds what an earlier one left.
+            both are removed with it, so that no worker finds what an earlier one left. Containers always do.
+        container: How it runs as a container; None for a process.
+        memory_bytes: What a container may use at most; 0 means no limit.
     """
 
     worker_id: str
@@ -29,6 +32,8 @@ class WorkerSpec:
     command: Sequence[str]
     devices: tuple[int, ...] = ()
     private_folders: bool = False
+    container: Container | None = None
+    memory_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,18 +42,20 @@ class WorkerExit:
 
     Attributes:
         worker_id: Whose.
-        code: Exit status; negative is the signal that ended it; None when it was not our child.
+        code: Exit status; negative is the signal that ended it; None when it was not our child, or never ran.
+        failure: Why it ended, where the cluster knows better than its exit status tells.
     """
 
     worker_id: str
     code: int | None
+    failure: Failure | None = None
 
 
 class Cluster(Protocol):
     """Starts and ends workers completely. One object owns all workers of this installation."""
 
-    async def start(self, spec: WorkerSpec, on_exit: Callable[[WorkerExit], None]) -> ProcessIdentity:
-        """Start a worker and return at once, with its process.
+    async def start(self, spec: WorkerSpec, on_exit: Callable[[WorkerExit], None]) -> ProcessIdentity | None:
+        """Start a worker and return at once, with its process; None where others keep it, as with containers.
 
         Args:
             spec: What to start.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from pilotlight.domain.endpoint import Endpoint
-from pilotlight.domain.worker import Failure, Registration, Stage, Worker
+from pilotlight.domain.worker import DownloadProgress, Failure, Registration, Stage, Worker
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,12 +17,14 @@ class StageReport:
     Attributes:
         stage: The step it has reached.
         detail: Free facts about the step, for people.
+        progress: With `Stage.DOWNLOADING`: a sign of life when it differs from the last one.
         failure: Set with `Stage.FAILED`.
         registration: Where its servers are; from the moment they are known.
     """
 
     stage: Stage
     detail: Mapping[str, object] = field(default_factory=dict)
+    progress: DownloadProgress | None = None
     failure: Failure | None = None
     registration: Registration | None = None
 

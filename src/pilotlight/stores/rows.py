@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from pilotlight.domain.endpoint import Endpoint, EndpointKind, Revision, ScalerType
+from pilotlight.domain.endpoint import Container, Endpoint, EndpointKind, Revision, ScalerType
 from pilotlight.domain.job import Attempt, Job, JobStatus
 from pilotlight.domain.key import ApiKey, Scope
 from pilotlight.domain.usage import Outcome, RequestRecord, Road, StartRecord, UsageInterval
@@ -74,6 +74,7 @@ def revision_row(revision: Revision) -> tuple[Any, ...]:
         revision.memory_bytes,
         revision.created_ms,
         _json(revision.command),
+        None if revision.container is None else _json(revision.container),
     )
 
 
@@ -89,6 +90,7 @@ def revision_of(row: Row) -> Revision:
         memory_bytes=row[6],
         created_ms=row[7],
         command=msgspec.json.decode(row[8], type=tuple[str, ...]),
+        container=None if row[9] is None else msgspec.json.decode(row[9], type=Container),
     )
 
 

@@ -3,7 +3,8 @@
 `python -m pilotlight.testing.fake_engine --uds PATH [--model M] [--served-model-name N…]` takes the arguments
 of the real one (the rest is ignored), asks for `VLLM_API_KEY` under `/v1`, prints the log lines by which the
 stages of a start are recognised, and answers by repeating what it is told, one word per token. A prompt
-`count to N` is answered with N words. Answers depend on the request alone.
+`count to N` is answered with N words, `pick one A B …` with one of the words, each sequence with another. The
+longer a word, the less likely it is. Answers depend on the request alone.
 
 Misbehaviour by environment:
 
@@ -15,8 +16,17 @@ Misbehaviour by environment:
 | `FAKE_ENGINE_HOLD_FILE` | a stream stops after its first event until this file exists |
 | `FAKE_ENGINE_HOLD_WHOLE_FILE` | other answers wait until this file exists (one token: at once) |
 | `FAKE_ENGINE_EVENT_SECONDS` | pause between two events of a stream |
+| `FAKE_ENGINE_SPLIT_BYTES` | a stream comes in pieces of so many bytes, a comment before each event |
+| `FAKE_ENGINE_NO_DONE` | a stream ends without `[DONE]` |
 | `FAKE_ENGINE_EXIT_AFTER_EVENTS` | dies in the middle of a stream after so many events |
 | `FAKE_ENGINE_ERROR_AFTER_EVENTS` | reports an error inside the stream after so many events |
+| `FAKE_ENGINE_ERROR_TEXT` | in these words |
+| `FAKE_ENGINE_FATAL_TEXT` | answers every request but those for one token with a 500 that holds this text |
+| `FAKE_ENGINE_WARM_UP` | requests for one token: `hang` = no answer, `die` = no answer, and it ends |
+| `FAKE_ENGINE_HEALTH_HANGS` | does not answer questions for its health |
+| `FAKE_ENGINE_SICK_FILE` | is not healthy while this file exists |
+| `FAKE_ENGINE_FITS_AT` | with this `--gpu-memory-utilization` `FAKE_ENGINE_FAIL_TEXT` has no effect |
+| `FAKE_ENGINE_CONCURRENCY` | says that it has memory for so many requests of full length |
 | `FAKE_ENGINE_IGNORE_SIGTERM` | does not end on SIGTERM |
 | `FAKE_ENGINE_STRAY_FILE` | starts a child in a session of its own and writes its pid there |
 | `FAKE_ENGINE_RECORD` | appends one JSON line per happening to this file |
@@ -33,6 +43,7 @@ import os
 import signal
 import subprocess
 import sys
+import zlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -51,6 +62,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--model", default="fake/model")
     parser.add_argument("--served-model-name", nargs="+", default=[])
     parser.add_argument("--max-model-len", type=int, default=1024)
+    parser.add_argument("--gpu-memory-utilization", default="")
     options, _ = parser.parse_known_args(argv)
     return asyncio.run(FakeEngine(options).serve())
 
@@ -65,6 +77,7 @@ class FakeEngine:
         self._record_path = os.environ.get("FAKE_ENGINE_RECORD")
         self._running = 0
         self._stop = asyncio.Event()
+        self._words: dict[int, str] = {}
 
     async def serve(self) -> int:
         """Starts, serves until SIGTERM, ends."""
@@ -84,6 +97,7 @@ class FakeEngine:
         app.router.add_post("/v1/completions", self._generate)
         app.router.add_post("/v1/messages", self._messages)
         app.router.add_post("/tokenize", self._tokenize)
+        app.router.add_post("/v1/audio/transcriptions", self._transcribe)
         runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=5)
         await runner.setup()
         if self._options.uds:
@@ -111,10 +125,14 @@ class FakeEngine:
             _write(stray_file, str(child.pid))
         await asyncio.sleep(float(os.environ.get("FAKE_ENGINE_START_SECONDS", "0")))
         await _until_exists(os.environ.get("FAKE_ENGINE_LOAD_FILE"))
-        if text := os.environ.get("FAKE_ENGINE_FAIL_TEXT"):
+        fits = self._options.gpu_memory_utilization == os.environ.get("FAKE_ENGINE_FITS_AT", "nowhere")
+        if not fits and (text := os.environ.get("FAKE_ENGINE_FAIL_TEXT")):
             _say(text)
             return False
         _log("Worker", "[default_loader.py:501] Loading weights took 0.00 seconds")
+        if concurrency := os.environ.get("FAKE_ENGINE_CONCURRENCY"):
+            text = f"Maximum concurrency for 1,024 tokens per request: {float(concurrency):.2f}x"
+            _log("EngineCore", f"[kv_cache_utils.py:2327] CPU KV cache size: 8,192 tokens, {text}")
         return True
 
     @web.middleware
@@ -127,7 +145,11 @@ class FakeEngine:
         return response
 
     async def _health(self, _: web.Request) -> web.Response:
-        return web.Response()
+        if os.environ.get("FAKE_ENGINE_HEALTH_HANGS"):
+            self._record("health")
+            await asyncio.Event().wait()
+        sick = os.path.exists(os.environ.get("FAKE_ENGINE_SICK_FILE", ""))  # noqa: ASYNC240, PTH110 - for tests
+        return web.Response(status=503 if sick else 200)
 
     async def _version(self, _: web.Request) -> web.Response:
         return web.json_response({"version": VERSION})
@@ -137,15 +159,31 @@ class FakeEngine:
 
     async def _models(self, _: web.Request) -> web.Response:
         data = [
-            {"id": name, "object": "model", "owned_by": "vllm", "root": self._options.model}
+            {
+                "id": name, "object": "model", "owned_by": "vllm", "root": self._options.model,
+                "max_model_len": self._options.max_model_len,
+            }
             for name in self._names
-        ]
+        ]  # fmt: skip
         return web.json_response({"object": "list", "data": data})
 
     async def _tokenize(self, request: web.Request) -> web.Response:
         body = await request.json()
-        words = str(body.get("prompt", "")).split()
-        return web.json_response({"count": len(words), "tokens": list(range(len(words)))})
+        self._record("request", path=request.path, body=body)
+        words = (_chat_text(body) if "messages" in body else str(body.get("prompt", ""))).split()
+        tokens = [zlib.crc32(word.encode()) for word in words]
+        self._words |= dict(zip(tokens, words, strict=True))
+        limit = self._options.max_model_len
+        return web.json_response({"count": len(tokens), "max_model_len": limit, "tokens": tokens})
+
+    async def _transcribe(self, request: web.Request) -> web.Response:
+        """Tells what it was sent."""
+        form = await request.post()
+        file = form["file"]
+        assert isinstance(file, web.FileField)
+        fields = [[name, value] for name, value in form.items() if name != "file"]
+        about = {"filename": file.filename, "type": file.content_type, "bytes": len(file.file.read())}
+        return web.json_response({"text": json.dumps({**about, "fields": fields})})
 
     async def _messages(self, request: web.Request) -> web.StreamResponse:
         """Anthropic's form, named events when streaming."""
@@ -171,8 +209,12 @@ class FakeEngine:
             body = json.loads(await request.read())
         except ValueError:
             return _error(400, "JSON decode error")
-        self._record("request", path=request.path, body=body)
+        self._record("request", path=request.path, body=body, headers=dict(request.headers))
         chat = request.path.endswith("/chat/completions")
+        if body.get("max_tokens") == 1:
+            await self._warm_up(request, os.environ.get("FAKE_ENGINE_WARM_UP"))
+        if (text := os.environ.get("FAKE_ENGINE_FATAL_TEXT")) and body.get("max_tokens") != 1:
+            return _error(500, text, kind="InternalServerError")
         problem = self._problem(body, chat=chat)
         if problem is not None:
             return problem
@@ -196,6 +238,9 @@ class FakeEngine:
             return _error(404, f"The model `{model}` does not exist.", kind="NotFoundError")
         if chat and not isinstance(body.get("messages"), list):
             return _error(400, "messages must be a list")
+        problem = _sampling_problem(body, chat=chat)
+        if problem:
+            return _error(400, problem)
         limit = self._options.max_model_len
         if (body.get("max_tokens") or 0) > limit:
             return _error(
@@ -206,23 +251,60 @@ class FakeEngine:
     def _sequences(self, body: dict[str, Any], *, chat: bool) -> tuple[list[str], list[list[str]]]:
         """Prompts, and the words of every sequence, prompt-major."""
         prompt = _chat_text(body) if chat else body.get("prompt", "")
-        prompts = [str(part) for part in prompt] if isinstance(prompt, list) else [str(prompt)]
-        limit = body.get("max_tokens") or (None if chat or "max_tokens" in body else 16)
-        return prompts, [_reply(text)[:limit] for text in prompts for _ in range(body.get("n") or 1)]
+        parts = prompt if isinstance(prompt, list) else [prompt]
+        if parts and all(isinstance(part, int) for part in parts):
+            parts = [parts]
+        prompts = [
+            " ".join(self._words.get(token, str(token)) for token in part)
+            if isinstance(part, list)
+            else str(part)
+            for part in parts
+        ]
+        limit = body.get("max_tokens") or (None if chat else 16)
+        n = body.get("n") or 1
+        sequences = []
+        for text in prompts:
+            group = [_reply(text, index)[:limit] for index in range(n)]
+            sequences += sorted(group, key=_score, reverse=True) if body.get("use_beam_search") else group
+        return prompts, sequences
 
     def _answer(self, body: dict[str, Any], *, chat: bool) -> dict[str, Any]:
         prompts, sequences = self._sequences(body, chat=chat)
         choices = []
+        # On the completions route 0 asks for the sampled tokens' own.
+        asked = body.get("logprobs") if chat else body.get("logprobs") is not None
         for index, words in enumerate(sequences):
             text = "".join(words)
             content = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
-            choices.append({"index": index, **content, "finish_reason": "stop", "stop_reason": None})
+            logprobs = _logprobs(words, chat=chat) if asked else None
+            choices.append(
+                {
+                    "index": index,
+                    **content,
+                    "logprobs": logprobs,
+                    "finish_reason": "stop",
+                    "stop_reason": None,
+                }
+            )
         head = self._head(body, "chat.completion" if chat else "text_completion")
         return {**head, "choices": choices, "usage": _usage(prompts, sequences)}
 
     def _head(self, body: dict[str, Any], kind: str) -> dict[str, Any]:
         model = body.get("model") or self._names[0]
         return {"id": _id("cmpl", body), "object": kind, "created": 1_700_000_000, "model": model}
+
+    async def _warm_up(self, request: web.Request, misbehaviour: str | None) -> None:
+        if misbehaviour == "hang":
+            await asyncio.Event().wait()
+        if misbehaviour == "die":
+            # As a large process dies: its connections break before it is gone.
+            _say(
+                "torch.AcceleratorError: CUDA error: no kernel image is available for execution on the device"
+            )
+            Path(self._options.uds).unlink()  # noqa: ASYNC240 - for tests
+            assert request.transport is not None
+            request.transport.abort()
+            asyncio.get_running_loop().call_later(0.2, os._exit, 1)
 
     async def _stream(self, request: web.Request, body: dict[str, Any], *, chat: bool) -> web.StreamResponse:
         response = await _open_stream(request)
@@ -231,7 +313,7 @@ class FakeEngine:
         count = 0
         with contextlib.suppress(ConnectionResetError):
             async for event in self._events(body, chat=chat):
-                await response.write(b"data: " + json.dumps(event, ensure_ascii=False).encode() + b"\n\n")
+                await _write_event(response, b"data: " + json.dumps(event, ensure_ascii=False).encode())
                 count += 1
                 if count == 1:
                     await _until_exists(os.environ.get("FAKE_ENGINE_HOLD_FILE"))
@@ -241,7 +323,7 @@ class FakeEngine:
                 if count == error_after:
                     failure = {
                         "error": {
-                            "message": "boom",
+                            "message": os.environ.get("FAKE_ENGINE_ERROR_TEXT", "boom"),
                             "type": "InternalServerError",
                             "param": None,
                             "code": 500,
@@ -250,7 +332,8 @@ class FakeEngine:
                     await response.write(b"data: " + json.dumps(failure).encode() + b"\n\n")
                     break
                 await asyncio.sleep(float(os.environ.get("FAKE_ENGINE_EVENT_SECONDS", "0")))
-            await response.write(b"data: [DONE]\n\n")
+            if not os.environ.get("FAKE_ENGINE_NO_DONE"):
+                await response.write(b"data: [DONE]\n\n")
             await response.write_eof()
         return response
 
@@ -283,11 +366,41 @@ class FakeEngine:
                 file.write(json.dumps({"what": what, "pid": os.getpid(), **fields}) + "\n")
 
 
-def _reply(text: str) -> list[str]:
+def _reply(text: str, index: int = 0) -> list[str]:
     words = text.split()
+    if words[:2] == ["pick", "one"] and len(words) > 2:
+        return [words[2 + index % (len(words) - 2)]]
     if words[:2] == ["count", "to"] and words[-1].isdigit():
         return [f" {number}" for number in range(1, int(words[-1]) + 1)]
     return [f" {word}" if position else word for position, word in enumerate(words)] or [""]
+
+
+def _score(words: list[str]) -> float:
+    return sum(-len(word) / 10 for word in words)
+
+
+def _logprobs(words: list[str], *, chat: bool) -> dict[str, Any]:
+    if chat:
+        return {
+            "content": [{"token": word, "logprob": -len(word) / 10, "top_logprobs": []} for word in words]
+        }
+    return {"tokens": words, "token_logprobs": [-len(word) / 10 for word in words]}
+
+
+def _sampling_problem(body: dict[str, Any], *, chat: bool) -> str:
+    """Why vLLM would refuse the parameters, or nothing."""
+    n = body.get("n") or 1
+    if body.get("use_beam_search"):
+        if body.get("stream") and not chat:
+            return "Streaming is not currently supported with beam search"
+        return (
+            f"Requested sample logprobs of {2 * n}, which is greater than max allowed: 20" if n > 10 else ""
+        )
+    if n > 1 and body.get("temperature") == 0:
+        return f"n must be 1 when using greedy sampling, got {n}."
+    if chat and not isinstance(body.get("logprobs"), bool | None):
+        return "logprobs must be a boolean"
+    return ""
 
 
 def _chat_text(body: dict[str, Any]) -> str:
@@ -316,6 +429,15 @@ async def _open_stream(request: web.Request) -> web.StreamResponse:
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
     await response.prepare(request)
     return response
+
+
+async def _write_event(response: web.StreamResponse, event: bytes) -> None:
+    size = int(os.environ.get("FAKE_ENGINE_SPLIT_BYTES", "0"))
+    data = (b": keep-alive\n\n" if size else b"") + event + b"\n\n"
+    for start in range(0, len(data), size or len(data)):
+        await response.write(data[start : start + size] if size else data)
+        if size:
+            await asyncio.sleep(0)
 
 
 async def _until_exists(path: str | None) -> None:

@@ -47,9 +47,17 @@ class PlatformStub:
         worker_id: The worker's id.
         key: Its key; other keys get 401.
         batches: Whether it knows our addition `job-done-batch`.
+        take_batches: Whether it knows `job-take-batch`; older platforms do not.
     """
 
-    def __init__(self, worker_id: str = "w1", key: str = "worker-secret", *, batches: bool = False) -> None:
+    def __init__(
+        self,
+        worker_id: str = "w1",
+        key: str = "worker-secret",
+        *,
+        batches: bool = False,
+        take_batches: bool = True,
+    ) -> None:
         self.worker_id = worker_id
         self.key = key
         self.port = 0
@@ -63,6 +71,7 @@ class PlatformStub:
         self.refusals: dict[str, Refusal] = {}
         self.draining = False
         self.batches = batches
+        self.take_batches = take_batches
         self._changed = asyncio.Condition()
         self._runner: web.AppRunner | None = None
 
@@ -70,7 +79,8 @@ class PlatformStub:
         """Listens on a free port, or on the same one as before."""
         app = web.Application(client_max_size=64 * 1024 * 1024)
         app.router.add_get("/v2/ep/job-take/{worker}", self._take)
-        app.router.add_get("/v2/ep/job-take-batch/{worker}", self._take)
+        if self.take_batches:
+            app.router.add_get("/v2/ep/job-take-batch/{worker}", self._take)
         app.router.add_get("/v2/ep/job-stop/{worker}", self._stop)
         app.router.add_post("/v2/ep/job-done/{worker}/{job}", self._done)
         if self.batches:
@@ -91,7 +101,14 @@ class PlatformStub:
             await runner.cleanup()
 
     def environment(self) -> dict[str, str]:
-        """The variables a worker needs to find this platform (`worker-protocol.md` §2.1)."""
+        """The variables that a worker of ours finds its platform by, state URL included."""
+        return {
+            **self.runpod_environment(),
+            "PILOTLIGHT_WORKER_STATE_URL": f"http://127.0.0.1:{self.port}/state",
+        }
+
+    def runpod_environment(self) -> dict[str, str]:
+        """Only what the protocol itself injects (`worker-protocol.md` §2.1): a worker on another platform."""
         base = f"http://127.0.0.1:{self.port}/v2/ep"
         return {
             "RUNPOD_WEBHOOK_GET_JOB": f"{base}/job-take/$ID?gpu=none",
@@ -102,7 +119,10 @@ class PlatformStub:
             "RUNPOD_POD_ID": self.worker_id,
             "RUNPOD_PING_INTERVAL": "100",
             "RUNPOD_ENDPOINT_ID": "ep",
-            "PILOTLIGHT_WORKER_STATE_URL": f"http://127.0.0.1:{self.port}/state",
+            "RUNPOD_POD_HOSTNAME": "host",
+            "RUNPOD_LOG_LEVEL": "INFO",
+            "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true",
+            "NO_PROXY": "127.0.0.1",
         }
 
     async def submit(self, job_id: str, job_input: Any, **extra: Any) -> None:

@@ -5,8 +5,13 @@ Pure. `outputs` feeds it one piece at a time; the sizes come from the request or
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Final
+
+from pilotlight.worker.fields import read_number
+
+_REQUEST_KEYS: Final = ("max_batch_size", "batch_size", "min_batch_size", "batch_size_growth_factor")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +56,10 @@ class BatchSchedule:
         """Pieces counted since the last item."""
         return self._count
 
+    def cut(self) -> None:
+        """Ends an item early, which leaves the size of the next one as it was to be."""
+        self._count = 0
+
     def add_piece(self) -> bool:
         """True when the piece just counted completes an item."""
         self._count += 1
@@ -62,14 +71,22 @@ class BatchSchedule:
         return True
 
 
-def item_sizes(pieces: int, sizes: BatchSizes) -> Iterator[int]:
-    """The sizes of the items that a stream of so many pieces is cut into, the last partial one included."""
-    schedule = BatchSchedule(sizes)
-    count = 0
-    for _ in range(pieces):
-        count += 1
-        if schedule.add_piece():
-            yield count
-            count = 0
-    if count:
-        yield count
+def batch_sizes(job_input: Mapping[str, Any], default: BatchSizes) -> BatchSizes:
+    """The sizes a job asks for; where it names none, or zero, the worker's (§1.2, §2.3).
+
+    Raises:
+        InputError: A size is negative or no number.
+    """
+    maximum = read_number(job_input, "max_batch_size") or read_number(job_input, "batch_size")
+    minimum = read_number(job_input, "min_batch_size")
+    growth = read_number(job_input, "batch_size_growth_factor")
+    return BatchSizes(
+        max(1, int(maximum)) if maximum else default.maximum,
+        max(1, int(minimum)) if minimum else default.minimum,
+        growth or default.growth,
+    )
+
+
+def names_batch_sizes(job_input: Mapping[str, Any]) -> bool:
+    """Whether a job asks for sizes of its own at all."""
+    return any(job_input.get(key) for key in _REQUEST_KEYS)

@@ -14,20 +14,27 @@ from urllib.parse import quote
 
 import msgspec
 
+from pilotlight.core.storage import storage_environment
+from pilotlight.core.worker_environment import HTTP_HOST_VARIABLE
 from pilotlight.domain.worker import WORKER_COOKIE
-from pilotlight.engines.vllm_flags import clean_value, parse_boolean
-from pilotlight.worker.batching import BatchSizes
+from pilotlight.engines.flags import clean_value, without_prefix
+from pilotlight.engines.flags.variables import PREFIX_FORM, describe
 from pilotlight.worker.errors import ConfigError
-from pilotlight.worker.inputs import InputSettings, StreamFormat
+from pilotlight.worker.input_settings import InputSettings
+from pilotlight.worker.variables import read_choice, read_number
 
 _TAKE = "/job-take/"
+_PORT_MAX = 65_535
+SOCKET_PATH_BYTES_MAX = 107
+"""Longest path of a Unix socket on Linux."""
 
-_HIDDEN_PREFIXES = ("RUNPOD_", "PILOTLIGHT_")
+_EVERY_INTERFACE = "0.0.0.0"  # noqa: S104 - what a container needs; on a shared machine the platform says better
+
+_HIDDEN_PREFIXES = ("RUNPOD_", "PILOTLIGHT_", "DOCKERHUB_", "BUCKET_", PREFIX_FORM)
 _HIDDEN = frozenset(
     {
-        "VLLM_API_KEY", "VLLM_EXTRA_ARGS", "VLLM_CONFIG_FILE", "VLLM_STARTUP_TIMEOUT", "VLLM_BASE_URL",
-        "VLLM_VERSION", "VLLM_NIGHTLY", "VLLM_INTERNAL_PORT", "VLLM_ATTENTION_BACKEND",
-        "BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY",
+        "VLLM_API_KEY", "VLLM_PORT", "VLLM_EXTRA_ARGS", "VLLM_CONFIG_FILE", "VLLM_STARTUP_TIMEOUT",
+        "VLLM_BASE_URL", "VLLM_VERSION", "VLLM_NIGHTLY", "VLLM_INTERNAL_PORT", "VLLM_ATTENTION_BACKEND",
     }
 )  # fmt: skip
 """Variables the engine must not see: secrets, and VLLM_* names it does not know (`vllm-worker.md` §4.4)."""
@@ -58,7 +65,9 @@ class PlatformUrls:
         """The URLs with the worker's id filled in; raises ConfigError without a take URL."""
         take = env.get("RUNPOD_WEBHOOK_GET_JOB", "").strip()
         if not take.startswith(("http://", "https://")):
-            raise ConfigError(f"RUNPOD_WEBHOOK_GET_JOB must be the URL to take jobs from, not {take!r}")
+            # Such a URL holds the worker's credential, so it is not shown.
+            problem = "begins with neither http:// nor https://" if take else "is not set"
+            raise ConfigError(f"RUNPOD_WEBHOOK_GET_JOB must be the URL to take jobs from; it {problem}")
         take = take.replace("$ID", quote(worker_id, safe=""))
 
         def posted(name: str) -> str | None:
@@ -75,6 +84,43 @@ class PlatformUrls:
         )
 
 
+NO_URLS = PlatformUrls(take="", batch="", stop=None, output=None, stream=None, ping=None)
+"""Of a worker that takes no jobs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DirectSettings:
+    """Where a worker in direct HTTP mode listens (`vllm-worker.md` §7.1).
+
+    Attributes:
+        host: Address to bind (`PILOTLIGHT_HTTP_HOST`); every interface where it is unset, as in a container.
+        port: For requests.
+        health_port: For health checks; may be the same.
+        health_path: What health checks ask for.
+    """
+
+    host: str
+    port: int
+    health_port: int
+    health_path: str
+
+    @classmethod
+    def from_environment(cls, env: Mapping[str, str]) -> DirectSettings | None:
+        """The settings of `WORKER_MODE=http`; None for `queue`, the default."""
+        if read_choice(env, "WORKER_MODE", ("queue", "http")) == "queue":
+            return None
+        port = _port(env, "PORT", 80)
+        path = clean_value(env.get("HEALTH_CHECK_PATH")) or "/ping"
+        if not path.startswith("/"):
+            raise ConfigError(f"HEALTH_CHECK_PATH must be a path such as /ping, not {path!r}")
+        return cls(
+            host=clean_value(env.get(HTTP_HOST_VARIABLE)) or _EVERY_INTERFACE,
+            port=port,
+            health_port=_port(env, "PORT_HEALTH", port),
+            health_path=path,
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerConfig:
     """Everything the worker program was told.
@@ -82,7 +128,9 @@ class WorkerConfig:
     Attributes:
         worker_id: `RUNPOD_POD_ID`.
         platform_key: `RUNPOD_AI_API_KEY`, sent raw.
-        urls: Where to take jobs and post results.
+        urls: Where to take jobs and post results; empty in direct HTTP mode.
+        direct: Where to listen in direct HTTP mode, in which no jobs are taken (`WORKER_MODE=http`); None in
+            queue mode.
         ping_seconds: Heartbeat interval (`RUNPOD_PING_INTERVAL`, milliseconds there).
         state_url: `PILOTLIGHT_WORKER_STATE_URL`; None = no reports, as on RunPod.
         engine_python: Interpreter of the engine's environment.
@@ -91,6 +139,8 @@ class WorkerConfig:
         run_folder: For the two sockets (`PILOTLIGHT_WORKER_RUN_DIR`); None = a fresh temporary one.
         model_name: `MODEL_NAME`.
         max_concurrency: Jobs at a time.
+        automatic_concurrency: As many as the engine says it has memory for (`MAX_CONCURRENCY=auto`);
+            `max_concurrency` holds where it does not say.
         drain_seconds: How long running jobs may finish after SIGTERM.
         startup_seconds: How long the engine may take to become healthy.
         request_seconds: How long one job may take.
@@ -103,6 +153,7 @@ class WorkerConfig:
     worker_id: str
     platform_key: str = field(repr=False)
     urls: PlatformUrls
+    direct: DirectSettings | None = None
     ping_seconds: float = 2.0
     state_url: str | None = None
     engine_python: str
@@ -111,6 +162,7 @@ class WorkerConfig:
     run_folder: Path | None = None
     model_name: str
     max_concurrency: int = 30
+    automatic_concurrency: bool = False
     drain_seconds: float = 30.0
     startup_seconds: float = 1200.0
     request_seconds: float = 3600.0
@@ -119,69 +171,47 @@ class WorkerConfig:
     environment: Mapping[str, str] = field(repr=False)
 
     @classmethod
-    def from_environment(cls, env: Mapping[str, str], *, python: str) -> WorkerConfig:
+    def from_environment(
+        cls, env: Mapping[str, str], *, python: str, fallback_model: str | None = None
+    ) -> WorkerConfig:
         """The configuration, or ConfigError naming the variable, its value and what is legal.
 
         Args:
             env: The process environment.
             python: Interpreter to start the engine with where `PILOTLIGHT_ENGINE_HOME` names none.
+            fallback_model: What to serve where `MODEL_NAME` is unset: what an image or a file says.
         """
+        env = without_prefix(env)
         worker_id = clean_value(env.get("RUNPOD_POD_ID")) or f"local-{os.getpid()}"
-        model = clean_value(env.get("MODEL_NAME"))
+        model = clean_value(env.get("MODEL_NAME")) or fallback_model
         if model is None:
+            # vLLM alone would quietly serve a model of its own choice (`vllm-worker.md` §4.1).
             raise ConfigError("MODEL_NAME is not set: a hub id, a folder, or pilotlight/ember")
+        automatic = (clean_value(env.get("MAX_CONCURRENCY")) or "").lower() == "auto"
+        direct = DirectSettings.from_environment(env)
         home = clean_value(env.get("PILOTLIGHT_ENGINE_HOME"))
         run_folder = clean_value(env.get("PILOTLIGHT_WORKER_RUN_DIR"))
         return cls(
             worker_id=worker_id,
             platform_key=env.get("RUNPOD_AI_API_KEY", ""),
-            urls=PlatformUrls.from_environment(env, worker_id),
-            ping_seconds=_number(env, "RUNPOD_PING_INTERVAL", 2000, minimum=100) / 1000,
+            urls=NO_URLS if direct is not None else PlatformUrls.from_environment(env, worker_id),
+            direct=direct,
+            ping_seconds=read_number(env, "RUNPOD_PING_INTERVAL", 2000, minimum=100) / 1000,
             state_url=clean_value(env.get("PILOTLIGHT_WORKER_STATE_URL")),
             engine_python=str(Path(home) / "bin" / "python") if home else python,
             engine_home=Path(home) if home else Path(python).parent.parent,
             engine_command=_command(env),
-            run_folder=Path(run_folder) if run_folder else None,
+            run_folder=_run_folder(run_folder) if run_folder else None,
             model_name=model,
-            max_concurrency=int(_number(env, "MAX_CONCURRENCY", 30, minimum=1)),
-            drain_seconds=_number(env, "DRAIN_TIMEOUT", 30, minimum=0),
-            startup_seconds=_number(env, "VLLM_STARTUP_TIMEOUT", 1200, minimum=0.1),
-            request_seconds=_number(env, "REQUEST_TIMEOUT", 3600, minimum=0.1),
-            platform_lost_seconds=_number(env, "PLATFORM_LOST_TIMEOUT", 60, minimum=1),
-            inputs=_input_settings(env),
-            environment=dict(env),
+            max_concurrency=30 if automatic else _whole(env, "MAX_CONCURRENCY", 30),
+            automatic_concurrency=automatic,
+            drain_seconds=read_number(env, "DRAIN_TIMEOUT", 30, minimum=0),
+            startup_seconds=read_number(env, "VLLM_STARTUP_TIMEOUT", 1200, minimum=0.1),
+            request_seconds=read_number(env, "REQUEST_TIMEOUT", 3600, minimum=0.1),
+            platform_lost_seconds=read_number(env, "PLATFORM_LOST_TIMEOUT", 60, minimum=1),
+            inputs=InputSettings.from_environment(env),
+            environment={**env, "MODEL_NAME": model},
         )
-
-
-def _input_settings(env: Mapping[str, str]) -> InputSettings:
-    stream_format = (clean_value(env.get("NATIVE_STREAM_FORMAT")) or "tokens").lower()
-    if stream_format not in {"tokens", "sse"}:
-        raise ConfigError(f"NATIVE_STREAM_FORMAT must be 'tokens' or 'sse', not {stream_format!r}")
-    defaults = (clean_value(env.get("NATIVE_SAMPLING_DEFAULTS")) or "documented").lower()
-    if defaults not in {"documented", "model"}:
-        raise ConfigError(f"NATIVE_SAMPLING_DEFAULTS must be 'documented' or 'model', not {defaults!r}")
-    automatic = (clean_value(env.get("DEFAULT_MAX_TOKENS")) or "").lower() == "auto"
-    return InputSettings(
-        batch=BatchSizes(
-            int(_number(env, "DEFAULT_BATCH_SIZE", 50, minimum=1)),
-            int(
-                _number(
-                    env, "DEFAULT_MIN_BATCH_SIZE", _number(env, "MIN_BATCH_SIZE", 1, minimum=0), minimum=0
-                )
-            ),
-            _number(
-                env,
-                "DEFAULT_BATCH_SIZE_GROWTH_FACTOR",
-                _number(env, "BATCH_SIZE_GROWTH_FACTOR", 3, minimum=0),
-                minimum=0,
-            ),
-        ),
-        max_tokens=None if automatic else int(_number(env, "DEFAULT_MAX_TOKENS", 16, minimum=1)),
-        native_stream_format=StreamFormat(stream_format),
-        raw_openai_output=_boolean(env, "RAW_OPENAI_OUTPUT", default=True),
-        documented_defaults=defaults == "documented",
-        allow_admin_routes=_boolean(env, "ALLOW_ADMIN_ROUTES", default=False),
-    )
 
 
 def engine_environment(
@@ -199,16 +229,16 @@ def engine_environment(
     child = {
         name: value
         for name, value in env.items()
-        if not name.startswith(_HIDDEN_PREFIXES) and name not in _HIDDEN
+        if not name.startswith(_HIDDEN_PREFIXES) and name not in _HIDDEN and not _is_unset(name, value)
     }
-    if not child.get("VLLM_PORT", "0").isdigit():
-        del child["VLLM_PORT"]
-    if "HUGGING_FACE_HUB_TOKEN" in child:
-        child.setdefault("HF_TOKEN", child["HUGGING_FACE_HUB_TOKEN"])
+    child |= storage_environment(child, volume_present=False)
+    if "HF_XET_HIGH_PERFORMANCE" in child:
+        child.pop("HF_HUB_ENABLE_HF_TRANSFER", None)
     if platform != "cuda":
         child.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     if offline:
         child.setdefault("HF_HUB_OFFLINE", "1")
+        child.setdefault("TRANSFORMERS_OFFLINE", "1")
     return child | {
         "VLLM_API_KEY": engine_key,
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75",
@@ -219,6 +249,34 @@ def engine_environment(
         "SPT_NOENV": "1",
         WORKER_COOKIE: worker_id,
     }
+
+
+def _is_unset(name: str, value: str) -> bool:
+    """Whether a variable that we or the engine know says "unset"; vLLM would read `None` as a number."""
+    return clean_value(value) is None and describe(name) is not None
+
+
+def _run_folder(name: str) -> Path:
+    longest = f"{name}/engine.sock"
+    if len(os.fsencode(longest)) > SOCKET_PATH_BYTES_MAX:
+        raise ConfigError(
+            f"PILOTLIGHT_WORKER_RUN_DIR is too long: {longest} exceeds {SOCKET_PATH_BYTES_MAX} bytes"
+        )
+    return Path(name)
+
+
+def _whole(env: Mapping[str, str], name: str, default: int) -> int:
+    number = read_number(env, name, default, minimum=1)
+    if number != int(number):
+        raise ConfigError(f"{name} must be a whole number, not {env[name]!r}")
+    return int(number)
+
+
+def _port(env: Mapping[str, str], name: str, default: int) -> int:
+    port = _whole(env, name, default)
+    if port > _PORT_MAX:
+        raise ConfigError(f"{name} must be a port from 1 to {_PORT_MAX}, not {env[name]!r}")
+    return port
 
 
 def _command(env: Mapping[str, str]) -> tuple[str, ...] | None:
@@ -232,26 +290,3 @@ def _command(env: Mapping[str, str]) -> tuple[str, ...] | None:
     if not command:
         raise ConfigError("PILOTLIGHT_ENGINE_COMMAND must not be an empty list")
     return tuple(command)
-
-
-def _number(env: Mapping[str, str], name: str, default: float, *, minimum: float) -> float:
-    text = clean_value(env.get(name))
-    if text is None:
-        return default
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not minimum <= value < 1e9:
-        raise ConfigError(f"{name} must be a number of at least {minimum:g}, not {text!r}")
-    return value
-
-
-def _boolean(env: Mapping[str, str], name: str, *, default: bool) -> bool:
-    text = clean_value(env.get(name))
-    if text is None:
-        return default
-    value = parse_boolean(text)
-    if value is None:
-        raise ConfigError(f"{name} must be true or false, not {text!r}")
-    return value

@@ -9,24 +9,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import shutil
 import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Final
-
-import aiohttp
-from yarl import URL
+from typing import TYPE_CHECKING, Final
 
 from pilotlight.worker.errors import EngineGoneError
+
+if TYPE_CHECKING:
+    # Loaded when the engine is first asked something: its process is spawned sooner that way.
+    import aiohttp
 
 _LINE_BYTES_MAX: Final = 64 * 1024
 _SWEEP_SECONDS: Final = 5.0
 _FLUSH_SECONDS: Final = 0.5
 _SHARED_MEMORY: Final = "/dev/shm"  # noqa: S108 - the system's place for it, not a file of ours
 _PYTHON_NAMES: Final = ("psm_", "sem.mp-")
-_STALE_ERRORS: Final = (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError)
 
 
 class Engine:
@@ -57,12 +58,7 @@ class Engine:
         self._process: asyncio.subprocess.Process | None = None
         self._reader: asyncio.Task[None] | None = None
         self._drained = asyncio.Event()
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.UnixConnector(str(socket_path), limit=0, keepalive_timeout=30),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
-            headers={"Authorization": f"Bearer {key}", "Accept-Encoding": "identity"},
-            auto_decompress=False,
-        )
+        self._session: aiohttp.ClientSession | None = None
 
     @property
     def pid(self) -> int | None:
@@ -81,6 +77,10 @@ class Engine:
 
     async def start(self) -> None:
         """Spawns the process and begins to read its log; raises OSError if it cannot be spawned."""
+        program = self.command[0]
+        if shutil.which(program, path=self._environment.get("PATH")) is None:
+            # What stands before it on the command line would be found, and end with a code of its own.
+            raise FileNotFoundError(errno.ENOENT, "no such program", program)
         self.socket_path.unlink(missing_ok=True)
         self._process = await asyncio.create_subprocess_exec(
             *_death_signal_prefix(),
@@ -111,8 +111,10 @@ class Engine:
         """Whether it answers `/health` with 200 within so many seconds."""
         if not self.socket_path.exists():
             return False
+        import aiohttp  # noqa: PLC0415 - see above
+
         try:
-            async with self._session.get(
+            async with self._client().get(
                 "http://engine/health", timeout=aiohttp.ClientTimeout(total=seconds)
             ) as response:
                 await response.read()
@@ -134,14 +136,17 @@ class Engine:
         Raises:
             EngineGoneError: The engine is dead, or closed the connection without an answer.
         """
+        import aiohttp  # noqa: PLC0415 - see above
+        from yarl import URL  # noqa: PLC0415
+
         url = URL(f"http://engine{target}", encoded=True)
         headers = {"Content-Type": content_type} if body is not None else {}
         for attempt in (1, 2):
             if not self.alive:
                 break
             try:
-                return await self._session.request(method, url, data=body, headers=headers)
-            except _STALE_ERRORS as error:
+                return await self._client().request(method, url, data=body, headers=headers)
+            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
                 # An idle connection that the engine closed while both were frozen: a fresh one tells whether
                 # the engine is really gone. Nothing of an answer had arrived, so nothing is answered twice.
                 if attempt == 2:
@@ -149,6 +154,30 @@ class Engine:
             except (aiohttp.ClientError, OSError) as error:
                 raise EngineGoneError(f"the engine cannot be reached: {error}") from error
         raise EngineGoneError("the engine is not running")
+
+    async def ask(self, method: str, target: str, *, body: bytes | None = None) -> tuple[int, bytes]:
+        """Status and whole body of a short answer; EngineGoneError where there is none."""
+        import aiohttp  # noqa: PLC0415 - see above
+
+        response = await self.request(method, target, body=body)
+        async with response:
+            try:
+                return response.status, await response.read()
+            except aiohttp.ClientError as error:
+                raise EngineGoneError(f"the engine broke off its answer: {error}") from error
+
+    def _client(self) -> aiohttp.ClientSession:
+        """The one session of this engine: pooled connections, no proxy, no limit for a whole answer (§7)."""
+        if self._session is None:
+            import aiohttp  # noqa: PLC0415 - see above
+
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.UnixConnector(str(self.socket_path), limit=0, keepalive_timeout=30),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
+                headers={"Authorization": f"Bearer {self.key}", "Accept-Encoding": "identity"},
+                auto_decompress=False,
+            )
+        return self._session
 
     async def stop(self, *, term_seconds: float) -> tuple[int, ...]:
         """Ends the engine and every process it left behind; returns only when none is there any more.
@@ -159,7 +188,8 @@ class Engine:
         Returns:
             Processes that had to be killed one by one because they outlived the engine's group.
         """
-        await self._session.close()
+        if self._session is not None:
+            await self._session.close()
         process = self._process
         if process is None:
             return ()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pilotlight.domain.worker import Failure
+from pilotlight.engines.flags import mask_value
+
 
 class InputError(Exception):
     """A job input or body that cannot be served; becomes an OpenAI error envelope (`vllm-worker.md` §1.11).
@@ -29,8 +32,23 @@ class InputError(Exception):
 
 
 class ConfigError(Exception):
-    """An environment variable of the worker program that is missing or malformed; nothing was started."""
+    """An environment variable of the worker program that is missing or malformed; nothing was started.
+
+    Args:
+        message: One sentence; secrets within are hidden.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(mask_value(message))
 
 
 class EngineGoneError(Exception):
     """The engine died or closed the connection before it answered; the job may run elsewhere."""
+
+
+class ModelMissingError(Exception):
+    """A model, or something that belongs to it, that is not here and cannot be had."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.cause)
+        self.failure = failure

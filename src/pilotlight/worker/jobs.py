@@ -15,31 +15,14 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final, Protocol
 
-import aiohttp
 import msgspec
 
 from pilotlight.worker.config import WorkerConfig
-from pilotlight.worker.engine import Engine
-from pilotlight.worker.errors import EngineGoneError, InputError
-from pilotlight.worker.inputs import UpstreamRequest, plan_request
+from pilotlight.worker.inputs import is_anthropic
 from pilotlight.worker.log import LogSink
-from pilotlight.worker.outputs import (
-    Item,
-    StreamShaper,
-    error_text,
-    input_error_text,
-    make_shaper,
-    native_item,
-    pass_through_item,
-    upstream_error_text,
-)
+from pilotlight.worker.outputs import Item, error_text, gone_text
 from pilotlight.worker.platform import Backoff, Platform, TakeAnswer, TakenJob
-from pilotlight.worker.rewrite import ignored_fields
-from pilotlight.worker.sse import EventTooLongError, SseSplitter
-from pilotlight.worker.stages import is_fatal_error
-
-RESULT_BYTES_MAX: Final = 20 * 1024 * 1024
-"""Largest result handed in; `vllm-worker.md` §3.1."""
+from pilotlight.worker.runner import JobFailedError, PostChunk
 
 TAKE_CLOSE_SECONDS: Final = 0.5
 """How long an open take poll may still be answered after the worker was told to stop."""
@@ -56,14 +39,6 @@ class EndReason(StrEnum):
     SHUTDOWN = "shutdown"
 
 
-class JobFailedError(Exception):
-    """A job that ends with an error envelope; `text` is its JSON."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.text = text
-
-
 @dataclass(slots=True)
 class _Running:
     job: TakenJob
@@ -72,115 +47,12 @@ class _Running:
     task: asyncio.Task[None] | None = field(default=None, repr=False)
 
 
-PostChunk = Callable[[Item], Awaitable[None]]
-
-
 class Runner(Protocol):
     """Answers jobs."""
 
     async def run(self, job: TakenJob, post_chunk: PostChunk) -> list[Item]:
         """All items of the job, each already handed to `post_chunk`; JobFailedError when it failed."""
         ...
-
-
-class JobRunner:
-    """Answers one job from the engine.
-
-    Args:
-        config: Input defaults and the time limit.
-        engine: Whom to ask.
-        log: Where parameters without effect are said, once each.
-        on_fatal: Called when an answer shows that the engine will not recover.
-    """
-
-    def __init__(
-        self, config: WorkerConfig, engine: Engine, log: LogSink, on_fatal: Callable[[], None]
-    ) -> None:
-        self._settings = config.inputs
-        self._seconds = config.request_seconds
-        self._engine = engine
-        self._log = log
-        self._on_fatal = on_fatal
-        self._warned: set[str] = set()
-
-    async def run(self, job: TakenJob, post_chunk: PostChunk) -> list[Item]:
-        """All items of the job, each already handed to `post_chunk`.
-
-        Raises:
-            JobFailedError: The job failed; items posted so far stay posted.
-        """
-        job_input = job.payload.get("input")
-        anthropic = _is_anthropic(job_input)
-        try:
-            request = plan_request(job_input, self._settings, job_id=job.id)
-        except InputError as error:
-            raise JobFailedError(input_error_text(error, anthropic=anthropic)) from error
-        self._warn(job_input)
-        items: list[Item] = []
-        size = 0
-
-        async def emit(item: Item) -> None:
-            nonlocal size
-            size += len(msgspec.json.encode(item))
-            if size > RESULT_BYTES_MAX:
-                raise JobFailedError(
-                    error_text(413, f"the result exceeds {RESULT_BYTES_MAX} bytes", anthropic=anthropic)
-                )
-            items.append(item)
-            await post_chunk(item)
-
-        try:
-            async with asyncio.timeout(self._seconds):
-                await self._ask(request, emit, anthropic=anthropic)
-        except TimeoutError as error:
-            text = error_text(504, f"the request ran longer than {self._seconds:g} s", anthropic=anthropic)
-            raise JobFailedError(text) from error
-        except (EngineGoneError, aiohttp.ClientError, ConnectionError) as error:
-            raise JobFailedError(gone_text(anthropic=anthropic)) from error
-        except EventTooLongError as error:
-            raise JobFailedError(error_text(500, str(error), anthropic=anthropic)) from error
-        return items
-
-    async def _ask(self, request: UpstreamRequest, emit: PostChunk, *, anthropic: bool) -> None:
-        body = None if request.body is None else msgspec.json.encode(request.body)
-        response = await self._engine.request(request.method, request.target, body=body)
-        try:
-            content_type = response.headers.get("Content-Type", "")
-            if response.status >= 400:
-                await self._refuse(response, anthropic=anthropic)
-            if request.stream and content_type.startswith("text/event-stream"):
-                await _stream(response, make_shaper(request), emit)
-                return
-            answer = await response.read()
-            await emit(_single_item(request, answer, content_type))
-        finally:
-            # Closing instead of releasing: an answer that was not read to its end must be aborted upstream.
-            if response.content.at_eof():
-                response.release()
-            else:
-                response.close()
-
-    async def _refuse(self, response: aiohttp.ClientResponse, *, anthropic: bool) -> None:
-        body = await response.read()
-        if response.status >= 500 and is_fatal_error(body):
-            self._on_fatal()
-            raise JobFailedError(gone_text(anthropic=anthropic))
-        raise JobFailedError(upstream_error_text(response.status, body, anthropic=anthropic))
-
-    def _warn(self, job_input: object) -> None:
-        if not isinstance(job_input, dict):
-            return
-        bodies = (
-            job_input,
-            job_input.get("sampling_params"),
-            job_input.get("openai_input"),
-            job_input.get("body"),
-        )
-        for body in bodies:
-            for name in ignored_fields(body) if isinstance(body, dict) else ():
-                if name not in self._warned:
-                    self._warned.add(name)
-                    self._log.event("job.parameter_ignored", parameter=name)
 
 
 class JobLoop:
@@ -215,6 +87,7 @@ class JobLoop:
         self._tasks: list[asyncio.Task[None]] = []
         self._open_take: asyncio.Task[TakeAnswer] | None = None
         self._full = False
+        self._end_reason: EndReason | None = None
         platform.take_with_results(self._room, self._accept)
 
     @property
@@ -246,7 +119,11 @@ class JobLoop:
             await self._changed.wait()
 
     def end_all(self, reason: EndReason) -> None:
-        """Ends every job in hand; all but stopped ones get an error that asks for another worker."""
+        """Ends every job in hand, and whatever still comes.
+
+        All but stopped ones get an error that asks for another worker.
+        """
+        self._end_reason = reason
         for running in list(self._running.values()):
             self._end(running, reason)
 
@@ -355,7 +232,7 @@ class JobLoop:
         if job.id in self._running:
             self._log.event("job.duplicate", job=job.id)
             return
-        running = _Running(job)
+        running = _Running(job, reason=self._end_reason)
         self._running[job.id] = running
         running.task = asyncio.create_task(self._run(running), name=f"job-{job.id}")
 
@@ -412,8 +289,9 @@ class JobLoop:
                 running.answering = False
         if running.reason is EndReason.STOPPED:
             return None, "stopped"
-        anthropic = _is_anthropic(job.payload.get("input"))
-        return _encode({"error": gone_text(anthropic=anthropic, reason=running.reason)}), str(running.reason)
+        anthropic = is_anthropic(job.payload.get("input"))
+        text = gone_text(anthropic=anthropic, shut_down=running.reason is EndReason.SHUTDOWN)
+        return _encode({"error": text}), str(running.reason)
 
     def _end(self, running: _Running, reason: EndReason) -> None:
         if running.reason is not None:
@@ -433,45 +311,6 @@ class JobLoop:
                 task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await waiting
-
-
-async def _stream(response: aiohttp.ClientResponse, shaper: StreamShaper, emit: PostChunk) -> None:
-    """Shapes an event stream; a failure inside it is raised after what is pending was handed over (§3.7)."""
-    splitter = SseSplitter()
-    async for data in response.content.iter_any():
-        for event in splitter.feed(data):
-            for item in shaper.feed(event):
-                await emit(item)
-    for event in splitter.close():
-        for item in shaper.feed(event):
-            await emit(item)
-    for item in shaper.close():
-        await emit(item)
-    if shaper.error is not None:
-        raise JobFailedError(shaper.error)
-
-
-def _single_item(request: UpstreamRequest, answer: bytes, content_type: str) -> Item:
-    item = pass_through_item(answer, content_type)
-    if request.native and isinstance(item, dict) and "choices" in item:
-        return native_item(item, chat=request.chat)
-    return item
-
-
-def gone_text(*, anthropic: bool = False, reason: EndReason = EndReason.ENGINE_GONE) -> str:
-    """The error of a job that another worker should run: 503, `retryable: true` (`vllm-worker.md` §1.11)."""
-    if reason is EndReason.SHUTDOWN:
-        message = "the worker was shut down before the job finished"
-    else:
-        message = "the engine ended before the job finished"
-    return error_text(503, message, retryable=True, anthropic=anthropic)
-
-
-def _is_anthropic(job_input: object) -> bool:
-    if not isinstance(job_input, dict):
-        return False
-    route = job_input.get("openai_route") or job_input.get("route")
-    return isinstance(route, str) and route.startswith("/v1/messages")
 
 
 def _encode(value: object) -> bytes:

@@ -1,8 +1,8 @@
 """The worker program's own HTTP listener: the engine's routes with bodies rewritten on the way.
 
 The gateway's data path uses it for bodies that hold a field of `REWRITTEN_FIELDS`; everything else goes to
-the engine directly. It shares guard and rewriting with the job path and passes the answer on byte for byte,
-so both roads give the same status, body and events.
+the engine directly. In direct HTTP mode it is all that callers reach. It shares guard and rewriting with the
+job path and passes the answer on byte for byte, so both roads give the same status, body and events.
 """
 
 from __future__ import annotations
@@ -18,15 +18,41 @@ import aiohttp
 import msgspec
 from aiohttp import web
 
-from pilotlight.core.openai_routes import RouteKind, check_route
+from pilotlight.core.openai_routes import RouteKind, check_route, speaks_anthropic
 from pilotlight.worker.engine import Engine
 from pilotlight.worker.errors import EngineGoneError, InputError
-from pilotlight.worker.jobs import gone_text
-from pilotlight.worker.outputs import error_text, input_error_text
-from pilotlight.worker.rewrite import rewrite_body
+from pilotlight.worker.input_settings import InputSettings
+from pilotlight.worker.notices import Notices
+from pilotlight.worker.outputs import error_text, gone_text, input_error_text, read_failure
+from pilotlight.worker.platform import mended
+from pilotlight.worker.rewrite import translate_body
+from pilotlight.worker.runner import ANSWER_BYTES_MAX, AnswerTooLargeError, close, read_answer
+from pilotlight.worker.selection import Selection, event_texts, select, stream_chunks
+from pilotlight.worker.sse import SseSplitter
+from pilotlight.worker.stages import is_fatal_error
 
 BODY_BYTES_MAX: Final = 64 * 1024 * 1024
 """Largest request body; equals what the gateway holds for one endpoint."""
+
+_PASSED_ON: Final = ("Content-Type", "Content-Length", "Retry-After", "X-Request-Id")
+"""Headers of an answer that go on to the caller."""
+
+_FAILURE_STARTS: Final = (b'data: {"error"', b"event: error\n")
+"""How the event begins by which the engine reports a failure inside a stream (§6.3)."""
+
+_FAILURE_BYTES_MAX: Final = 64 * 1024
+
+_FAREWELL_SECONDS: Final = 5.0
+"""How long a caller may take to read the last event of a stream that is broken off."""
+
+BODY_SECONDS: Final = 60.0
+"""How long a body may take to arrive."""
+
+STOP_SECONDS: Final = 1.0
+"""How long connections that are still busy may take once nothing is waited for any more."""
+
+KEEP_ALIVE_SECONDS: Final = 75
+"""How long a connection may idle; longer than clients keep theirs, so that they are the ones to close it."""
 
 
 class Listener:
@@ -36,8 +62,11 @@ class Listener:
         engine: Where requests go.
         socket_path: Where to listen.
         key: Bearer key every request must carry.
-        allow_admin: Let routes through that change engine state.
+        settings: Which routes are open, and whether bodies are translated.
+        seconds: How long one request may take (`REQUEST_TIMEOUT`).
+        notices: Where fields without effect are said.
         info: What `GET /worker/info` answers.
+        on_fatal: Called when an answer shows that the engine will not recover.
     """
 
     def __init__(
@@ -46,14 +75,20 @@ class Listener:
         engine: Engine,
         socket_path: Path,
         key: str,
-        allow_admin: bool,
+        settings: InputSettings,
+        seconds: float,
+        notices: Notices,
         info: Callable[[], dict[str, Any]],
+        on_fatal: Callable[[], None],
     ) -> None:
         self._engine = engine
         self._socket_path = socket_path
         self._key = f"Bearer {key}".encode()
-        self._allow_admin = allow_admin
+        self._settings = settings
+        self._seconds = seconds
+        self._notices = notices
         self._info = info
+        self._on_fatal = on_fatal
         self._runner: web.AppRunner | None = None
         self._idle = asyncio.Event()
         self._idle.set()
@@ -69,7 +104,13 @@ class Listener:
         app = web.Application(client_max_size=BODY_BYTES_MAX)
         app.router.add_route("*", "/{path:.*}", self._handle)
         # Cancellation of the handler is what closes the upstream connection when a client goes away.
-        self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, keepalive_timeout=75)
+        self._runner = web.AppRunner(
+            app,
+            access_log=None,
+            handler_cancellation=True,
+            keepalive_timeout=KEEP_ALIVE_SECONDS,
+            shutdown_timeout=STOP_SECONDS,
+        )
         await self._runner.setup()
         self._socket_path.unlink(missing_ok=True)
         await web.UnixSite(self._runner, str(self._socket_path)).start()
@@ -92,6 +133,10 @@ class Listener:
             return _error(401, error_text(401, "the listener's key is missing or wrong"))
         if request.path == "/worker/info" and request.method == "GET":
             return web.Response(body=msgspec.json.encode(self._info()), content_type="application/json")
+        return await self.answer(request)
+
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        """The engine's answer to a request whose sender was let in."""
         self._in_flight += 1
         self._idle.clear()
         try:
@@ -102,65 +147,188 @@ class Listener:
                 self._idle.set()
 
     async def _forward(self, request: web.Request) -> web.StreamResponse:
-        decision = check_route(request.method, request.raw_path, allow_admin=self._allow_admin)
-        anthropic = decision.path.startswith("/v1/messages")
+        decision = check_route(
+            request.method, request.raw_path, allow_admin=self._settings.allow_admin_routes
+        )
+        anthropic = speaks_anthropic(request.raw_path)
         if not decision.allowed:
-            text = error_text(decision.status, decision.message, error_type=decision.error_type)
+            text = error_text(
+                decision.status, decision.message, error_type=decision.error_type, anthropic=anthropic
+            )
             return _error(decision.status, text, allow=", ".join(decision.methods))
+        selection = None
         try:
-            body = await request.read() if request.body_exists else None
+            async with asyncio.timeout(BODY_SECONDS):
+                body = await request.read() if request.body_exists else None
             if body and decision.kind is RouteKind.JSON:
-                body = _rewritten(body)
+                body, selection = self._translate(decision.path, body)
         except InputError as error:
             return _error(error.status, input_error_text(error, anthropic=anthropic))
+        except TimeoutError:
+            text = error_text(408, f"the body did not arrive within {BODY_SECONDS:g} s", anthropic=anthropic)
+            return _error(408, text)
         except web.HTTPRequestEntityTooLarge:
             text = error_text(413, f"the body exceeds {BODY_BYTES_MAX} bytes", anthropic=anthropic)
             return _error(413, text)
-        content_type = request.headers.get("Content-Type", "application/json")
+        answer = web.StreamResponse()
+        too_long = error_text(504, f"the request ran longer than {self._seconds:g} s", anthropic=anthropic)
         try:
-            upstream = await self._engine.request(
-                request.method, decision.target, body=body, content_type=content_type
-            )
+            async with asyncio.timeout(self._seconds):
+                return await self._ask(request, answer, decision.target, body, selection)
+        except TimeoutError:
+            if not answer.prepared:
+                return _error(504, too_long)
+            await _break_off(request, answer, too_long)
+            return answer
         except EngineGoneError:
             return _error(503, gone_text(anthropic=anthropic))
+
+    async def _ask(
+        self,
+        request: web.Request,
+        answer: web.StreamResponse,
+        target: str,
+        body: bytes | None,
+        selection: Selection | None,
+    ) -> web.StreamResponse:
+        """The engine's answer: `answer` filled with it, or another one where it is not passed on as it is.
+
+        Raises:
+            EngineGoneError: There is none, or it says that there will be no more.
+        """
+        content_type = request.headers.get("Content-Type", "application/json")
+        upstream = await self._engine.request(request.method, target, body=body, content_type=content_type)
         try:
-            return await _pass_on(request, upstream)
+            if upstream.status >= 500:
+                return await self._failed(upstream)
+            if selection is not None and upstream.status == 200:
+                return await _selected(upstream, selection)
+            return await self._pass_on(request, upstream, answer)
         finally:
-            if upstream.content.at_eof():
-                upstream.release()
-            else:
-                upstream.close()
+            close(upstream)
+
+    async def _failed(self, upstream: aiohttp.ClientResponse) -> web.Response:
+        try:
+            body = await read_answer(upstream, ANSWER_BYTES_MAX)
+        except (AnswerTooLargeError, aiohttp.ClientError, ConnectionError) as error:
+            raise EngineGoneError(f"the engine broke off its answer: {error}") from error
+        if is_fatal_error(body):
+            self._on_fatal()
+            raise EngineGoneError("the engine reported a failure from which it does not recover")
+        headers = _passed_headers(upstream)
+        headers.pop("Content-Length", None)
+        return web.Response(status=upstream.status, body=body, headers=headers)
+
+    async def _pass_on(
+        self, request: web.Request, upstream: aiohttp.ClientResponse, answer: web.StreamResponse
+    ) -> web.StreamResponse:
+        answer.set_status(upstream.status)
+        answer.headers.update(_passed_headers(upstream))
+        failures = FailureFinder() if upstream.content_type == "text/event-stream" else None
+        await answer.prepare(request)
+        try:
+            async for data in upstream.content.iter_any():
+                if failures is not None and failures.is_fatal(data):
+                    self._on_fatal()
+                await answer.write(data)
+        except aiohttp.ClientPayloadError:
+            # The engine died mid-answer. With the status sent, a broken connection is the honest sign left.
+            _cut(request)
+            return answer
+        with contextlib.suppress(ConnectionResetError):
+            await answer.write_eof()
+        return answer
+
+    def _translate(self, path: str, body: bytes) -> tuple[bytes, Selection | None]:
+        """The body as the engine should see it; untouched where nothing changes or it is no JSON object."""
+        try:
+            parsed, as_is = _read(body)
+            if not isinstance(parsed, dict):
+                return body, None
+            translation = translate_body(path, parsed, strict=self._settings.strict_passthrough)
+            self._notices.say(translation.ignored)
+            if translation.body is parsed and as_is:
+                return body, None
+            return msgspec.json.encode(translation.body), translation.selection
+        except RecursionError as error:
+            raise InputError("the body is nested too deeply") from error
 
 
-def _rewritten(body: bytes) -> bytes:
-    """The body as the engine should see it; untouched where nothing changes or where it is no JSON object."""
+class FailureFinder:
+    """Looks for the event by which an engine says inside a stream that it is dead (`vllm-worker.md` §7)."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def is_fatal(self, data: bytes) -> bool:
+        """Whether an event that these bytes complete says so."""
+        *events, rest = (self._rest + data).split(b"\n\n")
+        # Such an event is short; of what does not begin like one it is enough to know that it goes on.
+        if not rest.startswith(_FAILURE_STARTS) or len(rest) > _FAILURE_BYTES_MAX:
+            # The last byte may be half of the mark between two events.
+            rest = rest[:16] + rest[16:][-1:]
+        self._rest = rest
+        return any(_is_fatal(event) for event in events if event.startswith(_FAILURE_STARTS))
+
+
+def _is_fatal(block: bytes) -> bool:
+    failure = read_failure(SseSplitter().feed(block + b"\n\n")[0])
+    return failure is not None and failure.status >= 500 and is_fatal_error(failure.body)
+
+
+def _read(body: bytes) -> tuple[Any, bool]:
+    """A body, and whether it can go to the engine as it came; None for what is no JSON.
+
+    The engine's own message about that is the better one.
+    """
     try:
-        parsed = msgspec.json.decode(body)
+        return msgspec.json.decode(body), True
     except (msgspec.DecodeError, UnicodeDecodeError):
-        return body  # the engine's own message about it is the better one
-    if not isinstance(parsed, dict):
-        return body
-    rewritten = rewrite_body(parsed)
-    return body if rewritten is parsed else msgspec.json.encode(rewritten)
+        # Python's reader, which is the engine's, takes more: half characters, NaN.
+        try:
+            return mended(body), False
+        except ValueError:
+            return None, True
 
 
-async def _pass_on(request: web.Request, upstream: aiohttp.ClientResponse) -> web.StreamResponse:
-    response = web.StreamResponse(status=upstream.status)
-    for name in ("Content-Type", "Content-Length", "Retry-After", "X-Request-Id"):
-        if name in upstream.headers:
-            response.headers[name] = upstream.headers[name]
-    await response.prepare(request)
+async def _selected(upstream: aiohttp.ClientResponse, selection: Selection) -> web.Response:
+    """What is kept of an answer with too many sequences, as JSON or as the stream asked for (§1.7)."""
     try:
-        async for data in upstream.content.iter_any():
-            await response.write(data)
-    except aiohttp.ClientPayloadError:
-        # The engine died mid-answer. The status is sent, so the only honest sign left is a broken connection.
-        if request.transport is not None:
-            request.transport.abort()
-        return response
-    with contextlib.suppress(ConnectionResetError):
-        await response.write_eof()
-    return response
+        answer = await read_answer(upstream, ANSWER_BYTES_MAX)
+        chosen = select(msgspec.json.decode(answer, type=dict[str, Any]), selection)
+    except AnswerTooLargeError as error:
+        return _error(413, error_text(413, str(error)))
+    except InputError as error:
+        return _error(error.status, input_error_text(error))
+    except (aiohttp.ClientError, ConnectionError) as error:
+        raise EngineGoneError(f"the engine broke off its answer: {error}") from error
+    if not selection.streamed:
+        return web.Response(body=msgspec.json.encode(chosen), content_type="application/json")
+    chunks = stream_chunks(chosen, chat=selection.chat, include_usage=selection.include_usage)
+    return web.Response(text="".join(event_texts(chunks)), content_type="text/event-stream", charset="utf-8")
+
+
+def _passed_headers(upstream: aiohttp.ClientResponse) -> dict[str, str]:
+    return {name: upstream.headers[name] for name in _PASSED_ON if name in upstream.headers}
+
+
+async def _break_off(request: web.Request, answer: web.StreamResponse, text: str) -> None:
+    """Ends an answer that has begun: a stream by a last event, any other by a broken connection."""
+    if answer.content_type != "text/event-stream":
+        _cut(request)
+        return
+    name = "event: error\n" if speaks_anthropic(request.raw_path) else ""
+    try:
+        async with asyncio.timeout(_FAREWELL_SECONDS):
+            await answer.write(f"{name}data: {text}\n\n".encode())
+            await answer.write_eof()
+    except (TimeoutError, ConnectionResetError):
+        _cut(request)
+
+
+def _cut(request: web.Request) -> None:
+    if request.transport is not None:
+        request.transport.abort()
 
 
 def _error(status: int, text: str, *, allow: str = "") -> web.Response:

@@ -33,6 +33,8 @@ POST_SECONDS: Final = 60.0
 _ATTEMPT_SECONDS: Final = 60.0
 _PAUSE_429_SECONDS: Final = 5.0
 _OUTAGE_STEP_SECONDS: Final = 10.0
+_TAKEN: Final = frozenset({200, 204, 400})
+"""Answers to a take: jobs, or none for now (§3.1)."""
 
 
 class _Named(msgspec.Struct):
@@ -123,6 +125,7 @@ class Platform:
         post_many = self._post_batch if self._batch_url is not None else None
         self._results = ResultPoster(self._post_result, post_many, log)
         self._version = quote(f"pilotlight-{version}")
+        self._takes_batches = True
         self._last_failure: float | None = None
         self.outage_seconds = 0.0
 
@@ -132,18 +135,27 @@ class Platform:
         await self._http.close()
 
     async def take(self, slots: int, *, busy: bool) -> TakeAnswer:
-        """One long poll for up to `slots` jobs (§3.1, §3.2)."""
+        """One long poll for up to `slots` jobs (§3.1, §3.2); for one where the platform knows no batches."""
         progress = f"job_in_progress={int(busy)}"
-        if slots > 1:
-            url = _with_query(self._urls.batch, f"batch_size={slots}&{progress}")
+        single = _with_query(self._urls.take, progress)
+        if slots > 1 and self._takes_batches:
+            batch = _with_query(self._urls.batch, f"batch_size={slots}&{progress}")
+            status, body = await self._get(batch, POLL_SECONDS)
+            if status == 404:
+                status, body = await self._get(single, POLL_SECONDS)
+                if status in _TAKEN:
+                    self._takes_batches = False
+                    self._log.event("platform.no_batches")
         else:
-            url = _with_query(self._urls.take, progress)
-        status, body = await self._get(url, POLL_SECONDS)
+            status, body = await self._get(single, POLL_SECONDS)
+        return self._taken(status, body)
+
+    def _taken(self, status: int | None, body: bytes) -> TakeAnswer:
         if status == 429:
             return TakeAnswer(pause_seconds=_PAUSE_429_SECONDS)
         if status == 0:
             return TakeAnswer()
-        if status is None or (status != 200 and status not in {204, 400}):
+        if status not in _TAKEN:
             if status is not None:
                 self._log.event("platform.take_refused", status=status)
             return TakeAnswer(failed=True)
@@ -296,6 +308,8 @@ class Platform:
         if self._last_failure is not None:
             self._last_failure = None
             self.outage_seconds = 0.0
+            # It may be another one now.
+            self._takes_batches = True
             self._log.event("platform.recovered")
             self._on_recovered()
 
@@ -330,7 +344,7 @@ def read_jobs(body: bytes) -> list[TakenJob | str]:
     except (msgspec.DecodeError, RecursionError):
         # Half characters somewhere hide where one job ends and the next begins.
         try:
-            answer = _mended(body)
+            answer = mended(body)
         except (ValueError, RecursionError):
             return ["unreadable"]
         return [_checked_job(item) for item in (answer if isinstance(answer, list) else [answer])]
@@ -343,7 +357,7 @@ def _read_job(raw: bytes) -> TakenJob | str:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         pass
     try:
-        return _checked_job(_mended(raw))
+        return _checked_job(mended(raw))
     except (ValueError, RecursionError) as error:
         reason = str(error)
     try:
@@ -359,8 +373,13 @@ def _checked_job(item: Any) -> TakenJob | str:
     return type(item).__name__
 
 
-def _mended(raw: bytes) -> Any:
-    """JSON as Python reads it; half characters, which could not be sent on, are replaced."""
+def mended(raw: bytes) -> Any:
+    """JSON as Python reads it; half characters, which could not be sent on, are replaced.
+
+    Raises:
+        ValueError: Python cannot read it either.
+        RecursionError: It is nested too deeply.
+    """
     text = json.dumps(json.loads(raw.decode(errors="replace")), ensure_ascii=False)
     return json.loads(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 

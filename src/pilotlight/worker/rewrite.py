@@ -1,15 +1,19 @@
 """Translates body fields that vLLM dropped and would now silently ignore (`vllm-worker.md` §1.7).
 
-Pure. Shared by the job path and the HTTP listener, so both roads send the engine the same body. The gateway
-looks at `core.openai_routes.REWRITTEN_FIELDS` to know which bodies need this.
+Pure. `translate_body` is shared by the job path and the HTTP listener, so both roads send the engine the same
+body. The gateway looks at `core.openai_routes.REWRITTEN_FIELDS` to know which bodies need this.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Final
 
-from pilotlight.core.openai_routes import REWRITTEN_FIELDS
+from pilotlight.core.openai_routes import asks_to_stream
 from pilotlight.worker.errors import InputError
+from pilotlight.worker.parameters import GUIDED, Ignored
+from pilotlight.worker.selection import Selection, plan_selection
+from pilotlight.worker.upstream import CHAT_ROUTE, COMPLETION_ROUTE
 
 _MEMBERS: Final = {
     "guided_json": "json",
@@ -20,12 +24,59 @@ _MEMBERS: Final = {
 }
 _CONSTRAINTS: Final = ("json", "regex", "choice", "grammar", "structural_tag", "json_object")
 _BACKEND: Final = "guided_decoding_backend"
+_BACKEND_MEMBERS: Final = ("backend", "disable_fallback")
+_CONSTRAINED_ROUTES: Final = (CHAT_ROUTE, COMPLETION_ROUTE, "/v1/responses")
+"""Routes whose bodies have `structured_outputs`; others would overlook it."""
 
 
-def rewrite_body(body: dict[str, Any]) -> dict[str, Any]:
-    """The body to send to the engine; the given one when nothing needs translating.
+@dataclass(frozen=True, slots=True)
+class Translation:
+    """An OpenAI body as the engine should see it.
 
-    `guided_*` and `guided_decoding` become `structured_outputs`; a truthy `stream` becomes JSON `true`.
+    Attributes:
+        body: The body; the very same object when nothing had to be changed.
+        selection: What to keep of the answer; None = all of it.
+        ignored: Fields without effect.
+    """
+
+    body: dict[str, Any]
+    selection: Selection | None = None
+    ignored: tuple[Ignored, ...] = ()
+
+
+def translate_body(path: str, body: dict[str, Any], *, strict: bool) -> Translation:
+    """What to send the engine for an OpenAI body (§1.9).
+
+    Args:
+        path: Route without query.
+        body: The caller's body. Not changed.
+        strict: Leave alone what vLLM dropped (`OPENAI_STRICT_PASSTHROUGH`).
+
+    Raises:
+        InputError: The dropped fields contradict each other, or ask for what cannot be done on this route.
+    """
+    stream = body.get("stream")
+    if stream is not True and asks_to_stream(stream):
+        body = {**body, "stream": True}
+    if strict:
+        return Translation(body)
+    ignored = ignored_guided(body)
+    if path not in _CONSTRAINED_ROUTES and (members := _guided_members(body)):
+        name = next(name for name in sorted(GUIDED - {_BACKEND}) if body.get(name) is not None)
+        raise InputError(
+            f"{name} has no effect on {path}, which knows no guided decoding; leave out {', '.join(members)}",
+            param=name,
+        )
+    body = rewrite_guided(body)
+    chat = path == CHAT_ROUTE
+    if "best_of" not in body or not (chat or path == COMPLETION_ROUTE):
+        return Translation(body, None, ignored)
+    body, selection = plan_selection(body, chat=chat, streamed=body.get("stream") is True)
+    return Translation(body, selection, ignored)
+
+
+def rewrite_guided(body: dict[str, Any]) -> dict[str, Any]:
+    """The body with `guided_*` and `guided_decoding` as `structured_outputs`; the given one without them.
 
     Args:
         body: A request body in OpenAI's form. Not changed.
@@ -33,12 +84,9 @@ def rewrite_body(body: dict[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: Two constraints at once, old and new spelling together, or a member of the wrong type.
     """
-    stream = body.get("stream")
-    if stream and stream is not True:
-        body = {**body, "stream": True}
-    if REWRITTEN_FIELDS.isdisjoint(body):
+    if GUIDED.isdisjoint(body):
         return body
-    rest = {key: value for key, value in body.items() if key not in REWRITTEN_FIELDS}
+    rest = {key: value for key, value in body.items() if key not in GUIDED}
     members = _guided_members(body)
     if not members:
         return rest
@@ -46,11 +94,13 @@ def rewrite_body(body: dict[str, Any]) -> dict[str, Any]:
     return {**rest, "structured_outputs": members}
 
 
-def ignored_fields(body: dict[str, Any]) -> tuple[str, ...]:
-    """Fields of a body that are accepted and have no effect, so that the worker can say so once."""
+def ignored_guided(body: dict[str, Any]) -> tuple[Ignored, ...]:
+    """The choice of a backend, which is accepted and has no effect."""
     guided = body.get("guided_decoding")
     nested = isinstance(guided, dict) and guided.get("backend") is not None
-    return (_BACKEND,) if body.get(_BACKEND) is not None or nested else ()
+    if body.get(_BACKEND) is None and not nested:
+        return ()
+    return (Ignored(_BACKEND, "is a start option of the engine now (GUIDED_DECODING_BACKEND)"),)
 
 
 def _guided_members(body: dict[str, Any]) -> dict[str, Any]:
@@ -63,7 +113,7 @@ def _guided_members(body: dict[str, Any]) -> dict[str, Any]:
     members = {
         key: value
         for key, value in (nested or {}).items()
-        if value is not None and not key.startswith("backend")
+        if value is not None and not key.startswith(_BACKEND_MEMBERS)
     }
     for old, new in _MEMBERS.items():
         value = body.get(old)

@@ -9,13 +9,43 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
-from pilotlight.domain.worker import Stage
+from pilotlight.domain.worker import Failure, Stage
+from pilotlight.worker.http import AnswerTimeoutError, HttpClient
 from pilotlight.worker.log import LogSink
 from pilotlight.worker.platform import Backoff, Platform
+
+REPORT_SECONDS: Final = 5.0
+"""How long a platform may take to receive the failure of a worker that ends at once."""
+
+LOG_AGAIN_SECONDS: Final = 10.0
+"""A stage that is reported again and again, with its progress, becomes a line of the log no more often."""
+
+
+async def report_failure(url: str, key: str, failure: Failure) -> None:
+    """Tells the platform once of a failure before a life had begun; it may not be there.
+
+    Args:
+        url: The state URL.
+        key: The worker's key.
+        failure: What to tell.
+    """
+    detail = {"kind": failure.kind, "cause": failure.cause, "advice": failure.advice}
+    body = msgspec.json.encode({"stage": str(Stage.FAILED), "detail": detail})
+    try:
+        client = HttpClient({"Authorization": key})
+        try:
+            await client.request(
+                "POST", url, body=body, content_type="application/json", seconds=REPORT_SECONDS
+            )
+        finally:
+            await client.close()
+    except (AnswerTimeoutError, OSError, ValueError):
+        # What is wrong stands on standard error, too.
+        return
 
 
 class StateReporter:
@@ -33,6 +63,7 @@ class StateReporter:
         self._on_unwanted = on_unwanted
         self._queue: deque[dict[str, Any]] = deque()
         self._last: dict[str, Any] | None = None
+        self._logged = 0.0
         self._wake = asyncio.Event()
         self._empty = asyncio.Event()
         self._empty.set()
@@ -53,7 +84,10 @@ class StateReporter:
             detail: Facts about it, such as `elapsed_ms`, or a failure's kind, cause and advice.
             registration: Addresses, models and limits, once they are known.
         """
-        self._log.event("worker.stage", stage=str(stage), **detail)
+        now = asyncio.get_running_loop().time()
+        if self._last is None or self._last["stage"] != stage or now - self._logged >= LOG_AGAIN_SECONDS:
+            self._logged = now
+            self._log.event("worker.stage", stage=str(stage), **detail)
         self._last = {"stage": str(stage), "detail": detail, **(registration or {})}
         self._put(self._last)
 
@@ -75,6 +109,9 @@ class StateReporter:
     def _put(self, report: dict[str, Any]) -> None:
         if self._platform is None:
             return
+        # The first one may be on its way; of those that wait, the last of a stage says it all.
+        if len(self._queue) > 1 and self._queue[-1]["stage"] == report["stage"]:
+            self._queue.pop()
         self._queue.append(report)
         self._empty.clear()
         self._wake.set()

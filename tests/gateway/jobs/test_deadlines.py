@@ -7,7 +7,13 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from pilotlight.domain.usage import Outcome
+from pilotlight.domain.worker import Failure
+from pilotlight.ports.fleet import Health
+
+NO_FIT = Failure(kind="out_of_memory", cause="900 GiB are too much", advice="less", line="not for callers")
 
 
 async def test_execution_timeout_fails_the_job_and_stops_it(platform):
@@ -35,6 +41,28 @@ async def test_ttl_of_a_queued_job_leaves_a_record(platform):
     await platform.service.end_overdue()
     assert (await call).json()["status"] == "TIMED_OUT"
     assert platform.records[-1].outcome is Outcome.TIMED_OUT
+
+
+@pytest.mark.parametrize(
+    ("health", "why"),
+    [
+        (Health(), ""),
+        (
+            Health(failures=2, failure=NO_FIT),
+            ": no worker could be started: 900 GiB are too much (out_of_memory: less)",
+        ),
+        (Health(throttled="every GPU is taken"), ": every GPU is taken"),
+        (Health(failure=NO_FIT), ""),
+    ],
+)
+async def test_a_job_that_no_worker_could_be_started_for_says_why(platform, health, why):
+    """vllm-worker.md §7 start failure: class, cause and advice are in the job's error, too."""
+    job_id = await platform.run({"input": 1, "policy": {"ttl": 10_000}})
+    platform.fleet.state = health
+    platform.clock.advance(11)
+    await platform.service.end_overdue()
+    job = await platform.status(job_id)
+    assert (job["status"], job["error"]) == ("TIMED_OUT", f"job exceeded its time to live{why}")
 
 
 async def test_ttl_of_a_running_job_removes_it(platform):

@@ -56,6 +56,7 @@ async def base(platform: Platform) -> AsyncIterator[str]:
         _, _, endpoint_id, _, rest = scope["path"].split("/", 4)
         await road(scope, receive, send, endpoint_id=endpoint_id, path=f"/{rest}")
 
+    await platform.reshape(kind=EndpointKind.QUEUE)
     platform.fleet.add(capacity=8)
     async with serving(app) as url:
         yield f"{url}/v2/{ENDPOINT}/openai/v1"
@@ -94,6 +95,74 @@ async def test_a_call_becomes_a_synchronous_job(platform, client):
         }
         await platform.done(job["id"], {"output": [WHOLE]}, stream=True)
         assert (await call).choices[0].message.content == "Hello there"
+
+
+async def test_our_own_worker_program_is_asked_for_single_pieces(platform, client):
+    """vllm-worker.md §1.9: the caller reads live; workers of other programs are not told of it."""
+    await platform.reshape(kind=EndpointKind.VLLM)
+    async with asked(chat(client), platform) as (call, job):
+        assert job["input"] == {
+            "openai_route": "/v1/chat/completions",
+            "openai_input": {"model": "any", "messages": MESSAGES},
+            "max_batch_size": 1,
+        }
+        await platform.done(job["id"], {"output": [WHOLE]}, stream=True)
+        assert (await call).choices[0].message.content == "Hello there"
+
+
+@pytest.mark.parametrize(
+    ("method", "route", "status", "word"),
+    [
+        ("GET", "/chat/completions", 405, "POST"),
+        ("POST", "/nothing", 404, "not a route"),
+        ("POST", "/load_lora_adapter", 403, "administers"),
+        ("GET", "/realtime", 400, "WebSocket"),
+        ("GET", "/models/nobody", 404, "nobody"),
+    ],
+)
+async def test_our_own_program_is_asked_for_routes_of_the_engine_only(
+    platform, base, method, route, status, word
+):
+    """vllm-worker.md §1.10: as on a gateway that leads, and without a job."""
+    await platform.reshape(kind=EndpointKind.VLLM)
+    body = {} if method == "POST" else None
+    answer = await platform.client.request(method, f"{base}{route}", headers=KEY, json=body)
+    assert answer.status_code == status
+    assert word in answer.json()["error"]["message"]
+    assert (await platform.call("GET", "/health")).json()["jobs"]["inQueue"] == 0
+
+
+async def test_models_of_our_own_program_need_no_worker(platform, base, client):
+    """vllm-worker.md §6.1."""
+    await platform.reshape(kind=EndpointKind.VLLM)
+    (model,) = (await client.models.list()).data
+    assert (await client.models.retrieve(model.id)).owned_by == "pilotlight"
+
+
+async def test_a_paused_endpoint_is_refused_at_once(platform, client):
+    await platform.reshape(kind=EndpointKind.VLLM, workers_max=0)
+    with pytest.raises(openai.InternalServerError, match="paused") as caught:
+        await chat(client)
+    assert caught.value.status_code == 503
+    assert caught.value.response.headers["retry-after"]
+
+
+async def test_usage_is_asked_for_and_kept_from_who_did_not_ask(platform, client):
+    """vllm-worker.md §6.3: so that the tokens of a stream are in the request log."""
+    await platform.reshape(kind=EndpointKind.VLLM)
+    usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    last = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "m"}
+    end = f"data: {json.dumps({**last, 'choices': [], 'usage': usage})}\n\ndata: [DONE]\n\n"
+    async with asked(chat(client, stream=True), platform) as (call, job):
+        assert job["input"]["openai_input"]["stream_options"] == {"include_usage": True}
+        for text in (event("Hello"), event(" there"), end):
+            await platform.chunk(job["id"], text)
+        await platform.done(job["id"], {"output": [event("Hello"), event(" there"), end]}, stream=True)
+        chunks = [chunk async for chunk in await call]
+    assert "".join(chunk.choices[0].delta.content for chunk in chunks) == "Hello there"
+    assert [chunk.usage for chunk in chunks] == [None, None]
+    (row,) = platform.records
+    assert (row.tokens_in, row.tokens_out) == (3, 2)
 
 
 async def test_an_answer_that_was_only_streamed_is_read_from_the_stream(platform, client):
@@ -265,6 +334,7 @@ async def test_a_stream_whose_worker_is_lost_for_the_last_time_fails_with_that(m
 
         scope = {
             "type": "http",
+            "method": "POST",
             "headers": [(b"authorization", ADMIN.encode()), (b"content-length", b"15")],
             "extensions": {GONE: asyncio.get_running_loop().create_future},
         }

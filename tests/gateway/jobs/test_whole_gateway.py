@@ -11,7 +11,7 @@ import httpx
 import msgspec
 import pytest
 
-from pilotlight.domain.endpoint import RESERVED_ENDPOINT_IDS
+from pilotlight.domain.endpoint import RESERVED_ENDPOINT_IDS, EndpointKind
 from pilotlight.gateway.app import Gateway
 from pilotlight.gateway.asgi import send_json
 from pilotlight.gateway.jobs.openai import JobOpenAI
@@ -86,6 +86,7 @@ async def test_any_other_word_is_an_endpoint(whole):
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/models/", "//v1//models//", "/v1/models/?x=1"])
 async def test_slashes_of_openai_routes(platform, whole, path):
     """§2.1: doubled and trailing ones are ignored, and workers see neither."""
+    await platform.reshape(kind=EndpointKind.QUEUE)
     platform.fleet.add(capacity=1)
     call = asyncio.create_task(whole.ask("GET", f"/v2//{ENDPOINT}/openai{path}"))
     job = (await platform.take()).json()

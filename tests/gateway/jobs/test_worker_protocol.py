@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from pilotlight.core.lifecycle import STREAM_BEGUN
-from pilotlight.domain.worker import Stage, WorkerState
+from pilotlight.domain.worker import DownloadProgress, Stage, WorkerState
 from pilotlight.errors import NotFoundError, StoreError
 
 ENVELOPE = {"error": {"message": "engine died", "type": "InternalServerError", "code": 500}}
@@ -615,6 +615,14 @@ async def test_state_reports(platform):
     detail = {"kind": "out_of_memory", "cause": "OOM", "advice": "smaller"}
     assert (await report(stage="failed", detail=detail)).status_code == 200
     assert platform.fleet.reports[1][1].failure.kind == "out_of_memory"
+    progress = {"done_bytes": 5, "total_bytes": 9, "elapsed_ms": 1}
+    for detail, expected in (
+        (progress, DownloadProgress(done_bytes=5, total_bytes=9)),
+        ({"done_bytes": 5, "total_bytes": None}, DownloadProgress(done_bytes=5)),
+        ({"waits_for": "another worker"}, None),
+    ):
+        assert (await report(stage="downloading", detail=detail)).status_code == 200
+        assert platform.fleet.reports.pop()[1].progress == expected
     assert (await report(worker="w9", stage="ready")).status_code == 410
     assert (await report(secret="wrong", stage="ready")).status_code == 401
     for bad in (

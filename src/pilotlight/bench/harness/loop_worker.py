@@ -13,10 +13,11 @@ import sys
 import uvloop
 
 from pilotlight.worker.config import WorkerConfig
-from pilotlight.worker.jobs import JobLoop, PostChunk
+from pilotlight.worker.jobs import JobLoop
 from pilotlight.worker.log import LogSink
 from pilotlight.worker.outputs import Item
 from pilotlight.worker.platform import Platform, TakenJob
+from pilotlight.worker.runner import PostChunk
 
 
 class _Noop:

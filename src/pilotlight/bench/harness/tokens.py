@@ -43,10 +43,15 @@ async def _one(connection: Connection, request: bytes, tokens: int) -> float:
     return (answer.first_ns - started) / 1e6
 
 
+def question(number: int) -> list[dict[str, str]]:
+    """The messages of one stream; each stream asks something else."""
+    return [{"role": "user", "content": f"What is {number} plus {number + 1}?"}]
+
+
 def _body(model: str, number: int, tokens: int) -> dict[str, object]:
     return {
         "model": model,
-        "messages": [{"role": "user", "content": f"What is {number} plus {number + 1}?"}],
+        "messages": question(number),
         "stream": True,
         "stream_options": {"include_usage": True},
         "temperature": 0,

@@ -1,5 +1,8 @@
 """OpenAI routes of endpoints whose workers only take jobs (serverless-api.md §2.15, `/openai/{path…}`).
 
+So it is with queue endpoints, and with those of vLLM on a gateway that follows, from which no engine can be
+reached. The latter keep the rules of the data path: the same routes, the same list of models, token counts.
+
 A bare ASGI callable like the data path, with the same refusals; each call becomes a synchronous job, whose
 stream chunks are the answer's bytes. The client's going away cancels the job.
 """
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import msgspec
 import structlog
@@ -20,17 +24,21 @@ from pilotlight.core.openai_jobs import (
     wants_stream,
     whole_answer,
 )
+from pilotlight.core.openai_routes import RouteDecision, RouteKind, check_route
 from pilotlight.domain.endpoint import Endpoint, EndpointKind
 from pilotlight.domain.job import Job, JobStatus
+from pilotlight.domain.key import ApiKey
 from pilotlight.errors import InvalidInputError, NotFoundError, StoreError
 from pilotlight.gateway.asgi import ClientGoneError, Headers, Receive, Scope, Send, read_body, send_json
+from pilotlight.gateway.body import BodyPlan, plan_body
 from pilotlight.gateway.directory import Directory
 from pilotlight.gateway.errors import RETRY_AFTER_STORE_S, QueueFullError
+from pilotlight.gateway.events import EventStream, TokenCount
 from pilotlight.gateway.jobs.readers import StreamPart
 from pilotlight.gateway.jobs.service import JobService
 from pilotlight.gateway.jobs.submission import NOT_FOR_QUEUES, Submission, check_readable
 from pilotlight.gateway.jobs.waiting import Gone, watched
-from pilotlight.gateway.openai_access import called_endpoint, caller_of
+from pilotlight.gateway.openai_access import called_endpoint, caller_of, models_answer, route_refusal
 from pilotlight.gateway.refusal import RequestRefusedError, anthropic_body
 from pilotlight.settings import LimitSettings
 
@@ -42,6 +50,9 @@ _WAIT_S = 300.0
 _HOLD_S = 8.0
 """Length of one wait for stream chunks; the next follows at once."""
 
+
+_PAUSED = "endpoint is paused (max workers 0)"
+_RETRY_PAUSED_S = 10
 
 _STOPPING = Failure(status=503, message="the gateway is stopping")
 _LOST = Failure(status=502, message="the worker was lost after part of the answer had been sent")
@@ -71,11 +82,11 @@ class JobOpenAI:
             receive: Its incoming events.
             send: Takes its outgoing events.
             endpoint_id: From the path.
-            path: What follows `/openai`, with the query, which workers of this kind do not get.
+            path: What follows `/openai`, with the query, which only our own worker program gets.
         """
         route = path.partition("?")[0]
         try:
-            await self._serve(scope, receive, send, endpoint_id, route)
+            await self._serve(scope, receive, send, endpoint_id, path)
         except RequestRefusedError as refusal:
             await _refuse(send, route, refusal)
         except ClientGoneError:
@@ -84,34 +95,28 @@ class JobOpenAI:
             _log.exception("openai_job_failed", endpoint_id=endpoint_id)
             await _refuse(send, route, RequestRefusedError(500, "internal server error"))
 
-    async def _serve(self, scope: Scope, receive: Receive, send: Send, endpoint_id: str, route: str) -> None:
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, endpoint_id: str, path: str) -> None:
         headers = Headers(scope["headers"])
         key = caller_of(self._directory, headers)
         endpoint = called_endpoint(self._directory, key, endpoint_id)
         if endpoint.kind is EndpointKind.LOAD_BALANCER:
             raise RequestRefusedError(400, NOT_FOR_QUEUES)
-        body = await self._body(headers, receive)
-        try:
-            streamed = bool(body) and wants_stream(body)
-            check_readable(body)
-        except (ValueError, InvalidInputError) as error:
-            raise RequestRefusedError(400, str(error)) from error
-        submission = Submission(input=job_input(route, body))
-        try:
-            job = await self._service.enqueue(
-                endpoint, key, submission, sync=True, wait_ms=int(_WAIT_S * 1000)
-            )
-        except InvalidInputError as error:
-            raise RequestRefusedError(400, str(error)) from error
-        except QueueFullError as error:
-            raise RequestRefusedError(429, str(error), retry_after_s=error.retry_after_s) from error
-        except StoreError as error:
-            raise RequestRefusedError(503, str(error), retry_after_s=RETRY_AFTER_STORE_S) from error
+        decision = check_route(scope["method"], path) if endpoint.kind is EndpointKind.VLLM else None
+        if decision is not None:
+            if not decision.allowed or decision.kind is RouteKind.WEBSOCKET:
+                raise route_refusal(decision)
+            if decision.path.startswith("/v1/models"):
+                await send_json(send, 200, models_answer(endpoint, decision.path), [])
+                return
+            if endpoint.workers_max == 0:
+                raise RequestRefusedError(503, _PAUSED, code="no_worker", retry_after_s=_RETRY_PAUSED_S)
+        call = _plan(decision, path, await self._body(headers, receive))
+        job = await self._submit(endpoint, key, call)
         async with watched(scope, receive) as gone:
             answered = False
             try:
-                if streamed:
-                    await self._stream(endpoint, job, route, send, gone)
+                if call.streamed:
+                    await self._stream(endpoint, job, call, send, gone)
                 else:
                     await self._whole(endpoint, job, send, gone)
                 answered = True
@@ -121,6 +126,19 @@ class JobOpenAI:
                 # Nobody can ask for its result any more; one that has ended stays as it is.
                 if gone.done() or not answered:
                     await self._cancel(endpoint, job)
+
+    async def _submit(self, endpoint: Endpoint, key: ApiKey, call: _Call) -> Job:
+        submission = Submission(input=call.input)
+        try:
+            return await self._service.enqueue(
+                endpoint, key, submission, sync=True, wait_ms=int(_WAIT_S * 1000)
+            )
+        except InvalidInputError as error:
+            raise RequestRefusedError(400, str(error)) from error
+        except QueueFullError as error:
+            raise RequestRefusedError(429, str(error), retry_after_s=error.retry_after_s) from error
+        except StoreError as error:
+            raise RequestRefusedError(503, str(error), retry_after_s=RETRY_AFTER_STORE_S) from error
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes:
         content_type = headers.get(b"content-type").partition(b";")[0].strip().lower()
@@ -153,7 +171,9 @@ class JobOpenAI:
         answer = whole_answer(done.output, chunks)
         await send_json(send, answer.status, answer.body, [(b"x-job-id", job.id.encode())])
 
-    async def _stream(self, endpoint: Endpoint, job: Job, route: str, send: Send, gone: Gone) -> None:
+    async def _stream(self, endpoint: Endpoint, job: Job, call: _Call, send: Send, gone: Gone) -> None:
+        route = call.route
+        events = EventStream(TokenCount(), hide_usage=True) if call.hide_usage else None
         begun = False
         begun_by = 0
         deadline = asyncio.get_running_loop().time() + self._limits.data_path_s
@@ -178,9 +198,13 @@ class JobOpenAI:
                 begun, begun_by = True, part.attempt
                 await _begin(send, job)
             for chunk in part.chunks:
-                event = {"type": "http.response.body", "body": stream_text(chunk), "more_body": True}
-                await send(event)
+                data = stream_text(chunk)
+                if events is not None:
+                    data = events.feed(data)
+                await send({"type": "http.response.body", "body": data, "more_body": True})
             if part.status.terminal:
+                if begun and events is not None:
+                    await send({"type": "http.response.body", "body": events.rest(), "more_body": True})
                 await self._end(endpoint, job, route, send, begun=begun)
                 return
             if self._service.closing:
@@ -221,6 +245,45 @@ class JobOpenAI:
             await self._service.cancel(endpoint.id, job.id)
         except (NotFoundError, StoreError) as error:
             _log.info("abandoned_job_not_cancelled", job_id=job.id, error=str(error))
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What becomes of a request.
+
+    Attributes:
+        route: Path of the engine's route.
+        input: Of the job.
+        streamed: Whether its stream chunks are the answer.
+        hide_usage: Whether the usage in them was asked for by us alone.
+    """
+
+    route: str
+    input: bytes
+    streamed: bool
+    hide_usage: bool = False
+
+
+def _plan(decision: RouteDecision | None, path: str, body: bytes) -> _Call:
+    """What becomes of a request; RequestRefusedError (400) for a body that no engine could read.
+
+    Args:
+        decision: What is known of the route; None where that is the worker's own business.
+        path: As it was called.
+        body: The request's.
+    """
+    try:
+        if decision is None:
+            route = path.partition("?")[0]
+            streamed = bool(body) and wants_stream(body)
+            check_readable(body)
+            return _Call(route, job_input(route, body), streamed)
+        check_readable(body)
+        plan = plan_body(decision.path, body) if body else BodyPlan(b"")
+    except (ValueError, InvalidInputError) as error:
+        raise RequestRefusedError(400, str(error)) from error
+    single = job_input(decision.target, plan.body, single_pieces=True)
+    return _Call(decision.path, single, plan.stream, plan.hide_usage)
 
 
 def _failure(job: Job) -> Failure:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import structlog
 
 from pilotlight.core.lifecycle import ExecutionTimedOut, JobEvent, PlatformInterrupted, TtlReached, WorkerLost
-from pilotlight.domain.job import Job
+from pilotlight.domain.job import Job, JobStatus
 from pilotlight.domain.worker import Failure, Stage, Worker, WorkerState
 from pilotlight.errors import NotFoundError, StoreError
 from pilotlight.gateway.jobs.ledger import Ledger
@@ -64,7 +64,7 @@ class Upkeep:
         now_ms = ledger.clock.now_ms()
         for _ in range(_OVERDUE_SLICES_MAX):
             due = await ledger.store.due(now_ms=now_ms, limit=_OVERDUE_SLICE)
-            changes = await ledger.apply_many([(job.id, _end_of(job, now_ms)) for job in due])
+            changes = await ledger.apply_many([(job.id, self._end_of(job, now_ms)) for job in due])
             for applied in changes:
                 if applied is not None and applied.finished and self._gone(applied.after):
                     with contextlib.suppress(NotFoundError):
@@ -221,9 +221,14 @@ class Upkeep:
         slots = self._ledger.slots.worker(link.worker_id)
         return bool(link.hand_outs) or (slots is not None and slots.requests > 0)
 
-
-def _end_of(job: Job, now_ms: int) -> JobEvent:
-    """How a job ends that is overdue."""
-    if job.expires_ms > now_ms:
-        return ExecutionTimedOut(now_ms=now_ms, attempt=job.attempt)
-    return TtlReached(now_ms=now_ms)
+    def _end_of(self, job: Job, now_ms: int) -> JobEvent:
+        """How a job ends that is overdue."""
+        if job.expires_ms > now_ms:
+            return ExecutionTimedOut(now_ms=now_ms, attempt=job.attempt)
+        if job.status is not JobStatus.IN_QUEUE:
+            return TtlReached(now_ms=now_ms)
+        health = self._ledger.fleet.health(job.endpoint_id)
+        reason = health.throttled or ""
+        if health.failures and health.failure is not None:
+            reason = f"no worker could be started: {health.failure.sentence}"
+        return TtlReached(now_ms=now_ms, reason=reason)

@@ -17,9 +17,9 @@ WHERE id = $14;
 -- name: insert_revision
 -- Adds a revision of an endpoint.
 INSERT INTO revisions (
-    endpoint_id, version, model, env, engine_url, gpu_count, memory_bytes, created_ms, command
+    endpoint_id, version, model, env, engine_url, gpu_count, memory_bytes, created_ms, command, container
 )
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9);
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10);
 
 -- name: endpoint_id_used
 -- Whether an id belongs or ever belonged to an endpoint.
@@ -33,7 +33,7 @@ SELECT EXISTS (SELECT 1 FROM endpoints WHERE name = $1 AND deleted_ms IS NULL AN
 -- The current revision of a living endpoint.
 SELECT
     revisions.endpoint_id, revisions.version, revisions.model, revisions.env, revisions.engine_url,
-    revisions.gpu_count, revisions.memory_bytes, revisions.created_ms, revisions.command
+    revisions.gpu_count, revisions.memory_bytes, revisions.created_ms, revisions.command, revisions.container
 FROM endpoints
 JOIN revisions ON revisions.endpoint_id = endpoints.id AND revisions.version = endpoints.version
 WHERE endpoints.id = $1 AND endpoints.deleted_ms IS NULL;
@@ -49,7 +49,7 @@ SELECT
     endpoints.scaler, endpoints.scaler_value, endpoints.execution_timeout_ms, endpoints.concurrency,
     endpoints.flashboot, endpoints.created_ms, endpoints.updated_ms, endpoints.kind,
     revisions.endpoint_id, revisions.version, revisions.model, revisions.env, revisions.engine_url,
-    revisions.gpu_count, revisions.memory_bytes, revisions.created_ms, revisions.command
+    revisions.gpu_count, revisions.memory_bytes, revisions.created_ms, revisions.command, revisions.container
 FROM endpoints
 JOIN revisions ON revisions.endpoint_id = endpoints.id AND revisions.version = endpoints.version
 WHERE endpoints.deleted_ms IS NULL
@@ -57,7 +57,7 @@ ORDER BY endpoints.created_ms, endpoints.seq;
 
 -- name: revisions
 -- All revisions of an endpoint, newest first.
-SELECT endpoint_id, version, model, env, engine_url, gpu_count, memory_bytes, created_ms, command
+SELECT endpoint_id, version, model, env, engine_url, gpu_count, memory_bytes, created_ms, command, container
 FROM revisions
 WHERE endpoint_id = $1
 ORDER BY version DESC;

@@ -17,9 +17,9 @@ WHERE id = ?;
 -- name: insert_revision
 -- Adds a revision of an endpoint.
 INSERT INTO revisions (
-    endpoint_id, version, model, env, engine_url, gpu_count, memory_bytes, created_ms, command
+    endpoint_id, version, model, env, engine_url, gpu_count, memory_bytes, created_ms, command, container
 )
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?);
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?);
 
 -- name: endpoint_id_used
 -- Whether an id belongs or ever belonged to an endpoint.
@@ -33,7 +33,7 @@ SELECT EXISTS (SELECT 1 FROM endpoints WHERE name = ? AND deleted_ms IS NULL AND
 -- The current revision of a living endpoint.
 SELECT
     revisions.endpoint_id, revisions.version, revisions.model, revisions.env, revisions.engine_url,
-    revisions.gpu_count, revisions.memory_bytes, revisions.created_ms, revisions.command
+    revisions.gpu_count, revisions.memory_bytes, revisions.created_ms, revisions.command, revisions.container
 FROM endpoints
 JOIN revisions ON revisions.endpoint_id = endpoints.id AND revisions.version = endpoints.version
 WHERE endpoints.id = ? AND endpoints.deleted_ms IS NULL;
@@ -49,7 +49,7 @@ SELECT
     endpoints.scaler, endpoints.scaler_value, endpoints.execution_timeout_ms, endpoints.concurrency,
     endpoints.flashboot, endpoints.created_ms, endpoints.updated_ms, endpoints.kind,
     revisions.endpoint_id, revisions.version, revisions.model, revisions.env, revisions.engine_url,
-    revisions.gpu_count, revisions.memory_bytes, revisions.created_ms, revisions.command
+    revisions.gpu_count, revisions.memory_bytes, revisions.created_ms, revisions.command, revisions.container
 FROM endpoints
 JOIN revisions ON revisions.endpoint_id = endpoints.id AND revisions.version = endpoints.version
 WHERE endpoints.deleted_ms IS NULL
@@ -57,7 +57,7 @@ ORDER BY endpoints.created_ms, endpoints.seq;
 
 -- name: revisions
 -- All revisions of an endpoint, newest first.
-SELECT endpoint_id, version, model, env, engine_url, gpu_count, memory_bytes, created_ms, command
+SELECT endpoint_id, version, model, env, engine_url, gpu_count, memory_bytes, created_ms, command, container
 FROM revisions
 WHERE endpoint_id = ?
 ORDER BY version DESC;

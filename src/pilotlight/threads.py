@@ -6,16 +6,16 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import TypeVar
 
 _T = TypeVar("_T")
 
 
-async def call_in_thread(work: Callable[[], _T], *, name: str) -> _T:
-    """What a blocking call returns or raises.
+def start_in_thread(work: Callable[[], _T], *, name: str) -> Future[_T]:
+    """What a blocking call will have returned or raised.
 
     The thread is nobody's: whoever stops waiting, or ends the process, leaves it behind.
 
@@ -23,24 +23,22 @@ async def call_in_thread(work: Callable[[], _T], *, name: str) -> _T:
         work: The call.
         name: Of the thread, for people who look at stacks.
     """
-    loop = asyncio.get_running_loop()
-    outcome: asyncio.Future[_T] = loop.create_future()
-
-    def settle(result: Callable[[], None]) -> None:
-        if not outcome.done():
-            result()
+    outcome: Future[_T] = Future()
+    # From here on a waiter that is cancelled leaves it alone.
+    outcome.set_running_or_notify_cancel()
 
     def run() -> None:
         try:
             value = work()
         except BaseException as error:  # noqa: BLE001 - raised again by whoever waits
-            failure = error
-            result: Callable[[], None] = lambda: outcome.set_exception(failure)  # noqa: E731
+            outcome.set_exception(error)
         else:
-            result = lambda: outcome.set_result(value)  # noqa: E731
-        # The loop may be closed by now, and then nobody waits.
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(settle, result)
+            outcome.set_result(value)
 
     threading.Thread(target=run, name=name, daemon=True).start()
-    return await outcome
+    return outcome
+
+
+async def call_in_thread(work: Callable[[], _T], *, name: str) -> _T:
+    """What a blocking call returns or raises, as `start_in_thread` does it."""
+    return await asyncio.wrap_future(start_in_thread(work, name=name))

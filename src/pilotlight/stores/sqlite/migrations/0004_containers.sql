@@ -1,0 +1,2 @@
+-- Workers that are containers. `container`: how they run, as JSON; NULL where workers are processes.
+ALTER TABLE revisions ADD COLUMN container TEXT;

@@ -1,0 +1,3 @@
+"""No CUDA."""
+
+cuda = None

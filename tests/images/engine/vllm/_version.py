@@ -1,0 +1,3 @@
+"""Its version."""
+
+__version__ = version = "0.32.0"

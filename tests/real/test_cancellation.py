@@ -1,0 +1,55 @@
+"""A job or call that nobody waits for any more frees its place in the engine (vllm-worker.md §7, §10 point 14)."""
+
+from __future__ import annotations
+
+import time
+
+import httpx
+import pytest
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(500)]
+
+RUNNING = "vllm:num_requests_running"
+MADE = "vllm:generation_tokens_total"
+LONG = 1900
+"""Tokens; far more than are made until somebody has looked twice."""
+
+
+def until(condition):
+    """Returns once it is true."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "did not come true"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def idle(ember):
+    until(lambda: ember.metric(RUNNING) == 0)
+    before = ember.metric(MADE)
+    yield ember
+    until(lambda: ember.metric(RUNNING) == 0)
+    assert ember.metric(MADE) - before < LONG
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_cancelled_job(idle, stream):
+    sampling = {"max_tokens": LONG, "ignore_eos": True}
+    job_input = {"prompt": "one two", "stream": stream, "sampling_params": sampling}
+    job = idle.api.post(f"{idle.path}/run", json={"input": job_input}).json()
+    until(lambda: idle.metric(RUNNING) == 1)
+    assert idle.api.post(f"{idle.path}/cancel/{job['id']}").json()["status"] == "CANCELLED"
+
+
+def test_a_call_whose_client_leaves(idle):
+    body = {"prompt": "one two", "max_tokens": LONG, "ignore_eos": True, "stream": True}
+    with idle.api.stream("POST", f"{idle.path}/openai/v1/completions", json=body) as answer:
+        assert next(answer.iter_lines())
+        until(lambda: idle.metric(RUNNING) == 1)
+
+
+def test_a_call_without_streaming_whose_client_leaves(idle):
+    body = {"prompt": "one two", "max_tokens": LONG, "ignore_eos": True}
+    url = f"{idle.path}/openai/v1/completions"
+    with pytest.raises(httpx.ReadTimeout):
+        idle.api.post(url, json=body, timeout=httpx.Timeout(10, read=0.5))

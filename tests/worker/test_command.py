@@ -1,0 +1,85 @@
+"""An engine that was exchanged is asked for its options once, before it is started (vllm-worker.md §4.3)."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from pilotlight.engines.manifest import MANIFEST_NAME, load_manifest
+from pilotlight.errors import EngineEnvironmentError
+from pilotlight.worker.command import ask_engine
+from pilotlight.worker.config import WorkerConfig
+from pilotlight.worker.log import LogSink
+from pilotlight.worker.starting import EngineStart, _LifeEndedError
+
+DATA = Path(__file__).parents[1] / "engines" / "data" / "manifest-0.32.0.json"
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """An environment whose manifest is of another version than its vLLM; its Python writes the right one."""
+    home = tmp_path / "engine"
+    package = home / "lib" / "python3.12" / "dist-packages" / "vllm"
+    package.mkdir(parents=True)
+    (package / "_version.py").write_text("__version__ = version = '0.32.0'\n")
+    (home / "bin").mkdir()
+    (home / MANIFEST_NAME).write_text(DATA.read_text().replace('"0.32.0"', '"0.31.0"'))
+    say(home, f'printenv > "$4.env"; cp {DATA} "$4"')
+    return home
+
+
+def say(home: Path, script: str) -> None:
+    python = home / "bin" / "python"
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+
+
+def start(home: Path, folder: Path, ending: asyncio.Future[object]) -> EngineStart:
+    env = {
+        "MODEL_NAME": "org/m", "RUNPOD_WEBHOOK_GET_JOB": "http://h/job-take/$ID?x", "RUNPOD_AI_API_KEY": "S3CRET",
+        "PILOTLIGHT_ENGINE_HOME": str(home), "PATH": "/usr/bin:/bin",
+    }  # fmt: skip
+    config = WorkerConfig.from_environment(env, python="/p")
+    return EngineStart(config, LogSink(), folder, ending=ending, on_stage=lambda *_, **__: None)
+
+
+async def test_an_exchanged_engine_is_asked_and_the_answer_kept(home: Path, tmp_path: Path) -> None:
+    manifest = await start(home, tmp_path, asyncio.Future())._manifest()
+    assert manifest is not None
+    assert manifest == load_manifest(home)
+    assert "S3CRET" not in (tmp_path / f"{MANIFEST_NAME}.env").read_text()
+    say(home, "exit 1")
+    assert await start(home, tmp_path, asyncio.Future())._manifest() == manifest
+
+
+async def test_an_engine_that_cannot_answer_is_started_all_the_same(home: Path, tmp_path: Path) -> None:
+    say(home, "echo 'no such luck' >&2; exit 3")
+    with pytest.raises(EngineEnvironmentError, match="no such luck"):
+        await ask_engine(home, tmp_path, {})
+    assert await start(home, tmp_path, asyncio.Future())._manifest() is None
+    say(home, 'echo "{}" > "$4"')
+    with pytest.raises(EngineEnvironmentError, match="makes no sense"):
+        await ask_engine(home, tmp_path, {})
+
+
+async def test_the_question_ends_with_the_life(home: Path, tmp_path: Path) -> None:
+    say(home, 'echo $$ > "$4.pid"; exec sleep 600')
+    ending: asyncio.Future[object] = asyncio.Future()
+    asking = asyncio.create_task(start(home, tmp_path, ending)._manifest())
+    note = tmp_path / f"{MANIFEST_NAME}.pid"
+    while not (note.exists() and note.read_text().strip()):
+        await asyncio.sleep(0.01)
+    ending.set_result("signal")
+    with pytest.raises(_LifeEndedError):
+        await asking
+    assert not Path(f"/proc/{int(note.read_text())}").exists()
+
+
+async def test_without_vllm_nobody_is_asked(home: Path, tmp_path: Path) -> None:
+    (home / "lib" / "python3.12" / "dist-packages" / "vllm" / "_version.py").unlink()
+    (home / MANIFEST_NAME).unlink()
+    say(home, 'touch "$4"')
+    assert await start(home, tmp_path, asyncio.Future())._manifest() is None
+    assert not (tmp_path / MANIFEST_NAME).exists()
