@@ -1,4 +1,4 @@
-"""An engine that was exchanged is asked for its options once, before it is started (vllm-worker.md §4.3)."""
+"""The engine's command line; an engine that is asked for its options before its start (§4.1, §4.3)."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from pilotlight.engines.manifest import MANIFEST_NAME, load_manifest
+from pilotlight.engines.manifest import MANIFEST_NAME, load_manifest, read_manifest
 from pilotlight.errors import EngineEnvironmentError
-from pilotlight.worker.command import ask_engine
-from pilotlight.worker.config import WorkerConfig
+from pilotlight.worker.command import CPU_CACHE_BYTES, ask_engine, plan_command
+from pilotlight.worker.config import WorkerConfig, engine_environment
 from pilotlight.worker.log import LogSink
 from pilotlight.worker.starting import EngineStart, _LifeEndedError
 
@@ -83,3 +83,26 @@ async def test_without_vllm_nobody_is_asked(home: Path, tmp_path: Path) -> None:
     say(home, 'touch "$4"')
     assert await start(home, tmp_path, asyncio.Future())._manifest() is None
     assert not (tmp_path / MANIFEST_NAME).exists()
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({}, CPU_CACHE_BYTES),
+        ({"GPU_MEMORY_UTILIZATION": "0.95"}, CPU_CACHE_BYTES),
+        ({"KV_CACHE_MEMORY_BYTES": "83886080"}, "83886080"),
+        ({"VLLM_CPU_KVCACHE_SPACE": "2"}, None),
+        ({"GPU_MEMORY_UTILIZATION": "0.5"}, None),
+        ({"VLLM_EXTRA_ARGS": "--gpu-memory-utilization 0.5"}, None),
+    ],
+)
+def test_the_cache_on_cpus_is_what_somebody_said(env, expected, tmp_path: Path) -> None:
+    """vLLM's CPU build takes the old variable over every option, so that is only passed on, never made."""
+    given = {"MODEL_NAME": "org/m", "RUNPOD_WEBHOOK_GET_JOB": "http://h/job-take/$ID?x", **env}
+    config = WorkerConfig.from_environment(given, python="/p")
+    command = plan_command(config, given, read_manifest(DATA), source="/m", folder=tmp_path)
+    assert not command.plan.errors
+    sizes = dict(zip(command.argv, command.argv[1:], strict=False))
+    assert sizes.get("--kv-cache-memory-bytes") == expected
+    child = engine_environment(given, worker_id="w", engine_key="k", offline=True, platform="cpu")
+    assert child.get("VLLM_CPU_KVCACHE_SPACE") == env.get("VLLM_CPU_KVCACHE_SPACE")

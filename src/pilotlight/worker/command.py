@@ -31,6 +31,9 @@ from pilotlight.errors import EngineEnvironmentError
 from pilotlight.worker.config import WorkerConfig
 from pilotlight.worker.gpus import visible_gpus
 
+CPU_CACHE_BYTES: Final = str(1 << 30)
+"""Size of the KV cache on CPUs where nobody says one; vLLM's own choice is nearly all of the host's memory."""
+
 TEXT_BYTES_MAX: Final = 4 * 1024 * 1024
 """A configuration that is larger is none."""
 
@@ -75,6 +78,8 @@ def plan_command(
     if manifest is not None:
         # One log line per request costs CPU and tells nothing that the platform does not record.
         defaults["DISABLE_UVICORN_ACCESS_LOG"] = "true"
+        if manifest.platform == "cpu":
+            defaults["KV_CACHE_MEMORY_BYTES"] = CPU_CACHE_BYTES
     on_gpu = manifest is not None and manifest.platform == "cuda"
     heads, kv_heads = attention_heads(Path(source))
     plan = translate(

@@ -224,7 +224,8 @@ def engine_environment(
         worker_id: Goes into the cookie by which every process of this worker is found.
         engine_key: Key the engine will ask for; passed here and never on the command line.
         offline: The model is local: keep the hub library from asking the network.
-        platform: `cpu` or `cuda`; "" if unknown, then CPU settings are made, which a GPU build ignores.
+        platform: `cpu` or `cuda`; "" if unknown, then the cache of a CPU build is bounded here, since no
+            option may be passed. Where it is known, an option does that, over which this variable would win.
     """
     child = {
         name: value
@@ -234,7 +235,7 @@ def engine_environment(
     child |= storage_environment(child, volume_present=False)
     if "HF_XET_HIGH_PERFORMANCE" in child:
         child.pop("HF_HUB_ENABLE_HF_TRANSFER", None)
-    if platform != "cuda":
+    if not platform:
         child.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     if offline:
         child.setdefault("HF_HUB_OFFLINE", "1")

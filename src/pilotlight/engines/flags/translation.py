@@ -308,8 +308,14 @@ def _add_defaults(draft: Draft, defaults: Mapping[str, str]) -> None:
         defaults = {"GPU_MEMORY_UTILIZATION": str(MEMORY_UTILIZATION), **defaults}
     for option, text in defaults.items():
         known = draft.manifest is None or option in draft.manifest.flags
-        if known and not draft.given(option):
+        said = draft.given(option) or (option == "KV_CACHE_MEMORY_BYTES" and _says_cache(draft))
+        if known and not said:
             draft.put(option, text, source=Source.DEFAULT)
+
+
+def _says_cache(draft: Draft) -> bool:
+    """Whether the size of the cache is said in another way."""
+    return draft.given("GPU_MEMORY_UTILIZATION") or "VLLM_CPU_KVCACHE_SPACE" in draft.env
 
 
 def _check_workers_own(draft: Draft) -> None:
