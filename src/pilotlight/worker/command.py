@@ -32,7 +32,7 @@ from pilotlight.worker.config import WorkerConfig
 from pilotlight.worker.gpus import visible_gpus
 
 CPU_CACHE_BYTES: Final = str(1 << 30)
-"""Size of the KV cache on CPUs where nobody says one; vLLM's own choice is nearly all of the host's memory."""
+"""KV cache on CPUs where nobody says its size; vLLM would take nearly all of the host's memory."""
 
 TEXT_BYTES_MAX: Final = 4 * 1024 * 1024
 """A configuration that is larger is none."""
