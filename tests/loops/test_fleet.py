@@ -6,6 +6,7 @@ import asyncio
 import itertools
 
 import pytest
+import structlog
 
 from pilotlight.core.autoscaling import ScaleReason
 from pilotlight.domain.key import hash_secret
@@ -258,6 +259,22 @@ async def test_a_store_that_cannot_write_neither_keeps_workers_alive_nor_loses_u
     world.fleet.meter()
     await world.settle()
     assert [each.duration_ms for each in await world.store.usage()] == [1000, 500]
+
+
+async def test_a_start_that_cannot_be_recorded_is_a_warning_and_no_defect(world, monkeypatch):
+    async def refuse(*_):
+        raise StoreError("the server is gone")
+
+    monkeypatch.setattr(world.store, "put_start", refuse)
+    world.deploy()
+    with structlog.testing.capture_logs() as lines:
+        await ready_worker(world)
+        worker = await world.fleet.start(world.endpoints["e"])
+        world.cluster.end(worker.id)
+        await world.settle()
+    told = [(line["event"], line["log_level"]) for line in lines if line["log_level"] != "info"]
+    assert told.count(("start_not_recorded", "warning")) == 2
+    assert all(level == "warning" for _, level in told)
 
 
 async def test_old_crashes_are_forgotten(world):

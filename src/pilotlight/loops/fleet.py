@@ -25,6 +25,7 @@ from pilotlight.core.placement import HostResources, NotPlaced, Reservation, Res
 from pilotlight.domain.endpoint import Endpoint, EndpointKind
 from pilotlight.domain.ids import short_id
 from pilotlight.domain.key import hash_secret
+from pilotlight.domain.usage import StartRecord
 from pilotlight.domain.worker import Failure, ProcessIdentity, Stage, Worker, WorkerState
 from pilotlight.errors import ClusterError, NotFoundError, StoreError
 from pilotlight.loops.account import UsageAccount
@@ -385,7 +386,7 @@ class WorkerFleet:
             live.worker = replace(live.worker, ready_ms=live.worker.state_ms)
             self._set_deadline(live, 0, None)
             self._failures.note_start(live.worker.endpoint_id)
-            self._spawn(self._store.put_start(live.start_record("ready")), "put-start")
+            self._spawn(self._put_start(live.start_record("ready")), "put-start")
         if live.worker.state is WorkerState.READY:
             live.asked = slots
             live.capacity = max(1, min(slots, live.endpoint.concurrency))
@@ -493,7 +494,7 @@ class WorkerFleet:
             await self._listener.ended(live.worker, reason)
             await self._put(live.worker)
             if not was_ready:
-                await self._store.put_start(live.start_record("failed" if failed else "stopped"))
+                await self._put_start(live.start_record("failed" if failed else "stopped"))
         finally:
             self.on_change(worker.endpoint_id)
 
@@ -533,6 +534,15 @@ class WorkerFleet:
             await self._store.put_worker(worker)
         except StoreError as error:
             _log.warning("worker_not_recorded", worker=worker.id, state=worker.state, error=str(error))
+
+    async def _put_start(self, start: StartRecord) -> None:
+        """Record how a start ended, which is only for people to look at."""
+        try:
+            await self._store.put_start(start)
+        except StoreError as error:
+            _log.warning(
+                "start_not_recorded", worker=start.worker_id, outcome=start.outcome, error=str(error)
+            )
 
     # Life of the fleet itself.
 
