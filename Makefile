@@ -36,7 +36,7 @@ run: setup ## start, deploy the built-in model, ask it a question, keep serving;
 
 test: setup setup-dev ## every test but the soaks: the fast ones in parallel, then those with the real engine
 	$(BIN)/pytest -m "not engine and not soak" -n 2 $(PYTEST_ARGS)
-	$(BIN)/pytest -m "engine and not soak" $(PYTEST_ARGS)
+	$(BIN)/pytest -m "engine and not soak" -n 2 --dist loadfile $(PYTEST_ARGS)
 
 check: setup-dev ## format, lint, types, layers, locks, reference pages
 	$(BIN)/ruff format --check .
