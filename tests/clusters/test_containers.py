@@ -406,7 +406,8 @@ async def test_somebody_else_removes_it(contained, podman):
     [container_id] = podman.containers(f"io.pilotlight.worker={worker_id}")
     podman.run("rm", "--force", "--time", "0", container_id)
     end = await contained.ended(worker_id)
-    assert end.failure is not None
+    # Whether the engine still knew how it ended is a matter of luck.
+    assert end.failure is not None or end.code == -signal.SIGKILL
 
 
 class TestSweep:

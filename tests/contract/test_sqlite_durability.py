@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from pilotlight.domain.job import Idempotency, Job, JobCounts, JobStatus
 from pilotlight.errors import DataFolderError, NotFoundError, StoreError
 from pilotlight.stores import SqliteStore, open_sqlite_store
 from pilotlight.stores.sqlite import threads
+from pilotlight.stores.sqlite.jobs import TAKE
 from pilotlight.stores.sqlite.threads import Transaction
 
 NewJob = Callable[..., Job]
@@ -475,3 +477,21 @@ asyncio.run(open_sqlite_store(Path({str(tmp_path)!r})))
             if thread.name.startswith("store-"):
                 await asyncio.to_thread(thread.join)
         await (await open_sqlite_store(tmp_path)).close()
+
+
+async def test_a_take_that_is_answered_between_its_cancelling_and_the_callers_turn_is_given_back(
+    sqlite_store: SqliteStore, new_job: NewJob
+) -> None:
+    """The result went to a future that was cancelled already; whoever withdraws gets it all the same."""
+    await sqlite_store.submit(new_job("a"))
+    writer = sqlite_store._writer
+    order = writer.submit_item(TAKE, (new_job("a").endpoint_id, "w", 1, 2_000, frozenset()))
+    # The loop stands still meanwhile, so the answer cannot arrive before the cancelling.
+    while not order.drawn:
+        time.sleep(0.001)
+    order.future.cancel()
+    while not order.answered:
+        await asyncio.sleep(0.001)
+    picked = writer.withdraw(order)
+    assert picked is not None
+    assert [job.id for job in await asyncio.wait_for(picked, 20)] == ["a"]

@@ -228,6 +228,7 @@ class Operation(msgspec.Struct, eq=False):
         bulk: How items like this one are done.
         item: The item.
         drawn: Whether it has had its turn.
+        answered: Whether its result has been handed out, be it to a future that was cancelled.
         value: What came of it.
         error: What went wrong; None when nothing did.
     """
@@ -238,6 +239,7 @@ class Operation(msgspec.Struct, eq=False):
     bulk: Bulk[Any, Any] | None = None
     item: Any = None
     drawn: bool = False
+    answered: bool = False
     value: Any = None
     error: BaseException | None = None
 
@@ -348,6 +350,9 @@ class DatabaseThread:
                 return None
         if operation.future.cancelled():
             operation.future = self._loop.create_future()
+            # The answer may have come between the cancelling and its arrival here.
+            if operation.answered:
+                _settle(operation)
         return operation.future
 
     def stop(self) -> None:
@@ -440,13 +445,9 @@ class DatabaseThread:
         if changes is not None:
             self._publish(changes)
         for operation in operations:
-            future = operation.future
-            if future.done():
-                continue
-            if operation.error is None:
-                future.set_result(operation.value)
-            else:
-                future.set_exception(operation.error)
+            operation.answered = True
+            if not operation.future.done():
+                _settle(operation)
 
     def _on_loop(self, function: Callable[..., None], *arguments: Any) -> None:
         # The loop may be gone when a process ends without closing the store; nobody waits then.
@@ -492,6 +493,13 @@ def _run(transaction: Transaction, operations: Sequence[Operation]) -> None:
 def _refuse(operations: Sequence[Operation], error: Exception) -> None:
     for operation in operations:
         operation.error = error
+
+
+def _settle(operation: Operation) -> None:
+    if operation.error is None:
+        operation.future.set_result(operation.value)
+    else:
+        operation.future.set_exception(operation.error)
 
 
 def _succeed(future: asyncio.Future[None]) -> None:
