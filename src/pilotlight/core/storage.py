@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from pilotlight.core.variables import clean_value
+from pilotlight.core.variables import clean_value, parse_boolean
 
 VOLUME: Final = "/runpod-volume"
 """Where containers find their network volume; `BASE_PATH` where that is not set."""
 
 _HUB_CACHES: Final = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE")
 _HOME_IN_LAYOUT: Final = "/huggingface-cache/hub"
-_TRUTHY: Final = frozenset({"1", "true", "yes", "on", "y", "t"})
 
 
 def storage_environment(env: Mapping[str, str], *, volume_present: bool) -> dict[str, str]:
@@ -46,7 +45,7 @@ def storage_environment(env: Mapping[str, str], *, volume_present: bool) -> dict
             hub = hub or made["HF_HOME"]
     if hub is not None:
         made |= dict.fromkeys(_HUB_CACHES, hub)
-    if given.get("HF_HUB_ENABLE_HF_TRANSFER", "").lower() in _TRUTHY:
+    if parse_boolean(given.get("HF_HUB_ENABLE_HF_TRANSFER", "")):
         made["HF_XET_HIGH_PERFORMANCE"] = "1"
     if "HUGGING_FACE_HUB_TOKEN" in given:
         made["HF_TOKEN"] = given["HUGGING_FACE_HUB_TOKEN"]

@@ -16,7 +16,7 @@ import msgspec
 from aiohttp import web
 
 from pilotlight.worker.config import DirectSettings
-from pilotlight.worker.listener import BODY_BYTES_MAX, KEEP_ALIVE_SECONDS, STOP_SECONDS, Listener
+from pilotlight.worker.listener import Listener, open_runner
 from pilotlight.worker.outputs import error_text
 from pilotlight.worker.ports import BACKLOG
 
@@ -45,16 +45,7 @@ class DirectServer:
 
     async def start(self) -> None:
         """Answers what comes to the sockets."""
-        app = web.Application(client_max_size=BODY_BYTES_MAX)
-        app.router.add_route("*", "/{path:.*}", self._handle)
-        self._runner = web.AppRunner(
-            app,
-            access_log=None,
-            handler_cancellation=True,
-            keepalive_timeout=KEEP_ALIVE_SECONDS,
-            shutdown_timeout=STOP_SECONDS,
-        )
-        await self._runner.setup()
+        self._runner = await open_runner(self._handle)
         for bound in self._sockets:
             await web.SockSite(self._runner, bound, backlog=BACKLOG).start()
 

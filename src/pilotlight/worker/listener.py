@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -53,6 +53,22 @@ STOP_SECONDS: Final = 1.0
 
 KEEP_ALIVE_SECONDS: Final = 75
 """How long a connection may idle; longer than clients keep theirs, so that they are the ones to close it."""
+
+
+async def open_runner(handle: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.AppRunner:
+    """A server, without an address yet, all of whose requests go to `handle`; for both doors of a worker."""
+    app = web.Application(client_max_size=BODY_BYTES_MAX)
+    app.router.add_route("*", "/{path:.*}", handle)
+    # Cancellation of the handler is what closes the upstream connection when a client goes away.
+    runner = web.AppRunner(
+        app,
+        access_log=None,
+        handler_cancellation=True,
+        keepalive_timeout=KEEP_ALIVE_SECONDS,
+        shutdown_timeout=STOP_SECONDS,
+    )
+    await runner.setup()
+    return runner
 
 
 class Listener:
@@ -101,17 +117,7 @@ class Listener:
 
     async def start(self) -> None:
         """Listens; the socket file is readable and writable by its owner only."""
-        app = web.Application(client_max_size=BODY_BYTES_MAX)
-        app.router.add_route("*", "/{path:.*}", self._handle)
-        # Cancellation of the handler is what closes the upstream connection when a client goes away.
-        self._runner = web.AppRunner(
-            app,
-            access_log=None,
-            handler_cancellation=True,
-            keepalive_timeout=KEEP_ALIVE_SECONDS,
-            shutdown_timeout=STOP_SECONDS,
-        )
-        await self._runner.setup()
+        self._runner = await open_runner(self._handle)
         self._socket_path.unlink(missing_ok=True)
         await web.UnixSite(self._runner, str(self._socket_path)).start()
         self._socket_path.chmod(0o600)

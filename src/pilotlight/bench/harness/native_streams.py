@@ -17,7 +17,7 @@ from typing import Any
 import uvloop
 
 from pilotlight.bench.harness.lean import LeanConnection, lean_connect, lean_request
-from pilotlight.bench.harness.tokens import question
+from pilotlight.bench.harness.tokens import question, write_result
 
 _FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"}
 
@@ -64,13 +64,7 @@ async def main(port: int, endpoint: str, jobs: int, tokens: int) -> None:
         ]
     )
     seconds = time.perf_counter() - started
-    result = {
-        "tokens": jobs * tokens,
-        "seconds": seconds,
-        "tokens_per_s": jobs * tokens / seconds,
-        "first_ms_p50": sorted(firsts)[jobs // 2],
-    }
-    sys.stdout.write(json.dumps(result) + "\n")
+    write_result(tokens, seconds, firsts)
 
 
 if __name__ == "__main__":

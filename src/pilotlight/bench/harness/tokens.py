@@ -12,6 +12,7 @@ import json
 import re
 import sys
 import time
+from collections.abc import Sequence
 
 import uvloop
 
@@ -60,6 +61,18 @@ def _body(model: str, number: int, tokens: int) -> dict[str, object]:
     }
 
 
+def write_result(tokens: int, seconds: float, firsts: Sequence[float]) -> None:
+    """Print what streams of so many tokens each gave; `firsts` are the milliseconds to each first token."""
+    made = len(firsts) * tokens
+    result = {
+        "tokens": made,
+        "seconds": seconds,
+        "tokens_per_s": made / seconds,
+        "first_ms_p50": sorted(firsts)[len(firsts) // 2],
+    }
+    sys.stdout.write(json.dumps(result) + "\n")
+
+
 async def main(port: int, path: str, model: str, streams: int, tokens: int) -> None:
     """Print tokens per second over the whole, connections already open."""
     connections = await asyncio.gather(*[connect(port) for _ in range(streams)])
@@ -72,13 +85,7 @@ async def main(port: int, path: str, model: str, streams: int, tokens: int) -> N
         ]
     )
     seconds = time.perf_counter() - started
-    result = {
-        "tokens": streams * tokens,
-        "seconds": seconds,
-        "tokens_per_s": streams * tokens / seconds,
-        "first_ms_p50": sorted(firsts)[streams // 2],
-    }
-    sys.stdout.write(json.dumps(result) + "\n")
+    write_result(tokens, seconds, firsts)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from pilotlight.core.variables import clean_value
+from pilotlight.core.variables import clean_value, parse_boolean
 
-__all__ = ["clean_value"]
-
-_TRUTHY: Final = frozenset({"true", "1", "yes", "on", "y", "t"})
-_FALSY: Final = frozenset({"false", "0", "no", "off", "n", "f"})
+__all__ = ["clean_value", "parse_boolean"]
 
 _SIZE: Final = re.compile(r"(\d+)(\.\d+)?([kmgtKMGT])", re.ASCII)
 _SIZE_IN_JSON: Final = re.compile(r"\b\d+(?:\.\d+)?[kmgtKMGT]\b", re.ASCII)
@@ -28,14 +25,6 @@ _DEPTH_MAX: Final = 100
 
 _LISTED_MAX: Final = 20
 """Legal values that an error lists; of more it names the nearest."""
-
-
-def parse_boolean(text: str) -> bool | None:
-    """The truth value of an environment variable's text; None if it is neither (§4.2)."""
-    lowered = text.strip().lower()
-    if lowered in _TRUTHY:
-        return True
-    return False if lowered in _FALSY else None
 
 
 def parse_json(text: str) -> Any:
