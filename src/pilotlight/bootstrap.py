@@ -8,29 +8,28 @@ import json
 import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import structlog
 
-from pilotlight.client.discovery import KEY_FILE, SERVER_FILE
+from pilotlight.client.discovery import SERVER_FILE
 from pilotlight.clusters.container_engine import ContainerEngine
 from pilotlight.clusters.containers import ContainerCluster
 from pilotlight.clusters.devices import read_host
+from pilotlight.clusters.launchers import Launchers
 from pilotlight.clusters.local import LocalCluster
 from pilotlight.clusters.logfiles import LogSource
+from pilotlight.clusters.memory import read_memory
 from pilotlight.clusters.places import Places
 from pilotlight.clusters.ports import PortBook
 from pilotlight.clusters.run_folder import RunFolder
 from pilotlight.clusters.variables import WorkerVariables
 from pilotlight.core.admission import AdmissionLimits
 from pilotlight.domain.endpoint import Endpoint, EndpointKind
-from pilotlight.domain.ids import api_key_secret, short_id
-from pilotlight.domain.key import ApiKey, Scope, hash_secret
 from pilotlight.domain.worker import Address, DownloadProgress, Registration, Stage
 from pilotlight.engines.manifest import EngineManifest
 from pilotlight.engines.versions import load_version
+from pilotlight.first_start import FirstStart, ensure_keys, installation_secret, write_private
 from pilotlight.gateway.app import Gateway, OpenAIRoad
 from pilotlight.gateway.asgi import App
 from pilotlight.gateway.data_path import DataPath, StartFailedError
@@ -46,12 +45,17 @@ from pilotlight.gateway.listener import FleetListener
 from pilotlight.gateway.load_balancer import LoadBalancer
 from pilotlight.gateway.load_balancer.checks import check_health
 from pilotlight.gateway.openai_rates import LimitedOpenAI
+from pilotlight.gateway.outlook import Outlook
 from pilotlight.gateway.recorder import RequestRecorder
 from pilotlight.gateway.slots import SlotTable
 from pilotlight.gateway.upstream import UpstreamPool
+from pilotlight.gateway.worker_door import HttpDoor
 from pilotlight.gateway.worker_protocol import worker_routes
+from pilotlight.launchable import Launchable
 from pilotlight.loops.autoscaler import Autoscaler
+from pilotlight.loops.estimates import Estimates
 from pilotlight.loops.fleet import WorkerFleet
+from pilotlight.loops.freezer import Freezer
 from pilotlight.loops.health_checks import HealthChecker
 from pilotlight.loops.leadership import Leadership
 from pilotlight.loops.meter import Meter
@@ -70,7 +74,7 @@ from pilotlight.net.s3 import S3Uploader
 from pilotlight.ports.clock import Clock
 from pilotlight.ports.fleet import StageReport
 from pilotlight.ports.store import Store
-from pilotlight.sealing import SECRET_FILE, InstallationSecret, open_secret
+from pilotlight.sealing import InstallationSecret
 from pilotlight.serving import Server, bind, server_config
 from pilotlight.settings import Settings
 from pilotlight.stores import open_store
@@ -78,22 +82,8 @@ from pilotlight.system import SystemClock, calm_collector, share_interpreter
 
 _log = structlog.get_logger()
 
-ADMIN_KEY_NAME = "admin"
-CLI_KEY_NAME = "cli"
-
 _LAST_LINES = 20
 _LAST_LINE_MAX = 300
-
-
-@dataclass(frozen=True, slots=True)
-class FirstStart:
-    """What a first start has to tell once.
-
-    Attributes:
-        admin_key: Secret of the admin key; only its hash was stored.
-    """
-
-    admin_key: str
 
 
 class Installation:
@@ -127,23 +117,28 @@ class Installation:
         self.container_engine = ContainerEngine(
             settings.containers.url, timeout_s=settings.containers.call_timeout_s
         )
+        self.variables = self._variables()
+        self.launchers = self._launchers()
+        self.variables.launcher = self.launchers.socket
         self.fleet = self._fleet()
+        self.recorder.on_answer = self.fleet.answered
+        self.estimates = self._estimates()
+        self.fleet.on_start = self.estimates.note
         self.roster = FleetElsewhere(self.fleet, store, leads=lambda: self.leadership.leading)
-        self.autoscaler = Autoscaler(
-            endpoint=self.directory.endpoint,
-            store=store,
-            traffic=self.slots,
-            fleet=self.fleet,
-            clock=self.clock,
-            on_give_up=self._give_up,
+        estimates = self.estimates
+        self.outlook = Outlook(
+            fleet=self.roster, clock=self.clock, estimate=estimates.next_ms, rung=estimates.next_rung
         )
+        self.autoscaler = self._autoscaler()
         self.jobs = self._jobs()
         self._listener.jobs = self.jobs
         self.checker = self._health_checker()
         self._listener.checker = self.checker
         self.reaper = Reaper(self.jobs, store, self.clock, settings, prune_logs=self.cluster.logs.prune)
         self.meter = Meter(self.fleet)
-        self.slots.on_demand = self.autoscaler.wake
+        self.freezer = Freezer(self.fleet, read_memory, self.clock, settings.workers)
+        self.fleet.on_frozen = self.freezer.wake
+        self.slots.on_demand = self.autoscaler.note_held
         self.slots.on_idle = self._idle
         self.slots.on_free = self.jobs.slots_freed
         self.fleet.on_change = self.autoscaler.wake
@@ -172,8 +167,10 @@ class Installation:
         """Recover from an earlier life and begin to work; what a first start must tell, else None."""
         await self.directory.refresh()
         await self.leadership.start()
+        if not self.leadership.leading:
+            await self.estimates.load()
         # Last of all that can fail: a key that is told once must not get lost in a start that did not happen.
-        first = await self._ensure_keys()
+        first = await ensure_keys(self.store, self.settings.home, self.clock)
         await self.directory.refresh()
         self.recorder.start()
         for endpoint in self.directory.endpoints():
@@ -191,9 +188,12 @@ class Installation:
         requeued = await self.jobs.recover()
         if swept or requeued:
             _log.info("recovered", leftover_workers_ended=swept, jobs_requeued=requeued)
+        await self.estimates.load()
+        self.launchers.begin(self.directory.endpoints())
         self.autoscaler.start()
         self.reaper.start()
         self.meter.start()
+        self.freezer.start()
         self.webhooks.start()
         for endpoint in self.directory.endpoints():
             self.autoscaler.wake(endpoint.id)
@@ -205,7 +205,9 @@ class Installation:
         a second time elsewhere, and the loops need the store, which may be away.
         """
         await _attempt("autoscaler", self.autoscaler.stop())
+        await _attempt("freezer", self.freezer.stop())
         await _attempt("workers", self.fleet.dismiss(reason="the gateway lost the lead"))
+        await _attempt("launchers", self.launchers.stop())
         for endpoint in self.directory.endpoints():
             self.slots.fail_held(endpoint.id, StartFailedError("the gateway lost the lead", retry_after_s=2))
         await _attempt("reaper", self.reaper.stop())
@@ -221,12 +223,14 @@ class Installation:
         self.app.closing = True
         await _attempt("leadership", self.leadership.stop())
         await _attempt("autoscaler", self.autoscaler.stop())
+        await _attempt("freezer", self.freezer.stop())
         for endpoint in self.directory.endpoints():
             self.slots.fail_held(endpoint.id, StartFailedError("the gateway is stopping", retry_after_s=5))
         # From here on a job that loses its worker is requeued without using up its retry. Workers are told to
         # end before their polls are answered, or they would ask again instead (worker-protocol.md §6.3).
         self.jobs.begin_close()
         await _attempt("workers", self.fleet.close())
+        await _attempt("launchers", self.launchers.stop())
         await _attempt("jobs", self.jobs.close())
         await _attempt("health checks", self.checker.stop())
         await _attempt("reaper", self.reaper.stop())
@@ -261,6 +265,7 @@ class Installation:
         self.fleet.forgive(endpoint.id)
         self.slots.forgive(endpoint.id)
         self.fleet.resize(endpoint)
+        self.launchers.changed(endpoint)
         self.autoscaler.wake(endpoint.id)
         self.elsewhere.acted_on(endpoint)
 
@@ -268,8 +273,10 @@ class Installation:
         """Cancel the jobs of a deleted endpoint and forget its slots once its workers are gone."""
         self.slots.fail_held(endpoint_id, StartFailedError("the endpoint was deleted", retry_after_s=1))
         self.slots.drop_worker(_fixed_engine(endpoint_id))
+        self.launchers.deleted(endpoint_id)
         await self.jobs.endpoint_deleted(endpoint_id)
         self.fleet.forgive(endpoint_id)
+        self.estimates.forget(endpoint_id)
 
     async def _endpoint_deleted_elsewhere(self, endpoint_id: str) -> None:
         await self.endpoint_deleted(endpoint_id)
@@ -297,6 +304,7 @@ class Installation:
             slots=self.slots,
             pool=self.pool,
             fleet=self.fleet,
+            outlook=self.outlook,
             clock=self.clock,
             limits=self.settings.limits,
             entropy=os.urandom,
@@ -305,7 +313,7 @@ class Installation:
 
     def _openai(self) -> Callable[[str], OpenAIRoad]:
         data_path = self._data_path()
-        job_openai = JobOpenAI(self.jobs, self.directory, self.settings.limits)
+        job_openai = JobOpenAI(self.jobs, self.directory, self.settings.limits, self.outlook)
 
         def serving(endpoint_id: str) -> OpenAIRoad:
             endpoint = self.directory.endpoint(endpoint_id)
@@ -349,20 +357,57 @@ class Installation:
         return WorkerFleet(
             store=self.store,
             cluster=Places(self.cluster, self._containers()),
+            door=HttpDoor(),
             listener=self._listener,
             clock=self.clock,
             settings=self.settings.workers,
             entropy=os.urandom,
-            environment=WorkerVariables(
-                self.settings,
-                self.local_url,
-                ports=self.ports,
-                run_folder=self.run_folder.path,
-                host=read_host,
-            ),
+            environment=self.variables,
             command=(sys.executable, "-m", "pilotlight.worker"),
             host=read_host,
             last_line=self._last_line,
+        )
+
+    def _variables(self) -> WorkerVariables:
+        return WorkerVariables(
+            self.settings,
+            self.local_url,
+            ports=self.ports,
+            run_folder=self.run_folder.path,
+            host=read_host,
+        )
+
+    def _launchers(self) -> Launchers:
+        return Launchers(
+            Launchable(
+                self.settings,
+                variables=self.variables.before_launcher,
+                cluster=self.cluster,
+                socket=self.run_folder.launcher,
+            ),
+            logs=self.cluster.logs,
+            settings=self.settings.launchers,
+            available=lambda: read_host().memory_bytes_available,
+            reserve_bytes=self.settings.workers.memory_reserve_bytes,
+        )
+
+    def _estimates(self) -> Estimates:
+        return Estimates(
+            endpoint=self.directory.endpoint,
+            store=self.store,
+            workers=self.fleet.workers,
+            launchable=self.launchers.launchable,
+        )
+
+    def _autoscaler(self) -> Autoscaler:
+        return Autoscaler(
+            endpoint=self.directory.endpoint,
+            store=self.store,
+            traffic=self.slots,
+            fleet=self.fleet,
+            clock=self.clock,
+            on_give_up=self._give_up,
+            estimate=self.estimates.next_ms,
         )
 
     def _health_checker(self) -> HealthChecker:
@@ -380,6 +425,7 @@ class Installation:
             directory=self.directory,
             slots=self.slots,
             fleet=self.fleet,
+            outlook=self.outlook,
             clock=self.clock,
             settings=self.settings.load_balancer,
             entropy=os.urandom,
@@ -417,6 +463,7 @@ class Installation:
                 volume_roots=self.settings.volume_roots,
                 leads=lambda: self.leadership.leading,
             ),
+            estimates=self.estimates,
         )
         return management_app(
             service=service,
@@ -434,6 +481,7 @@ class Installation:
                 secret=self.secret.webhook_secret,
                 wake=self.webhooks.wake,
             ),
+            launchers=self.launchers.infos,
         )
 
     def _jobs(self) -> JobService:
@@ -450,6 +498,7 @@ class Installation:
             buckets=self._buckets(),
             webhook_due=self.webhooks.wake,
             note=self.cluster.logs.note,
+            start_s=self.outlook.start_s,
         )
 
     def _manifest(self, version: str | None) -> EngineManifest:
@@ -479,30 +528,6 @@ class Installation:
         error = StartFailedError(f"no worker could be started: {cause}", retry_after_s=retry_after_s)
         self.slots.fail_held(endpoint.id, error, retry_ms=retry_ms)
 
-    async def _ensure_keys(self) -> FirstStart | None:
-        """Make the admin key and the CLI's own key where they are missing."""
-        keys = await self.store.keys()
-        cli_file = self.settings.home / KEY_FILE
-        cli_secret = cli_file.read_text().strip() if cli_file.exists() else ""
-        if not any(key.hash == hash_secret(cli_secret) for key in keys):
-            write_private(cli_file, await self._add_admin_key(CLI_KEY_NAME) + "\n")
-        if any(key.scope is Scope.ADMIN and key.name != CLI_KEY_NAME for key in keys) or keys:
-            return None
-        return FirstStart(admin_key=await self._add_admin_key(ADMIN_KEY_NAME))
-
-    async def _add_admin_key(self, name: str) -> str:
-        secret = api_key_secret(os.urandom(40))
-        await self.store.add_key(
-            ApiKey(
-                id=short_id(os.urandom(10), 10),
-                name=name,
-                scope=Scope.ADMIN,
-                hash=hash_secret(secret),
-                created_ms=self.clock.now_ms(),
-            )
-        )
-        return secret
-
 
 async def _attempt(step: str, work: Awaitable[object]) -> None:
     """Do a step of the end; what goes wrong is logged, and the end goes on."""
@@ -515,24 +540,6 @@ async def _attempt(step: str, work: Awaitable[object]) -> None:
 def _fixed_engine(endpoint_id: str) -> str:
     """The name under which the slots of a fixed engine are counted."""
     return f"{endpoint_id}-engine"
-
-
-def write_private(path: Path, text: str) -> None:
-    """Write a file that only its owner can read, whole or not at all."""
-    draft = path.with_suffix(path.suffix + ".new")
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(text)
-    draft.replace(path)
-
-
-def _installation_secret(settings: Settings) -> InstallationSecret:
-    """The installation's secret. SettingsError when it cannot be used."""
-    path = settings.server.secret_key_file
-    if path is None and settings.store.url:
-        advice = "gateways that share a store must share the secret: set server.secret_key_file"
-        _log.warning("secret_not_shared", path=str(settings.home / SECRET_FILE), advice=advice)
-    return open_secret(path or settings.home / SECRET_FILE)
 
 
 @contextlib.asynccontextmanager
@@ -552,7 +559,7 @@ async def open_installation(
     """
     store = await open_store(settings.home, url=settings.store.url, synchronous=settings.store.synchronous)
     try:
-        secret = _installation_secret(settings)
+        secret = installation_secret(settings)
         listener = bind(settings)
     except BaseException:
         await store.close()

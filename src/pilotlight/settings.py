@@ -190,6 +190,20 @@ class WorkerSettings(_Section):
     """Size at which a worker's log is rotated; one older file is kept."""
     history_s: Positive = 7 * 86_400
     """How long ended workers and their logs are remembered."""
+    frozen_memory_bytes: NotNegative | None = None
+    """Host memory that all frozen workers together may hold; None means half of the host's. The one that was
+    used least recently ends first."""
+    frozen_gpu_memory_bytes: NotNegative | None = 4 * 1024 * 1024 * 1024
+    """Memory that frozen workers may still hold on one GPU, of what sleeping engines do not give back; None
+    means any amount."""
+    frozen_age_s: Positive = 21_600
+    """How long a worker stays frozen at most."""
+    frozen_pressure: Annotated[float, Field(gt=0, le=100)] = 10.0
+    """Share of the last ten seconds in which something waited for memory (`some avg10` of
+    /proc/pressure/memory), in percent, from which on frozen workers are ended one by one. They also go when
+    less than `memory_reserve_bytes` is available."""
+    thaw_timeout_s: Annotated[float, Field(gt=0, le=60)] = 1.0
+    """How long a frozen worker may take for a sign of life before it is ended and another one is started."""
 
 
 class LoadBalancerSettings(_Section):
@@ -260,6 +274,20 @@ class EngineSettings(_Section):
     """Program that replaces vLLM's server (another engine with the same flags); empty means vLLM."""
 
 
+class LauncherSettings(_Section):
+    """Launchers: processes that have imported the engine already, of which engines are forked."""
+
+    enabled: bool = True
+    """Keep launchers; without them every engine imports for itself."""
+    max: Positive = 2
+    """How many at once; each takes about 0.6 GB, most of which its engines share. One serves all endpoints
+    that agree in engine and in the variables which count while it is imported; the one that was wanted least
+    recently ends first."""
+    preload: tuple[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], ...] = ()
+    """Classes of models, such as `Qwen3ForCausalLM`, that launchers import besides those of the endpoints
+    there are."""
+
+
 class StoreSettings(_Section):
     """What is kept and for how long."""
 
@@ -308,6 +336,7 @@ class Settings(BaseSettings):
     workers: WorkerSettings = WorkerSettings()
     load_balancer: LoadBalancerSettings = LoadBalancerSettings()
     engine: EngineSettings = EngineSettings()
+    launchers: LauncherSettings = LauncherSettings()
     containers: ContainerSettings = ContainerSettings()
     store: StoreSettings = StoreSettings()
     log: LogSettings = LogSettings()

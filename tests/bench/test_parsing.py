@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from pilotlight.bench.coldstart import arrival_to_spawn_ms, spans_of
+from pilotlight.bench.coldstart import Plan, arrival_to_spawn_ms, interleaved, pause_s, spans_of
+from pilotlight.bench.costs import cost_of, session_of
 from pilotlight.bench.engine import _has_text
 from pilotlight.bench.errors import BenchError
 from pilotlight.bench.gateway import parse_wrk
@@ -84,6 +85,38 @@ def test_stages_of_a_start_add_up_to_the_wait():
 def test_a_failed_start_has_no_stages_to_report():
     with pytest.raises(BenchError, match="did not become ready: failed"):
         spans_of(start(("decision", 1), outcome="failed"), started_ms=0, answered_ms=2)
+
+
+def test_kinds_of_starts_are_spread_over_the_whole_run():
+    order = list(interleaved(Plan(starts=2, launches=4, thaws=8)))
+    assert {case: order.count(case) for case in order} == {
+        "plain-vllm": 2,
+        "cold": 2,
+        "launchable": 4,
+        "frozen": 8,
+    }
+    half = order[: len(order) // 2]
+    assert [half.count(case) for case in ("plain-vllm", "cold", "launchable", "frozen")] == [1, 1, 2, 4]
+
+
+def test_pauses_are_short_mostly_six_seconds_at_times_and_a_hundred_once():
+    pauses = [pause_s(number, 100) for number in range(1, 101)]
+    assert (pauses.count(1.0), pauses.count(6.0), pauses.count(100.0)) == (90, 9, 1)
+    assert max(pause_s(number, 10) for number in range(1, 11)) == 6.0
+
+
+def test_a_session_costs_what_its_processes_cost():
+    child = subprocess.Popen(
+        ["/bin/sh", "-c", "sleep 60 & wait"], start_new_session=True, stdout=subprocess.DEVNULL
+    )
+    try:
+        while len(pids := session_of(child.pid)) < 2:
+            pass
+        assert cost_of(pids).memory_mb > cost_of([child.pid]).memory_mb > 0
+        assert cost_of([os.getpid()]).cpu_s > 0
+    finally:
+        os.killpg(child.pid, 9)
+        child.wait()
 
 
 def test_arrivals_are_matched_with_the_starts_they_caused():

@@ -51,6 +51,7 @@ class StubGateway:
     url: str = ""
     endpoints: dict[str, dict[str, Any]] = field(default_factory=dict)
     keys: list[dict[str, Any]] = field(default_factory=list)
+    launchers: list[dict[str, Any]] = field(default_factory=list)
     dead_webhooks: list[dict[str, Any]] = field(default_factory=list)
     workers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     starts: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -177,6 +178,10 @@ def list_endpoints(handler: Handler, _request: Recorded) -> None:
     handler.answer({"endpoints": list(handler.gateway.endpoints.values())})
 
 
+def list_launchers(handler: Handler, _request: Recorded) -> None:
+    handler.answer({"launchers": handler.gateway.launchers})
+
+
 def get_endpoint(handler: Handler, _request: Recorded, endpoint_id: str) -> None:
     handler.answer(known(handler, endpoint_id))
 
@@ -268,6 +273,7 @@ def keys_route(handler: Handler, request: Recorded) -> None:
         "status": "active",
         "scope": request.body.get("scope", "run"),
         "endpoints": request.body["endpoints"],
+        "heartbeat_s": request.body.get("heartbeat_s"),
         "created_at": "2026-06-01T12:00:00Z",
     }
     gateway.keys.append(key)
@@ -305,7 +311,13 @@ def one_webhook(handler: Handler, request: Recorded, webhook_id: str) -> None:
 def usage(handler: Handler, _request: Recorded) -> None:
     endpoint_id = next(iter(handler.gateway.endpoints), "gone")
     handler.answer(
-        {"intervals": [], "totals": [{"endpoint_id": endpoint_id, "state": "ready", "duration_ms": 90_000}]}
+        {
+            "intervals": [],
+            "totals": [
+                {"endpoint_id": endpoint_id, "state": "frozen", "duration_ms": 600_000},
+                {"endpoint_id": endpoint_id, "state": "ready", "duration_ms": 90_000},
+            ],
+        }
     )
 
 
@@ -410,10 +422,11 @@ ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("GET", "/pilotlight/v1/webhooks/dead", dead_webhooks),
     ("POST", "/pilotlight/v1/webhooks/([^/]+)/resend", one_webhook),
     ("DELETE", "/pilotlight/v1/webhooks/([^/]+)", one_webhook),
+    ("GET", "/pilotlight/v1/launchers", list_launchers),
     ("GET", "/pilotlight/v1/usage", usage),
     ("GET", "/pilotlight/v1/status", status),
     ("DELETE", SERVERLESS, delete_endpoint),
-    ("GET", f"{SERVERLESS}/workers", list_workers),
+    ("GET", f"{ENDPOINT}/workers", list_workers),
     ("GET", f"{SERVERLESS}/workers/([^/]+)/logs", worker_logs),
     ("GET", "/v2/([^/]+)/openai/health", wake),
     ("GET", "/v2/([^/]+)/openai/v1/models", models),

@@ -163,6 +163,48 @@ async def test_kill_ends_what_ignores_the_signal_and_all_its_children(contained,
     await contained.cluster.terminate("nobody")
 
 
+COUNTS = """
+import subprocess, sys, time
+if len(sys.argv) == 1:
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print("ready")
+number = 0
+while True:
+    number += 1
+    print("count", number)
+    time.sleep(0.01)
+"""
+
+
+async def test_a_frozen_container_stands_still_as_a_whole_and_goes_on(contained, podman):
+    worker_id = await contained.start_ready(COUNTS)
+    assert await contained.cluster.freeze(worker_id) > MIB
+    (container,) = podman.containers(f"io.pilotlight.worker={worker_id}")
+    assert podman.run("inspect", "--format", "{{.State.Status}}", container).strip() == "paused"
+    assert contained.cluster.engine.runs(container), "it has not ended"
+    with pytest.raises(ClusterError):
+        await contained.cluster.freeze(worker_id)
+    with pytest.raises(ClusterError):
+        await contained.cluster.thaw(worker_id)
+    await contained.cluster.freeze(worker_id)
+    await contained.cluster.thaw(worker_id)
+    shown = [line.text for line in await contained.logs.tail(worker_id, 1000)]
+    last = max(int(text.split()[1]) for text in shown if text.startswith("count "))
+    await contained.line(worker_id, f"count {last + 5}")
+    assert await contained.cluster.gpu_memory(worker_id, [0]) == 0
+    await contained.cluster.kill(worker_id)
+    with pytest.raises(ClusterError, match="no container that runs"):
+        await contained.cluster.freeze(worker_id)
+
+
+async def test_a_frozen_container_can_be_ended(contained, podman):
+    worker_id = await contained.start_ready(STUBBORN)
+    await contained.cluster.freeze(worker_id)
+    await contained.cluster.kill(worker_id)
+    assert podman.containers(f"io.pilotlight.worker={worker_id}") == []
+    assert (await contained.ended(worker_id)).failure is None
+
+
 async def test_what_a_container_is_given(contained, tmp_path):
     """Memory, shared memory, volumes, variables, the folder of sockets, and nothing of our own environment."""
     data, run = tmp_path / "data", tmp_path / "run"
@@ -593,6 +635,10 @@ async def test_both_kinds_of_workers_side_by_side(contained, tmp_path):
     identity = await places.start(spec, contained._on_exit)
     contained._ended[spec.worker_id] = asyncio.Event()
     assert identity is not None
+    for worker_id in (inside, spec.worker_id):
+        assert await places.freeze(worker_id) > 0
+        assert await places.gpu_memory(worker_id, [0]) == 0
+        await places.thaw(worker_id)
     await places.terminate(spec.worker_id)
     assert (await contained.ended(spec.worker_id)).code == -signal.SIGTERM
     await places.close()

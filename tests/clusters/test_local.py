@@ -17,6 +17,7 @@ from pilotlight.clusters import processes
 from pilotlight.clusters.local import LocalCluster
 from pilotlight.domain.worker import WORKER_COOKIE
 from pilotlight.errors import ClusterError
+from pilotlight.processes import read_process
 
 from .conftest import MISBEHAVE, count_descriptors, none_alive
 
@@ -99,6 +100,50 @@ async def test_a_stopped_worker_can_be_killed(workers):
     os.kill(identities[1].pid, signal.SIGSTOP)
     await workers.cluster.kill(worker_id)
     assert none_alive(identities)
+
+
+def states_of(identities):
+    return [read_process(identity.pid).state for identity in identities]
+
+
+async def test_a_frozen_worker_stands_still_as_a_whole_and_goes_on(workers):
+    worker_id, identities = await workers.start_ready(*FAMILY)
+    held = await workers.cluster.freeze(worker_id)
+    assert states_of(identities) == ["T"] * 5
+    assert held > 5 * 100_000, "some memory for each"
+    await workers.cluster.thaw(worker_id)
+    assert "T" not in states_of(identities)
+    await workers.cluster.kill(worker_id)
+    with pytest.raises(ClusterError, match="does not run here"):
+        await workers.cluster.freeze(worker_id)
+    with pytest.raises(ClusterError, match="does not run here"):
+        await workers.cluster.thaw(worker_id)
+    assert await workers.cluster.gpu_memory(worker_id, [0]) == 0
+
+
+@pytest.mark.parametrize("way", ["kill", "close", "outside"])
+async def test_a_frozen_worker_can_be_ended(workers, way):
+    # One that gave up its environment is found by its parent, who must not be dead.
+    worker_id, identities = await workers.start_ready(*(FAMILY[:-1] if way == "outside" else FAMILY))
+    await workers.cluster.freeze(worker_id)
+    match way:
+        case "kill":
+            await workers.cluster.kill(worker_id)
+        case "close":
+            await workers.cluster.close()
+        case _:
+            os.kill(identities[0].pid, signal.SIGKILL)
+    assert (await workers.ended(worker_id)).code == -signal.SIGKILL
+    assert none_alive(identities)
+
+
+async def test_a_frozen_worker_of_a_dead_gateway_is_swept(workers, tmp_path):
+    worker_id, identities = await workers.start_ready(*FAMILY)
+    await workers.cluster.freeze(worker_id)
+    later = LocalCluster(tmp_path / "later", log_bytes=1000, base_env={})
+    assert await later.sweep({worker_id: identities[0]}) == [worker_id]
+    assert none_alive(identities)
+    await later.close()
 
 
 async def test_one_workers_end_leaves_the_others_alone(workers):

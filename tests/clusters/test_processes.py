@@ -8,6 +8,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from pilotlight.clusters import processes
 from pilotlight.domain.worker import WORKER_COOKIE
 from pilotlight.errors import ClusterError
+from pilotlight.processes import read_process
 
 
 @pytest.fixture
@@ -135,3 +137,29 @@ def test_survivors_are_named(sleeper, monkeypatch):
     message = rf"worker {worker_id}: process {sleeper.pid} \(state S\) still exists 0.05 s"
     with pytest.raises(ClusterError, match=message):
         processes.kill_all({worker_id: identity}, timeout_s=0.05)
+
+
+def test_a_worker_that_forks_on_and_on_is_stopped_whole():
+    """1. Each child forks another and ends. 2. When the call returns, all that is found stands still. 3. Nothing
+    has been added afterwards. 4. Let go, it forks on."""
+    worker_id = secrets.token_hex(7)
+    program = "import os, time\nprint('up', flush=True)\nwhile True:\n    if os.fork(): time.sleep(0.02); os._exit(0)"
+    env = {**os.environ, WORKER_COOKIE: worker_id}
+    with subprocess.Popen([sys.executable, "-S", "-c", program], env=env, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        stopped = processes.stop_all({worker_id: None})
+        assert stopped
+        assert {read_process(identity.pid).state for identity in stopped} == {"T"}
+        assert processes.find_processes({worker_id: None}) == {worker_id: stopped}
+        processes.let_go_on(stopped)
+        while processes.find_processes({worker_id: None}).get(worker_id) == stopped:
+            time.sleep(0.01)
+        processes.kill_all({worker_id: None})
+
+
+def test_what_cannot_be_stopped_in_time_goes_on(sleeper):
+    worker_id = secrets.token_hex(7)
+    identity = processes.identify(sleeper.pid)
+    with pytest.raises(ClusterError, match=rf"process {sleeper.pid} .* still runs 0 s after SIGSTOP"):
+        processes.stop_all({worker_id: identity}, timeout_s=0)
+    assert read_process(sleeper.pid).state in {"R", "S"}, "it runs, or sleeps as before"

@@ -18,7 +18,9 @@ def settings(tmp_path: Path) -> Settings:
     return load_settings(home=tmp_path)
 
 
-def variables(settings: Settings, *, env: dict[str, str] | None = None, **changes: object) -> dict[str, str]:
+def variables(
+    settings: Settings, *, env: dict[str, str] | None = None, launcher: Path | None = None, **changes: object
+) -> dict[str, str]:
     """The environment of a worker of such an endpoint."""
     revision = Revision(endpoint_id="e", version=1, model="m", env=env or {})
     endpoint = Endpoint(**({"id": "e", "name": "e", "revision": revision} | changes))  # type: ignore[arg-type]
@@ -29,6 +31,7 @@ def variables(settings: Settings, *, env: dict[str, str] | None = None, **change
         run_folder=lambda worker_id: Path("/run") / worker_id,
         host=lambda: HostResources(memory_bytes_total=1, memory_bytes_available=1),
     )
+    made.launcher = lambda asked: launcher if asked is endpoint else None
     return dict(made(endpoint, "w", "secret"))
 
 
@@ -78,3 +81,13 @@ def test_an_endpoint_chooses_one_of_several_engines(tmp_path: Path) -> None:
     for version, expected in (("0.31.0", "older"), ("0.32.0", "usual"), ("", "usual")):
         made = variables(settings, env={"ENGINE_VERSION": version})
         assert made["PILOTLIGHT_ENGINE_HOME"] == str(tmp_path / expected)
+
+
+def test_a_worker_is_told_where_its_engine_can_be_forked(settings: Settings) -> None:
+    assert variables(settings, launcher=Path("/run/l"))["PILOTLIGHT_LAUNCHER"] == "/run/l"
+    assert "PILOTLIGHT_LAUNCHER" not in variables(settings)
+
+
+def test_only_an_endpoint_with_flashboot_prepares_its_engine_for_it(settings: Settings) -> None:
+    assert variables(settings)["PILOTLIGHT_FLASHBOOT"] == "1"
+    assert "PILOTLIGHT_FLASHBOOT" not in variables(settings, flashboot=False)

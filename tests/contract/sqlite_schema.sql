@@ -47,7 +47,7 @@ CREATE TABLE api_keys (
     endpoint_ids TEXT NOT NULL,
     hash TEXT NOT NULL UNIQUE,
     created_ms INTEGER NOT NULL
-) STRICT;
+, heartbeat_s REAL) STRICT;
 
 CREATE TABLE batch_drafts (
     seq INTEGER PRIMARY KEY,
@@ -206,15 +206,19 @@ CREATE TABLE revisions (
     PRIMARY KEY (endpoint_id, version)
 ) STRICT, WITHOUT ROWID;
 
-CREATE TABLE starts (
+CREATE TABLE "starts" (
     seq INTEGER PRIMARY KEY,
-    worker_id TEXT NOT NULL UNIQUE,
+    worker_id TEXT NOT NULL,
     endpoint_id TEXT NOT NULL,
     version INTEGER NOT NULL,
     rung TEXT NOT NULL,
     stages TEXT NOT NULL,
     outcome TEXT NOT NULL,
-    decided_ms INTEGER NOT NULL
+    memory_bytes INTEGER,
+    note TEXT NOT NULL,
+    failure TEXT,
+    decided_ms INTEGER NOT NULL,
+    UNIQUE (worker_id, decided_ms)
 ) STRICT;
 
 CREATE TABLE usage_intervals (

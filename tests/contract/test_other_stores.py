@@ -105,8 +105,9 @@ class TestKeys:
     async def test_keys_read_back_oldest_first(self, store: Store) -> None:
         admin = ApiKey(id="k2", name="admin", scope=Scope.ADMIN, hash="h2", created_ms=2)
         run = ApiKey(
-            id="k1", name="", scope=Scope.RUN, endpoint_ids=frozenset({"a", "b"}), hash="h1", created_ms=1
-        )
+            id="k1", name="", scope=Scope.RUN, endpoint_ids=frozenset({"a", "b"}), hash="h1", created_ms=1,
+            heartbeat_s=2.5,
+        )  # fmt: skip
         await store.add_key(admin)
         await store.add_key(run)
         assert list(await store.keys()) == [run, admin]
@@ -249,15 +250,32 @@ class TestRequests:
 
 
 class TestStarts:
+    FULL = StartRecord(
+        worker_id="w1",
+        endpoint_id="e1",
+        version=3,
+        rung="launchable",
+        stages=(("decision", 10), ("spawned", 12), ("ready", 30), ("first_token", 31)),
+        outcome="failed",
+        memory_bytes=2**40,
+        note="the launcher refused: CUDA was touched",
+        failure=Failure(kind="out_of_memory", cause="no room", advice="ask for less", line="Killed"),
+    )
+
     async def test_newest_first_and_replaced(self, store: Store) -> None:
-        first = StartRecord(
-            worker_id="w1", endpoint_id="e1", version=1, rung="cold", stages=(("decided", 10),)
-        )
-        second = replace(first, worker_id="w2", stages=(("decided", 20),))
+        first = replace(self.FULL, stages=(("decision", 10),), outcome="")
+        second = replace(first, worker_id="w2", stages=(("decision", 20),), memory_bytes=None, failure=None)
         other = replace(first, worker_id="w3", endpoint_id="e2", stages=())
-        for record in (second, first, other):
+        for record in (second, first, other, self.FULL):
             await store.put_start(record)
-        ready = replace(first, stages=(("decided", 10), ("ready", 30)), outcome="ready")
-        await store.put_start(ready)
-        assert list(await store.starts()) == [second, ready, other]
+        assert list(await store.starts()) == [second, self.FULL, other]
         assert list(await store.starts(endpoint_id="e1", limit=1)) == [second]
+
+    async def test_a_worker_may_start_several_times(self, store: Store) -> None:
+        """Thawed, or resumed under its own id: each start is a record of its own."""
+        thaw = replace(self.FULL, rung="frozen", stages=(("decision", 50), ("ready", 90)))
+        await store.put_start(self.FULL)
+        await store.put_start(thaw)
+        later = replace(thaw, stages=(*thaw.stages, ("first_token", 95)), note="")
+        await store.put_start(later)
+        assert list(await store.starts(endpoint_id="e1")) == [later, self.FULL]

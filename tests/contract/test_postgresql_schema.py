@@ -31,6 +31,8 @@ RELEASED = {
     "versions/0002_order.py": "e27f11b4cae007f8bde974c9476f0f99b353041aab624d742e0afab67ce19517",
     "0003_containers.sql": "b2ddbc199a3dc0b98f8589151f4547a95ec088a72e51b86ddea6f0504c3492b0",
     "versions/0003_containers.py": "3ee52d465068d841c7cf0f42c04bf02d5fe2eaf8095e017251af47f78e9a9e04",
+    "0004_starts.sql": "323462f503fabab4b53e16c9bcc59c764996afd7f1790d970cd1a16e339ca233",
+    "versions/0004_starts.py": "bd6a050e10be8aeac898cb92bcc5a04a5036d6200776de6fe1a70960fdaf88cb",
 }
 """SHA-256 of every migration that users may have run. Add to it, never change it: a database that has
 run a migration will not run it again."""
@@ -40,6 +42,14 @@ async def fetch(url: str, query: str, *values: Any) -> list[Any]:
     connection = await asyncpg.connect(url)
     try:
         return await connection.fetch(query, *values)
+    finally:
+        await connection.close()
+
+
+async def run_script(url: str, script: str) -> None:
+    connection = await asyncpg.connect(url)
+    try:
+        await connection.execute(script)
     finally:
         await connection.close()
 
@@ -81,6 +91,30 @@ async def test_a_migration_that_fails_changes_nothing(empty_url: str) -> None:
         await open_postgresql_store(empty_url)
     rows = await fetch(empty_url, "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace")
     assert [row[0] for row in rows] == ["requests"]
+
+
+async def test_starts_of_an_earlier_release_are_kept(empty_url: str) -> None:
+    """They were plain starts by today's names, and why they failed was only told by the worker's record."""
+    for file in sorted((PACKAGE / "migrations").glob("000[1-3]_*.sql")):
+        await run_script(empty_url, file.read_text())
+    await run_script(
+        empty_url,
+        """
+        CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL PRIMARY KEY);
+        INSERT INTO alembic_version VALUES ('0003');
+        INSERT INTO workers (id, endpoint_id, version, state, stage, key_hash, devices, memory_bytes, failure,
+            created_ms, state_ms)
+        VALUES ('w0', 'e', 1, 'failed', 'failed', '', '[]', 0, '{"kind": "disk_full", "cause": "no space"}', 1, 1);
+        INSERT INTO starts (worker_id, endpoint_id, version, rung, stages, outcome, decided_ms)
+        VALUES ('w0', 'e', 1, 'cold', '[["decision", 5]]', 'failed', 5), ('w1', 'e', 1, 'cold', '[]', 'ready', 0);
+        """,
+    )
+    store = await open_postgresql_store(empty_url)
+    failed, ready = await store.starts()
+    await store.close()
+    assert (failed.rung, ready.rung) == ("plain", "plain")
+    assert failed.failure is not None
+    assert (failed.failure.kind, ready.failure) == ("disk_full", None)
 
 
 async def test_a_database_of_a_newer_version_is_refused(postgresql_url: str) -> None:

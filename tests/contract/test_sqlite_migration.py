@@ -90,6 +90,17 @@ def first_release(tmp_path: Path) -> Path:
         connection, "job_counters", endpoint_id=E1, queued=2, queued_low=1, in_progress=1, completed=1,
         failed=0, retried=1,
     )  # fmt: skip
+    insert(
+        connection, "workers", id="w0", endpoint_id=E1, version=1, state="failed", stage="failed",
+        key_hash="", devices="[]", memory_bytes=0, created_ms=1, state_ms=9, ended_ms=9,
+        failure=json.dumps({"kind": "disk_full", "cause": "no space"}),
+    )  # fmt: skip
+    for worker_id, outcome in (("w0", "failed"), ("gone", "failed"), ("w1", "ready")):
+        insert(
+            connection, "starts", worker_id=worker_id, endpoint_id=E1, version=1, rung="cold",
+            stages=json.dumps([["decision", 5]]), outcome=outcome, decided_ms=5,
+        )  # fmt: skip
+    insert(connection, "api_keys", id="k", name="k", scope="admin", endpoint_ids="[]", hash="h", created_ms=1)
     connection.commit()
     connection.close()
     return folder
@@ -114,6 +125,12 @@ async def test_everything_of_the_first_release_is_there(first_release: Path) -> 
     )
     [endpoint] = await store.endpoints()
     assert (endpoint.kind, endpoint.revision.command) == (EndpointKind.VLLM, ())
+    ready, gone, failed = await store.starts()
+    assert (ready.worker_id, ready.rung, ready.stages) == ("w1", "plain", (("decision", 5),))
+    assert [start.failure for start in (ready, gone)] == [None, None]
+    assert failed.failure is not None
+    assert failed.failure.kind == "disk_full"
+    assert [key.heartbeat_s for key in await store.keys()] == [None]
     await store.close()
 
 

@@ -29,6 +29,8 @@ RELEASED = {
     "versions/0003_order.py": "559cd31fa4b4e06e9c806f4250a4d1e6b070715140a3ac1fc0d5283be1ce8772",
     "0004_containers.sql": "b2ddbc199a3dc0b98f8589151f4547a95ec088a72e51b86ddea6f0504c3492b0",
     "versions/0004_containers.py": "bea34e768cb288bb078a2131dcbc98e4c782c60dee6675ff26c3d030c0457a27",
+    "0005_starts.sql": "4d81518345afe5337b94e6e7142b3390ed9b75661e6443a54e77f332401a8d35",
+    "versions/0005_starts.py": "96feede7c9f76e3a931462e2989f0328b65419113642a872320123f8ece3b357",
 }
 """SHA-256 of every migration that users may have run. Add to it, never change it: a database that has
 run a migration will not run it again."""

@@ -29,6 +29,7 @@ def settings(**changes):
         "scaler": ScalerType.QUEUE_DELAY,
         "scaler_value": 4.0,
         "concurrency": 30,
+        "flashboot": False,
     }
     return ScaleSettings(**(values | changes))
 

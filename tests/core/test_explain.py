@@ -169,6 +169,11 @@ STARTING = sight(WorkerState.STARTING, stage="loading_weights", since=NOW - 12_0
             WaitReason.DRAINING,
             "1 worker finishing other work before the end",
         ),
+        (
+            {"workers": (sight(WorkerState.FROZEN),)},
+            WaitReason.NO_WORKER,
+            "no worker is up; one is about to be started",
+        ),
         ({"retry_ms": NOW}, WaitReason.NO_WORKER, "no worker is up; one is about to be started"),
         (
             {"workers": (sight(),), "lane": Lane.LOW, "normal_ahead": 7, "ahead": 7},

@@ -30,8 +30,8 @@ def need(memory=4, gpus=0):
     return Resources(gpu_count=gpus, memory_bytes=memory * GIB)
 
 
-def held(memory=4, devices=(), starting=False):
-    return Reservation(devices=tuple(devices), memory_bytes=memory * GIB, starting=starting)
+def held(memory=4, devices=(), starting=False, frozen=False):
+    return Reservation(devices=tuple(devices), memory_bytes=memory * GIB, starting=starting, frozen=frozen)
 
 
 def decide(need, host, *taken, reserve=1):
@@ -65,6 +65,21 @@ def test_gpus_in_use_are_told_from_gpus_that_do_not_exist():
 
 def test_gpus_that_are_held_but_gone_from_the_host_do_not_matter():
     assert decide(need(1, gpus=1), host(gpus=1), held(1, [7])) == Placed(devices=(0,))
+
+
+def test_gpus_of_frozen_workers_are_given_when_no_others_are_left():
+    frozen = held(1, [0], frozen=True)
+    assert decide(need(1, gpus=1), host(gpus=2), frozen) == Placed(devices=(1,))
+    assert decide(need(1, gpus=2), host(gpus=2), frozen) == Placed(devices=(0, 1))
+    assert decide(need(1, gpus=1), host(gpus=2), frozen, held(1, [1])) == Placed(devices=(0,))
+    again = decide(need(1, gpus=1), host(gpus=2), frozen, held(1, [1]), held(1, [0]))
+    assert reason(again) is PlacementReason.GPUS_TAKEN
+
+
+def test_a_frozen_worker_counts_with_what_it_holds():
+    assert decide(need(6), host(available=10), held(6), held(3, frozen=True)) == Placed()
+    refused = decide(need(7), host(available=10), held(6), held(3, frozen=True))
+    assert reason(refused) is PlacementReason.MEMORY_PROMISED
 
 
 def test_the_reserve_is_never_given():

@@ -11,6 +11,8 @@ VOLUME = {
     "HF_HUB_CACHE": "/runpod-volume/huggingface-cache/hub",
     "HUGGINGFACE_HUB_CACHE": "/runpod-volume/huggingface-cache/hub",
     "HF_DATASETS_CACHE": "/runpod-volume/huggingface-cache/datasets",
+    "VLLM_CACHE_ROOT": "/runpod-volume/compile-cache/vllm",
+    "TORCHINDUCTOR_CACHE_DIR": "/runpod-volume/compile-cache/torchinductor",
 }
 
 
@@ -25,9 +27,9 @@ VOLUME = {
         ({"BASE_PATH": "/d/"}, False, {name: path.replace("/runpod-volume", "/d") for name, path in VOLUME.items()}),
         ({"BASE_PATH": "/"}, False, {name: path.replace("/runpod-volume", "") for name, path in VOLUME.items()}),
         (
-            {"BASE_PATH": "/d", "HF_HOME": "/h", "HF_DATASETS_CACHE": "/s"},
+            {"BASE_PATH": "/d", "HF_HOME": "/h", "HF_DATASETS_CACHE": "/s", "VLLM_CACHE_ROOT": "/v"},
             False,
-            {},
+            {"TORCHINDUCTOR_CACHE_DIR": "/d/compile-cache/torchinductor"},
         ),
         ({"HUGGINGFACE_HUB_CACHE": "/old"}, False, {"HF_HUB_CACHE": "/old", "HUGGINGFACE_HUB_CACHE": "/old"}),
         (

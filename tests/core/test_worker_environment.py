@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from pilotlight.core.worker_environment import join_environment, without_jobs, worker_environment
+import pytest
+
+from pilotlight.core.worker_environment import (
+    is_own_program,
+    join_environment,
+    without_jobs,
+    worker_environment,
+)
 
 PLATFORM = worker_environment("http://h:8400", "ep", "w", "secret", ping_interval_ms=2000, host_name="box")
 
@@ -84,3 +91,19 @@ def test_a_worker_that_takes_no_jobs_gets_neither_addresses_nor_a_credential():
     assert "secret" not in left.values()
     assert not [name for name in left if "WEBHOOK" in name]
     assert left["RUNPOD_POD_ID"] == "w"
+
+
+@pytest.mark.parametrize(
+    ("command", "own"),
+    [
+        (("/venv/bin/pilotlight", "worker"), True),
+        (("pilotlight", "worker"), True),
+        (("/usr/bin/python3", "-m", "pilotlight.worker"), True),
+        (("python", "-m", "pilotlight", "worker"), True),
+        (("pilotlight", "worker", "--explain"), False),
+        (("python", "worker.py"), False),
+        ((), False),
+    ],
+)
+def test_our_own_program_is_known_by_its_command(command, own):
+    assert is_own_program(command) is own

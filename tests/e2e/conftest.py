@@ -227,13 +227,14 @@ class Installation:
     # Management.
 
     def deploy(self, env: dict[str, str] | None = None, **settings: Any) -> Endpoint:
-        """An endpoint of the built-in model; `env` makes its engine misbehave."""
+        """An endpoint of the built-in model; `env` makes its engine misbehave. Idle workers end."""
         self._deployed += 1
         record = self.root / f"engine{self._deployed}.jsonl"
         body = {
             "model": "pilotlight/ember",
             "env": {"FAKE_ENGINE_RECORD": str(record), **(env or {})},
             "idle_timeout_s": 600,
+            "flashboot": False,
             **settings,
         }
         answer = self.api.post("/pilotlight/v1/endpoints", json=body)
@@ -356,7 +357,7 @@ class Endpoint:
 
     def workers(self) -> list[dict[str, Any]]:
         """Living workers."""
-        return self._read(f"/v2/serverless/{self.id}/workers")["workers"]
+        return self._read(f"/pilotlight/v1/endpoints/{self.id}/workers")["workers"]
 
     def ready(self) -> dict[str, Any]:
         """Its worker as soon as one is ready."""

@@ -50,7 +50,7 @@ class Endpoint:
         self.installation = installation
         self.podman = podman
         answer = installation.api.post(
-            "/pilotlight/v1/endpoints", json={"idle_timeout_s": 600, "max": 1} | settings
+            "/pilotlight/v1/endpoints", json={"idle_timeout_s": 600, "max": 1, "flashboot": False} | settings
         )
         assert answer.status_code == 201, answer.text
         self.view = answer.json()

@@ -109,6 +109,7 @@ def deploy(installation, tmp_path):
             "command": [sys.executable, str(script), *arguments],
             "idle_timeout_s": 600,
             "memory_bytes": 50_000_000,
+            "flashboot": False,
             **settings,
         }
         answer = installation.api.post("/pilotlight/v1/endpoints", json=body)
@@ -205,6 +206,7 @@ def test_a_queue_worker_comes_with_a_job_and_goes_without(deploy, tools):
     assert not list((endpoint.installation.home / "work").iterdir())
     starts = endpoint.api.get(f"/pilotlight/v1/endpoints/{endpoint.id}/starts").json()["starts"]
     assert [start["outcome"] for start in starts] == ["ready", "ready"]
+    assert all(start["first_token_after_ms"] >= start["ready_after_ms"] for start in starts)
     assert endpoint.view()["failure"] is None
 
 
@@ -454,6 +456,7 @@ def test_our_own_worker_program_is_a_load_balancing_worker(installation, tools):
         "env": {"WORKER_MODE": "http", "MODEL_NAME": "pilotlight/ember", "FAKE_ENGINE_START_SECONDS": "1"},
         "idle_timeout_s": 1,
         "memory_bytes": 50_000_000,
+        "flashboot": False,
     }
     answer = installation.api.post("/pilotlight/v1/endpoints", json=body)
     assert answer.status_code == 201, answer.text

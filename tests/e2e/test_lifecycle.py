@@ -41,6 +41,9 @@ def test_zero_one_zero_one(installation, tools):
         assert start["outcome"] == "ready"
         assert row["arrival_ms"] <= stage_ms(start, "decision") <= stage_ms(start, "spawned")
         assert row["wait_ms"] >= stage_ms(start, "ready") - row["arrival_ms"] - 1
+        answered_ms = row["arrival_ms"] + row["first_token_ms"]
+        assert stage_ms(start, "ready") <= stage_ms(start, "first_token")
+        assert abs(stage_ms(start, "first_token") - answered_ms) <= 1
         assert (row["outcome"], row["status"], row["tokens_out"]) == ("ok", 200, 3)
 
     intervals = {worker_id: [] for worker_id in lives}

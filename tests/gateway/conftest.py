@@ -20,6 +20,7 @@ from pilotlight.gateway.app import Gateway
 from pilotlight.gateway.data_path import DataPath, StartFailedError
 from pilotlight.gateway.directory import Directory
 from pilotlight.gateway.load_balancer import LoadBalancer
+from pilotlight.gateway.outlook import Outlook
 from pilotlight.gateway.protocol import GatewayProtocol
 from pilotlight.gateway.slots import SlotTable
 from pilotlight.gateway.upstream import UpstreamPool
@@ -28,7 +29,7 @@ from pilotlight.settings import LimitSettings, LoadBalancerSettings
 from pilotlight.stores.memory import MemoryStore
 from pilotlight.system import SystemClock
 
-ADMIN, RUN, OTHER = "rpa_ADMIN", "rpa_RUN", "rpa_OTHER"
+ADMIN, RUN, OTHER, BEAT = "rpa_ADMIN", "rpa_RUN", "rpa_OTHER", "rpa_BEAT"
 
 
 class Engine:
@@ -74,17 +75,22 @@ class Engine:
         return response
 
 
-class NoFleet:
-    """A fleet without workers (port `Fleet`); only what the data path asks."""
+class IdleFleet:
+    """A fleet of the workers it is given (port `Fleet`); only what the data path asks."""
 
     def __init__(self):
         self.state = Health()
+        self.living = []
+        self.steps = ()
 
     def health(self, endpoint_id):
         return self.state
 
     def workers(self, endpoint_id):
-        return []
+        return self.living
+
+    def stages(self, worker_id):
+        return self.steps
 
 
 class NotHere:
@@ -104,7 +110,14 @@ class Rig:
     def __init__(self, folder):
         self.clock = SystemClock()
         self.engine = Engine()
-        self.fleet = NoFleet()
+        self.fleet = IdleFleet()
+        self.estimate_ms, self.rung = None, None
+        self.outlook = Outlook(
+            fleet=self.fleet,
+            clock=self.clock,
+            estimate=lambda _: self.estimate_ms,
+            rung=lambda _: self.rung,
+        )
         self.records = []
         self.limits = LimitSettings(hold_requests=2, hold_bytes=10_000, body_bytes=5_000, hold_s=30)
         self.slots = SlotTable(self.clock, AdmissionLimits(requests=2, bytes=10_000))
@@ -119,6 +132,7 @@ class Rig:
             slots=self.slots,
             pool=self.pool,
             fleet=self.fleet,
+            outlook=self.outlook,
             clock=self.clock,
             limits=self.limits,
             entropy=lambda count: next(counter).to_bytes(count, "big"),
@@ -132,6 +146,7 @@ class Rig:
                 directory=self.directory,
                 slots=self.slots,
                 fleet=self.fleet,
+                outlook=self.outlook,
                 clock=self.clock,
                 settings=LoadBalancerSettings(),
                 entropy=lambda count: next(counter).to_bytes(count, "big"),
@@ -158,10 +173,11 @@ class Rig:
     async def fill(self):
         revision = Revision(endpoint_id="ep", version=1, model="org/model", env={}, created_ms=5000)
         await self.store.add_endpoint(Endpoint(id="ep", name="ep", revision=revision))
-        for name, secret, scope, endpoints in (
-            ("admin", ADMIN, Scope.ADMIN, ()),
-            ("run", RUN, Scope.RUN, ("ep",)),
-            ("other", OTHER, Scope.RUN, ("elsewhere",)),
+        for name, secret, scope, endpoints, heartbeat_s in (
+            ("admin", ADMIN, Scope.ADMIN, (), None),
+            ("run", RUN, Scope.RUN, ("ep",), None),
+            ("other", OTHER, Scope.RUN, ("elsewhere",), None),
+            ("beat", BEAT, Scope.RUN, ("ep",), 0.01),
         ):
             await self.store.add_key(
                 ApiKey(
@@ -170,6 +186,7 @@ class Rig:
                     scope=scope,
                     endpoint_ids=frozenset(endpoints),
                     hash=hash_secret(secret),
+                    heartbeat_s=heartbeat_s,
                 )
             )
         await self.directory.refresh()

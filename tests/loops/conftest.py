@@ -17,6 +17,7 @@ from pilotlight.gateway.slots import SlotTable
 from pilotlight.loops.autoscaler import Autoscaler
 from pilotlight.loops.fleet import WorkerFleet
 from pilotlight.ports.cluster import WorkerExit
+from pilotlight.ports.door import Kept
 from pilotlight.settings import WorkerSettings
 from pilotlight.stores.memory import MemoryStore
 
@@ -44,6 +45,8 @@ class PaperCluster:
     log: list = field(default_factory=list)
     leftovers: set = field(default_factory=set)
     refuse: str | None = None
+    unstoppable: str | None = None
+    gpu_bytes: int = 0
 
     async def start(self, spec, on_exit):
         if self.refuse:
@@ -64,6 +67,20 @@ class PaperCluster:
         if worker_id in self.running:
             self.end(worker_id, -9)
 
+    async def freeze(self, worker_id):
+        self.log.append(("freeze", worker_id))
+        if self.unstoppable:
+            raise ClusterError(self.unstoppable)
+        return GIB
+
+    async def thaw(self, worker_id):
+        self.log.append(("thaw", worker_id))
+        if self.unstoppable:
+            raise ClusterError(self.unstoppable)
+
+    async def gpu_memory(self, worker_id, devices):
+        return self.gpu_bytes
+
     async def sweep(self, workers):
         self.log.append(("sweep", tuple(workers)))
         return [worker_id for worker_id in workers if worker_id in self.leftovers]
@@ -73,12 +90,47 @@ class PaperCluster:
             self.end(worker_id, 0)
 
 
+class PaperDoor:
+    """Implements the port `WorkerDoor` on paper: every call waits for the test, where the test wants that.
+
+    `answers` has what each call returns or raises.
+    """
+
+    def __init__(self):
+        self.log = []
+        self.answers = {"freeze": Kept(memory_bytes=GIB, slept=False), "thaw": None, "look": None}
+        self.asked = asyncio.Event()
+        self.go_on = asyncio.Event()
+        self.go_on.set()
+
+    async def _ask(self, what, address):
+        self.log.append((what, address.url))
+        self.asked.set()
+        await self.go_on.wait()
+        answer = self.answers[what]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    async def freeze(self, listener, *, timeout_s):
+        return await self._ask("freeze", listener)
+
+    async def thaw(self, listener, *, answers_s, timeout_s):
+        self.timeout_s = timeout_s
+        await self._ask("thaw", listener)
+
+    async def look(self, server, path, *, timeout_s):
+        await self._ask("look", server)
+
+
 class SlotListener:
     """The part of the bootstrap's listener that concerns slots."""
 
     def __init__(self, slots):
         self.slots = slots
         self.lost = []
+        self.thaws = []
+        self.rest = True
 
     def spawned(self, worker, endpoint):
         pass
@@ -88,6 +140,15 @@ class SlotListener:
 
     def withdrawn(self, worker):
         self.slots.close_worker(worker.id)
+
+    def at_rest(self, worker_id):
+        return self.rest
+
+    def frozen(self, worker):
+        self.slots.close_worker(worker.id, for_good=False)
+
+    def thawed(self, worker, endpoint, *, whole):
+        self.thaws.append((worker.id, whole))
 
     def closed(self, worker):
         self.slots.close_worker(worker.id)
@@ -108,22 +169,27 @@ class World:
         self.clock = clock or HandClock()
         self.store = store or MemoryStore()
         self.cluster = PaperCluster()
+        self.door = PaperDoor()
         self.slots = SlotTable(self.clock, AdmissionLimits(requests=10, bytes=1000))
         self.listener = SlotListener(self.slots)
         self.endpoints = {}
         self.given_up = []
         self.memory = 64 * GIB
+        self.gpus = ()
         counter = itertools.count(1)
         self.fleet = WorkerFleet(
             store=self.store,
             cluster=self.cluster,
+            door=self.door,
             listener=self.listener,
             clock=self.clock,
             settings=WorkerSettings(),
             entropy=lambda count: next(counter).to_bytes(2, "big") * count,
             environment=lambda endpoint, worker_id, secret: {"SECRET": secret},
             command=("worker",),
-            host=lambda: HostResources(memory_bytes_total=self.memory, memory_bytes_available=self.memory),
+            host=lambda: HostResources(
+                memory_bytes_total=self.memory, memory_bytes_available=self.memory, gpus=self.gpus
+            ),
         )
         self.autoscaler = Autoscaler(
             endpoint=self.endpoints.get,
@@ -143,8 +209,8 @@ class World:
     async def settle(self):
         """Let every task the fleet spawned finish."""
         await asyncio.sleep(0)
-        while self.fleet._tasks:
-            await asyncio.gather(*self.fleet._tasks)
+        while tasks := self.fleet._tasks.pending:
+            await asyncio.gather(*tasks)
 
 
 @pytest.fixture

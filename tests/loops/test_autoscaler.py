@@ -22,7 +22,7 @@ async def started(world, count=1):
 
 async def test_a_request_that_begins_to_wait_starts_a_worker_without_a_tick(world):
     world.deploy()
-    world.slots.on_demand = world.autoscaler.wake
+    world.slots.on_demand = world.autoscaler.note_held
     world.autoscaler.start()
     waiting = asyncio.create_task(world.slots.hold("e", 1, timeout_s=10))
     await started(world)
@@ -32,7 +32,7 @@ async def test_a_request_that_begins_to_wait_starts_a_worker_without_a_tick(worl
 
 
 async def test_zero_to_one_to_zero_to_one(world):
-    world.deploy(idle_timeout_ms=5000)
+    world.deploy(idle_timeout_ms=5000, flashboot=False)
     for _ in range(2):
         waiting = asyncio.create_task(world.slots.hold("e", 1, timeout_s=10))
         await asyncio.sleep(0)
@@ -48,6 +48,27 @@ async def test_zero_to_one_to_zero_to_one(world):
         world.cluster.end(worker.id)
         await world.settle()
         assert world.fleet.workers("e") == []
+
+
+async def test_zero_to_one_to_frozen_to_one(world):
+    world.deploy(idle_timeout_ms=5000)
+    world.slots.on_demand = world.autoscaler.note_held
+    world.fleet.on_change = world.autoscaler.wake
+    world.autoscaler.start()
+    waiting = asyncio.create_task(world.slots.hold("e", 1, timeout_s=10))
+    await started(world)
+    (worker,) = world.fleet.workers("e")
+    await world.fleet.reported(worker.id, READY)
+    world.slots.release_request(await waiting)
+    for _ in range(2):
+        world.clock.now += 5000
+        await world.autoscaler.look("e")
+        async with asyncio.timeout(10):
+            while world.fleet.worker(worker.id).state is not WorkerState.FROZEN:
+                await asyncio.sleep(0)
+        world.slots.release_request(await world.slots.hold("e", 1, timeout_s=10))
+        assert world.fleet.worker(worker.id).state is WorkerState.READY
+    assert len(world.cluster.running) == 1
 
 
 async def test_no_room_is_tried_again_later(world):

@@ -34,7 +34,7 @@ async def test_a_worker_is_on_record_before_its_process_and_ready_once_it_regist
     assert world.slots.worker(worker.id).capacity == 2, "the endpoint's concurrency bounds the worker's own"
     await world.settle()
     (start,) = await world.store.starts()
-    assert [name for name, _ in start.stages] == ["decision", "spawned", "importing", "ready"]
+    assert [name for name, _ in start.stages] == ["decision", "placement", "spawned", "importing", "ready"]
     assert start.outcome == "ready"
 
 

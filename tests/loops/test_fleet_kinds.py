@@ -34,6 +34,13 @@ async def test_our_own_program_needs_neither(world):
     assert (spec.command, spec.private_folders) == (("worker",), False)
 
 
+async def test_it_needs_neither_as_a_load_balancing_worker(world):
+    """With the user's home it finds the launcher of other endpoints."""
+    revision = Revision(endpoint_id="e", version=1, model="", command=("/venv/bin/pilotlight", "worker"))
+    worker = await world.fleet.start(world.deploy(kind=EndpointKind.LOAD_BALANCER, revision=revision))
+    assert not world.cluster.running[worker.id][0].private_folders
+
+
 async def test_a_learned_capacity_follows_the_endpoints_bound(world):
     endpoint = deploy(world, concurrency=2)
     worker = await world.fleet.start(endpoint)
@@ -118,7 +125,7 @@ async def test_health_checks_take_a_worker_out_of_rotation_and_back(world):
     assert world.slots.worker(worker.id).free == 2
     await world.settle()
     (start,) = await world.store.starts()
-    assert [name for name, _ in start.stages] == ["decision", "spawned", "initializing", "ready"]
+    assert [name for name, _ in start.stages] == ["decision", "placement", "spawned", "initializing", "ready"]
 
 
 async def test_only_its_checks_decide_how_long_a_load_balancing_start_may_take(world):

@@ -77,7 +77,7 @@ async def test_a_download_may_take_hours_while_it_moves(world, time):
     await time.pass_by(2)
     assert world.fleet.worker(worker_id) is None
     (start,) = await world.store.starts()
-    assert [name for name, _ in start.stages] == ["decision", "spawned", "downloading"]
+    assert [name for name, _ in start.stages] == ["decision", "placement", "spawned", "downloading", "failed"]
 
 
 @pytest.mark.parametrize("progress", [DownloadProgress(done_bytes=7, total_bytes=20), None])

@@ -17,6 +17,7 @@ import httpx
 import pytest
 
 from pilotlight.clusters.container_engine import ContainerEngine
+from pilotlight.clusters.launchers import LauncherInfo
 from pilotlight.core.admission import AdmissionLimits
 from pilotlight.core.placement import Gpu, HostResources
 from pilotlight.domain.key import Scope
@@ -25,6 +26,7 @@ from pilotlight.engines.manifest import EngineFlag, EngineManifest
 from pilotlight.errors import EngineEnvironmentError
 from pilotlight.gateway.directory import Directory
 from pilotlight.gateway.slots import SlotTable
+from pilotlight.loops.estimates import Estimates
 from pilotlight.management import (
     EndpointService,
     ImageChecker,
@@ -211,6 +213,7 @@ class Management:
     surroundings: dict[str, Any]
     model: Path
     container_engine: ContainerEngine
+    estimates: Estimates
 
     async def create(self, **body: Any) -> dict[str, Any]:
         answer = await self.http.post("/pilotlight/v1/endpoints", json={"model": str(self.model), **body})
@@ -309,6 +312,9 @@ async def management(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIt
             raise surroundings["manifest"]
         return surroundings.get(version or "manifest", surroundings["manifest"])
 
+    async def launchers() -> list[LauncherInfo]:
+        return surroundings.get("launchers", [])
+
     async def on_deleted(endpoint_id: str) -> None:
         deleted.append(endpoint_id)
 
@@ -331,6 +337,7 @@ async def management(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIt
             reserve_bytes=settings.workers.memory_reserve_bytes,
             volume_roots=[tmp_path],
         ),
+        estimates=(estimates := Estimates(endpoint=directory.endpoint, store=store, workers=fleet.workers)),
     )
     keys = KeyService(store=store, directory=directory, clock=clock, entropy=make_entropy())
     _, admin = await keys.create(name="first", scope=Scope.ADMIN)
@@ -349,6 +356,7 @@ async def management(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIt
             secret=InstallationSecret(bytes(32)).webhook_secret,
             wake=lambda: wakes.append("webhooks"),
         ),
+        launchers=launchers,
     )
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(app=app, raise_app_exceptions=False),
@@ -372,5 +380,6 @@ async def management(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIt
             surroundings=surroundings,
             model=write_model(tmp_path / "tiny"),
             container_engine=engine,
+            estimates=estimates,
         )
     engine.close()

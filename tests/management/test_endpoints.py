@@ -58,6 +58,8 @@ async def test_an_endpoint_has_the_documented_defaults(management):
         "workers": {},
         "failure": None,
         "retry_at": None,
+        "next_rung": "cold",
+        "start_estimate_ms": {"frozen": None, "launchable": None, "cold": None, "plain": None},
     }
     assert (
         stored.revision.memory_bytes

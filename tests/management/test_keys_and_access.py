@@ -25,6 +25,7 @@ async def test_a_key_shows_its_secret_once(management):
         "status": "active",
         "scope": "run",
         "endpoints": [endpoint["id"]],
+        "heartbeat_s": None,
         "created_at": "2026-05-28T20:26:40Z",
     }
     listed = await management.http.get(URL)
@@ -36,6 +37,14 @@ async def test_a_key_shows_its_secret_once(management):
     assert (await management.http.delete(f"{URL}/{made['id']}")).status_code == 404
 
 
+async def test_a_key_may_ask_for_heartbeats(management):
+    for seconds in (1, 2.5, 60):
+        made = (await management.http.post(URL, json={"scope": "admin", "heartbeat_s": seconds})).json()
+        assert made["heartbeat_s"] == seconds
+        assert management.directory.key(made["key"]).heartbeat_s == seconds
+        assert (await management.http.get(URL)).json()["keys"][-1]["heartbeat_s"] == seconds
+
+
 @pytest.mark.parametrize(
     ("body", "words"),
     [
@@ -44,6 +53,9 @@ async def test_a_key_shows_its_secret_once(management):
         ({"scope": "admin", "endpoints": ["x"]}, "leave endpoints out"),
         ({"scope": "root"}, "'admin' or 'run'"),
         ({"scope": "admin", "bogus": 1}, "additional properties 'bogus' not allowed"),
+        ({"scope": "admin", "heartbeat_s": 0.5}, "greater than or equal to 1"),
+        ({"scope": "admin", "heartbeat_s": 61}, "less than or equal to 60"),
+        ({"scope": "admin", "heartbeat_s": True}, "number"),
     ],
 )
 async def test_bad_keys_are_refused(management, body, words):

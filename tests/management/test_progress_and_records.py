@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 
+from pilotlight.clusters.launcher import LauncherState
+from pilotlight.clusters.launchers import LauncherInfo
 from pilotlight.domain.usage import Outcome, RequestRecord, Road, StartRecord, UsageInterval
-from pilotlight.domain.worker import Failure, Worker, WorkerState
+from pilotlight.domain.worker import Failure, WorkerState
 from pilotlight.errors import EngineEnvironmentError
 from pilotlight.management.ndjson import progress_lines
 
@@ -117,50 +119,62 @@ async def test_byte_counts_replace_each_other_for_a_slow_reader():
     assert (told[-1]["event"], told[-1]["status"]) == ("error", 503)
 
 
+def start(endpoint_id, worker_id, **changes):
+    values = {"version": 1, "rung": "cold", "stages": (("decision", 1000),), **changes}
+    return StartRecord(worker_id=worker_id, endpoint_id=endpoint_id, **values)
+
+
 async def test_starts_show_each_stage_after_the_decision(management):
-    created = await management.create()
-    record = StartRecord(
-        worker_id="w1",
-        endpoint_id=created["id"],
-        version=1,
-        rung="cold",
-        stages=(("decided", 1000), ("spawned", 1015), ("ready", 26_000)),
-        outcome="ready",
+    endpoint_id = (await management.create())["id"]
+    stages = (("decision", 1000), ("spawned", 1015), ("ready", 26_000), ("first_token", 26_050))
+    await management.store.put_start(
+        start(endpoint_id, "w1", stages=stages, outcome="ready", memory_bytes=7, note="no launcher")
     )
-    await management.store.put_start(record)
-    answer = await management.http.get(f"{URL}/{created['id']}/starts", params={"limit": 5})
-    (start,) = answer.json()["starts"]
-    assert start["rung"] == "cold"
-    assert start["stages"][1] == {"stage": "spawned", "at_ms": 1015, "after_ms": 15}
-    assert start["failure"] is None
+    answer = await management.http.get(f"{URL}/{endpoint_id}/starts", params={"limit": 5})
+    (shown,) = answer.json()["starts"]
+    assert shown.pop("stages")[1] == {"stage": "spawned", "at_ms": 1015, "after_ms": 15}
+    assert shown == {
+        "worker_id": "w1",
+        "version": 1,
+        "rung": "cold",
+        "outcome": "ready",
+        "started_at": "1970-01-01T00:00:01Z",
+        "ready_after_ms": 25_000,
+        "first_token_after_ms": 25_050,
+        "memory_bytes": 7,
+        "note": "no launcher",
+        "failure": None,
+    }
     assert (await management.http.get(f"{URL}/unknown/starts")).status_code == 404
-    bad = await management.http.get(f"{URL}/{created['id']}/starts", params={"limit": 0})
+    bad = await management.http.get(f"{URL}/{endpoint_id}/starts", params={"limit": 0})
     assert bad.status_code == 422
 
 
 async def test_a_start_that_failed_says_why(management):
-    """vllm-worker.md §7 start failure; the reason is the worker's, whose record may be gone sooner."""
+    """vllm-worker.md §7 start failure."""
     endpoint_id = (await management.create())["id"]
     failure = Failure(kind="disk_full", cause="No space left on device", advice="Free disk space.")
-    for worker_id in ("w1", "w2"):
-        await management.store.put_start(
-            StartRecord(
-                worker_id=worker_id,
-                endpoint_id=endpoint_id,
-                version=1,
-                rung="cold",
-                stages=(),
-                outcome="failed",
-            )
-        )
-    await management.store.put_worker(
-        Worker(id="w1", endpoint_id=endpoint_id, version=1, state=WorkerState.FAILED, failure=failure)
-    )
+    await management.store.put_start(start(endpoint_id, "w1", outcome="failed", failure=failure))
+    await management.store.put_start(start(endpoint_id, "w2", outcome="stopped", stages=()))
     starts = (await management.http.get(f"{URL}/{endpoint_id}/starts")).json()["starts"]
     assert {start["worker_id"]: start["failure"] for start in starts} == {
         "w1": {"kind": "disk_full", "cause": "No space left on device", "advice": "Free disk space."},
         "w2": None,
     }
+    assert {start["ready_after_ms"] for start in starts} == {None}
+
+
+async def test_an_endpoint_tells_how_long_its_next_start_will_take(management):
+    """Learned from the starts there were; where there was none, nothing is made up."""
+    endpoint_id = (await management.create())["id"]
+    shown = (await management.http.get(f"{URL}/{endpoint_id}")).json()
+    assert shown["next_rung"] == "cold"
+    assert shown["start_estimate_ms"] == {"frozen": None, "launchable": None, "cold": None, "plain": None}
+    stages = (("decision", 1000), ("ready", 15_000))
+    await management.store.put_start(start(endpoint_id, "w1", rung="plain", stages=stages, outcome="ready"))
+    await management.estimates.load()
+    shown = (await management.http.get(f"{URL}/{endpoint_id}")).json()
+    assert (shown["next_rung"], shown["start_estimate_ms"]["plain"]) == ("plain", 14_000)
 
 
 async def test_usage_adds_up(management):
@@ -220,3 +234,37 @@ async def test_status_shows_the_engine_or_its_problem(management):
     management.surroundings["manifest"] = EngineEnvironmentError("no engine at /x")
     body = (await management.http.get("/pilotlight/v1/status")).json()
     assert body["engine"]["problem"].startswith("no engine at /x")
+
+
+async def test_launchers_are_listed(management):
+    assert (await management.http.get("/pilotlight/v1/launchers")).json() == {"launchers": []}
+    management.surroundings["launchers"] = [
+        LauncherInfo(
+            fingerprint="0123456789ab",
+            version="0.32.0",
+            state=LauncherState.FAILED,
+            problem="exited with status 1",
+            pid=None,
+            memory_bytes=None,
+            ready_s=None,
+            launches=2,
+            engines=0,
+            endpoints=("e",),
+            log="launcher-0123456789ab",
+        )
+    ]
+    assert (await management.http.get("/pilotlight/v1/launchers")).json()["launchers"] == [
+        {
+            "fingerprint": "0123456789ab",
+            "engine_version": "0.32.0",
+            "state": "failed",
+            "problem": "exited with status 1",
+            "pid": None,
+            "memory_bytes": None,
+            "ready_s": None,
+            "launches": 2,
+            "engines": 0,
+            "endpoints": ["e"],
+            "log": "launcher-0123456789ab",
+        }
+    ]

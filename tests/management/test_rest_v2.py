@@ -143,6 +143,22 @@ async def test_the_summary_counts_what_has_no_worker_to_list(management):
         assert (summary["idle"], summary["total"]) == (1, 2)
 
 
+async def test_frozen_workers_are_in_no_counter_and_in_our_own_list(management):
+    endpoint_id = (await management.create())["id"]
+    management.fleet.add("w1", endpoint_id, WorkerState.READY)
+    management.fleet.add("w2", endpoint_id, WorkerState.FROZEN)
+    body = (await management.http.get(f"/v2/serverless/{endpoint_id}/workers")).json()
+    assert ([each["id"] for each in body["workers"]], body["summary"]["total"]) == (["w1"], 1)
+    listed = (await management.http.get(f"/pilotlight/v1/endpoints/{endpoint_id}/workers")).json()["workers"]
+    assert [(each["id"], each["state"], each["status"]) for each in listed] == [
+        ("w1", "ready", "IDLE"),
+        ("w2", "frozen", None),
+    ]
+    view = (await management.http.get(f"/pilotlight/v1/endpoints/{endpoint_id}")).json()
+    assert (view["status"], view["workers"]) == ("ready", {"ready": 1, "frozen": 1})
+    assert (await management.http.get("/pilotlight/v1/endpoints/nobody/workers")).status_code == 404
+
+
 async def test_the_summary_of_no_workers(management):
     """serverless-api.md §5.4."""
     endpoint_id = (await management.create())["id"]

@@ -7,10 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from pilotlight.core.storage import storage_environment
 from pilotlight.engines.manifest import MANIFEST_NAME, load_manifest, read_manifest
 from pilotlight.errors import EngineEnvironmentError
-from pilotlight.worker.command import CPU_CACHE_BYTES, ask_engine, plan_command
+from pilotlight.worker.command import (
+    CPU_CACHE_BYTES,
+    architectures_of,
+    ask_engine,
+    plan_command,
+    usable_caches,
+)
 from pilotlight.worker.config import WorkerConfig, engine_environment
+from pilotlight.worker.engine import Engine
 from pilotlight.worker.log import LogSink
 from pilotlight.worker.starting import EngineStart, _LifeEndedError
 
@@ -36,13 +44,42 @@ def say(home: Path, script: str) -> None:
     python.chmod(0o755)
 
 
+def test_caches_on_a_volume_that_cannot_be_written_are_not_used(tmp_path: Path) -> None:
+    """What the user chose stays; the engine would say what is wrong with it."""
+    (tmp_path / "file").touch()
+    for base, usable in ((tmp_path / "volume", True), (tmp_path / "file", False)):
+        env = {"BASE_PATH": str(base), "OTHER": "x"}
+        env |= storage_environment(env, volume_present=False)
+        kept = usable_caches(env)
+        assert {"VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR"} & kept.keys() == (
+            {"VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR"} if usable else set()
+        )
+        assert kept["OTHER"] == "x"
+        assert usable_caches({**env, "VLLM_CACHE_ROOT": "/chosen"})["VLLM_CACHE_ROOT"] == "/chosen"
+    assert Path(tmp_path / "volume" / "compile-cache" / "vllm").is_dir()
+    assert usable_caches({"OTHER": "x"}) == {"OTHER": "x"}
+
+
+def test_the_classes_that_a_model_names(tmp_path: Path) -> None:
+    assert architectures_of(tmp_path) == ()
+    for text, names in (('["A", 3]', ("A",)), ('"A"', ()), ("null", ())):
+        (tmp_path / "config.json").write_text(f'{{"architectures": {text}}}')
+        assert architectures_of(tmp_path) == names
+
+
+async def serve_nothing(_engine: Engine) -> None:
+    """These starts end before there is an engine."""
+
+
 def start(home: Path, folder: Path, ending: asyncio.Future[object]) -> EngineStart:
     env = {
         "MODEL_NAME": "org/m", "RUNPOD_WEBHOOK_GET_JOB": "http://h/job-take/$ID?x", "RUNPOD_AI_API_KEY": "S3CRET",
         "PILOTLIGHT_ENGINE_HOME": str(home), "PATH": "/usr/bin:/bin",
     }  # fmt: skip
     config = WorkerConfig.from_environment(env, python="/p")
-    return EngineStart(config, LogSink(), folder, ending=ending, on_stage=lambda *_, **__: None)
+    return EngineStart(
+        config, LogSink(), folder, ending=ending, on_stage=lambda *_, **__: None, on_healthy=serve_nothing
+    )
 
 
 async def test_an_exchanged_engine_is_asked_and_the_answer_kept(home: Path, tmp_path: Path) -> None:

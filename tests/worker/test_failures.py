@@ -133,12 +133,15 @@ async def test_a_failed_start_is_told_with_class_cause_and_advice(
     worker = await start_worker(FAKE_ENGINE_FAIL_TEXT=text)
     failed = await platform.stage("failed")
     expected = stages.classify_failure(text.splitlines(), 1)
-    assert failed["detail"] | {"elapsed_ms": 0} == {
-        "elapsed_ms": 0,
+    told = {name: failed["detail"][name] for name in ("kind", "cause", "advice", "rung", "memory_bytes")}
+    assert told == {
         "kind": expected.kind,
         "cause": expected.cause,
         "advice": expected.advice,
+        "rung": "plain",
+        "memory_bytes": None,
     }
+    assert [stage for stage, _ in failed["detail"]["timeline"]] == ["importing", "config", "loading_weights"]
     assert await worker.exit_code() == 1
     assert not list(platform.of_kind("take"))
 

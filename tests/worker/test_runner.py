@@ -10,6 +10,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tests.worker.old_inputs import OldInput, load_old_inputs
 
 from pilotlight.worker import runner as runner_module
 from pilotlight.worker.config import WorkerConfig
-from pilotlight.worker.engine import Engine
+from pilotlight.worker.engine import Engine, spawn
 from pilotlight.worker.log import LogSink
 from pilotlight.worker.notices import Notices
 from pilotlight.worker.platform import TakenJob
@@ -101,15 +102,12 @@ async def bench(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[Bench]]
         environment = {
             **os.environ, "VLLM_API_KEY": key, "FAKE_ENGINE_RECORD": str(record), **variables,
         }  # fmt: skip
-        engine = Engine(
-            command=[sys.executable, "-m", "pilotlight.testing.fake_engine", "--model", "org/model"],
-            environment=environment,
-            socket_path=folder / "engine.sock",
-            key=key,
-            on_line=lambda _: None,
-        )
+        path = folder / "engine.sock"
+        command = [sys.executable, "-m", "pilotlight.testing.fake_engine", "--model", "org/model"]
+        command += ["--uds", str(path)]
+        engine = Engine(command=command, socket_path=path, key=key, on_line=lambda _: None)
         started.append(engine)
-        await engine.start()
+        await engine.start(partial(spawn, command, environment))
         async with asyncio.timeout(20):
             while not await engine.healthy():
                 await asyncio.sleep(0.01)

@@ -14,7 +14,11 @@ from pilotlight.worker.stages import (
     classify_death,
     classify_failure,
     is_fatal_error,
+    logs_its_start,
     read_concurrency,
+    read_plain_start,
+    says_started,
+    stuck_failure,
     timeout_failure,
 )
 
@@ -42,8 +46,40 @@ def test_stages_of_a_real_start_come_once_and_in_order() -> None:
     ]
 
 
+def test_a_start_s_log_says_when_its_server_is_there_and_why_it_is_plain() -> None:
+    assert [line for line in START if says_started(line)] == START[-1:]
+    assert not any(read_plain_start(line) for line in START)
+    line = "pilotlight_engine: vLLM is started as it is: CUDA is initialized"
+    assert read_plain_start(line) == "CUDA is initialized"
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({}, True),
+        ({"VLLM_LOGGING_LEVEL": "debug"}, True),
+        ({"VLLM_LOGGING_LEVEL": "WARNING"}, False),
+        ({"VLLM_CONFIGURE_LOGGING": "0"}, False),
+        ({"VLLM_LOGGING_CONFIG_PATH": "/c.json"}, False),
+    ],
+)
+def test_an_engine_that_is_told_to_be_quiet_is_not_taken_for_stuck(
+    env: dict[str, str], *, expected: bool
+) -> None:
+    assert logs_its_start(env) is expected
+
+
+def test_what_a_stuck_engine_said_last_is_told() -> None:
+    failure = stuck_failure(START[:1], 60)
+    assert failure.kind == "engine_stuck"
+    assert "within 60 s" in failure.cause
+    assert failure.cause.endswith("Resolved architecture: LlamaForCausalLM")
+
+
 def test_stages_never_move_backwards() -> None:
     tracker = StageTracker()
+    assert tracker.reached(Stage.STARTING)
+    assert not tracker.reached(Stage.IMPORTING)
     assert tracker.advance(Stage.READY)
     assert not tracker.advance(Stage.IMPORTING)
     assert tracker.read("Starting to load model x...") is None

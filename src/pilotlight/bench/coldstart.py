@@ -1,12 +1,16 @@
-"""`pilotlight bench coldstart`: from a request to an endpoint without workers to its first token, by stage.
+"""`pilotlight bench coldstart`: from a request to its first token, from every rung of the warm ladder.
 
-Two measurements:
-1. With the real engine: our endpoint at zero, one request through the gateway with its key check; and in turn
-   with it a plain vLLM server with the same flags, from its spawning to the first token of the same request,
-   asked as soon as it listens. One plain start before all fills the machine's file cache; it is not counted.
-2. With the stand-in engine: arrival of a request to the worker's process spawned, by the gateway's own
-   records, over many arrivals. Stand-in because nothing of the engine is in this span, and a start of it
-   takes half a second.
+One run, interleaved, the same model and flags everywhere:
+
+* `plain-vllm`: a plain vLLM server, from its spawning to the first token of a request that is sent as soon as
+  it listens. It is what the others are compared with. One such start before all fills the machine's file
+  cache and is not counted.
+* `cold`: our endpoint at zero, in an installation without launchers: one import, then forks.
+* `launchable`: our endpoint at zero, in an installation with a launcher.
+* `frozen`: our endpoint with its worker stopped in place, after pauses of different lengths.
+
+Ours go through the gateway with its key check. A start counts only if the record of it says that it came from
+the rung that is measured. `coldstart_crowd` adds what many endpoints hold and how a burst fares.
 """
 
 from __future__ import annotations
@@ -16,8 +20,11 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
+from pilotlight.bench.coldstart_crowd import measure_burst, measure_crowd
+from pilotlight.bench.costs import Cost, cost_of, session_of, worker_processes
 from pilotlight.bench.engine import (
     MODEL,
     first_token,
@@ -25,84 +32,228 @@ from pilotlight.bench.engine import (
     wait_first_token,
 )
 from pilotlight.bench.errors import BenchError
-from pilotlight.bench.figures import Report, quantile
+from pilotlight.bench.figures import Figure, Report, quantile
 from pilotlight.bench.installation import Installation
 from pilotlight.bench.processes import Bench
 from pilotlight.cli.output import note
 from pilotlight.client.models import Start
+from pilotlight.domain.worker import Rung
 
 PLAIN = "plain-vllm"
 PILOTLIGHT = "pilotlight"
 
+METRIC = "request_to_first_token_s"
+
 _LOG_S = 30.0
 """How long rows of the request log may take to be written."""
 
+_PAUSE_S = 1.0
+_LONGER_PAUSE_S = 6.0
+"""Every tenth time; vLLM's own server would close idle connections after 5 s."""
+_LONGEST_PAUSE_S = 100.0
+"""Once, when a run has this many thaws: longer than any timer that a minute would fire."""
+_LONGEST_FROM = 50
 
-def run(starts: int, arrivals: int, report: Report) -> None:
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How much is measured.
+
+    Attributes:
+        starts: Of a plain server, and cold ones.
+        launches: Launchable ones.
+        thaws: Frozen ones.
+        arrivals: Arrivals with the stand-in engine.
+        crowd: Endpoints that are held frozen at once, and plain servers to compare them with.
+        bursts: How often a burst is sent.
+    """
+
+    starts: int = 10
+    launches: int = 30
+    thaws: int = 100
+    arrivals: int = 20
+    crowd: int = 10
+    bursts: int = 3
+
+
+@dataclass(slots=True)
+class _Samples:
+    """What was measured of one rung."""
+
+    seconds: list[float] = field(default_factory=list)
+    costs: list[Cost] = field(default_factory=list)
+    stages: dict[str, list[float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ours:
+    """One endpoint of one installation, to be woken from one rung."""
+
+    rung: Rung
+    installation: Installation
+    endpoint_id: str
+    key: str
+
+
+def run(plan: Plan, report: Report) -> None:
     """Measure and print.
 
     Args:
-        starts: Of each kind with the real engine.
-        arrivals: With the stand-in.
+        plan: How much.
         report: Takes the figures.
 
     Raises:
-        BenchError: Something that was started failed.
+        BenchError: Something that was started failed, or came up from another rung.
         EngineEnvironmentError: No engine is installed.
     """
     with contextlib.closing(report):
-        _measure_starts(starts, report)
-        if arrivals:
-            _measure_arrivals(arrivals, report)
+        reference = _measure_rungs(plan, report)
+        if plan.crowd:
+            measure_crowd(plan.crowd, report)
+        if plan.bursts:
+            measure_burst(plan.bursts, report, reference=reference)
+        if plan.arrivals:
+            _measure_arrivals(plan.arrivals, report)
 
 
-def _measure_starts(count: int, report: Report) -> None:
-    plain: list[float] = []
-    ours: list[float] = []
-    stages: dict[str, list[float]] = {}
+def _measure_rungs(plan: Plan, report: Report) -> Figure:
+    samples: dict[str, _Samples] = {name: _Samples() for name in (PLAIN, *map(str, _RUNGS))}
     with Bench() as bench:
+        without = Installation(bench, "without-launcher", PILOTLIGHT_LAUNCHERS__ENABLED="false")
         installation = Installation(bench)
-        # Without FlashBoot: the lowest rung of the ladder is what is compared with a plain start.
-        endpoint_id = installation.deploy(
-            model=MODEL, name="bench", min=0, max=1, idle_timeout_s=1, flashboot=False
-        )
-        env = installation.client.endpoint(endpoint_id)["env"]
-        key = installation.run_key(endpoint_id)
+        ours = {
+            Rung.COLD: _endpoint(without, Rung.COLD),
+            Rung.LAUNCHABLE: _endpoint(installation, Rung.LAUNCHABLE),
+            Rung.FROZEN: _endpoint(installation, Rung.FROZEN),
+        }
+        env = installation.client.endpoint(ours[Rung.LAUNCHABLE].endpoint_id)["env"]
         note("coldstart: a plain start that is not counted")
-        _start_plain(bench, env)
-        for number in range(count):
-            # The order turns, so that neither kind always finds what the other one left in the caches.
-            for case in (PLAIN, PILOTLIGHT)[:: -1 if number % 2 else 1]:
-                note(f"coldstart: start {number + 1} of {count}: {case}")
-                if case == PLAIN:
-                    plain.append(_start_plain(bench, env))
-                    continue
-                took, spans = _start_ours(installation, endpoint_id, key)
-                ours.append(took)
-                for stage, seconds in spans.items():
-                    stages.setdefault(stage, []).append(seconds)
-    reference = report.add(PLAIN, "start_to_first_token_s", "s", plain)
-    report.add(PILOTLIGHT, "start_to_first_token_s", "s", ours, reference=reference)
-    for stage, spent in stages.items():
-        report.add(PILOTLIGHT, f"stage_{stage}_s", "s", spent)
+        _start_plain(bench, env, _Samples())
+        launcher = _wait_launcher(installation)
+        # Brings the first frozen worker, and the first fork after the launcher's imports.
+        _ask(ours[Rung.FROZEN])
+        thaws = 0
+        for number, case in enumerate(interleaved(plan)):
+            note(f"coldstart: {number + 1}: {case}")
+            if case == PLAIN:
+                _start_plain(bench, env, samples[case])
+                continue
+            if case == Rung.FROZEN:
+                thaws += 1
+                _wait_frozen(installation, ours[Rung.FROZEN].endpoint_id)
+                time.sleep(pause_s(thaws, plan.thaws))
+            _start_ours(ours[Rung(case)], samples[case])
+        launcher_cost = cost_of([launcher])
+    return _report_rungs(samples, launcher_cost, report)
 
 
-def _start_plain(bench: Bench, env: dict[str, str]) -> float:
+_RUNGS = (Rung.COLD, Rung.LAUNCHABLE, Rung.FROZEN)
+
+
+def interleaved(plan: Plan) -> Iterator[str]:
+    """The order of the measurements: every kind spread evenly over the run, so that none has all the calm."""
+    counts = {
+        PLAIN: plan.starts,
+        str(Rung.COLD): plan.starts,
+        str(Rung.LAUNCHABLE): plan.launches,
+        str(Rung.FROZEN): plan.thaws,
+    }
+    moments = [
+        ((number + 0.5) / count, place, case)
+        for place, (case, count) in enumerate(counts.items())
+        for number in range(count)
+    ]
+    return (case for _, _, case in sorted(moments))
+
+
+def pause_s(number: int, count: int) -> float:
+    """How long the worker stays frozen before the thaw of this number, of so many."""
+    if number == count and count >= _LONGEST_FROM:
+        return _LONGEST_PAUSE_S
+    return _LONGER_PAUSE_S if number % 10 == 0 else _PAUSE_S
+
+
+def _endpoint(installation: Installation, rung: Rung) -> _Ours:
+    endpoint_id = installation.deploy(
+        model=MODEL, name=str(rung), min=0, max=1, idle_timeout_s=1, flashboot=rung is Rung.FROZEN
+    )
+    return _Ours(rung, installation, endpoint_id, installation.run_key(endpoint_id))
+
+
+def _wait_launcher(installation: Installation) -> int:
+    """The process id of the launcher, once it is ready."""
+    installation.wait(
+        "the launcher to have imported everything",
+        lambda: any(one["state"] == "ready" for one in installation.client.launchers()),
+        timeout_s=120,
+    )
+    (launcher,) = installation.client.launchers()
+    assert launcher["pid"] is not None
+    return launcher["pid"]
+
+
+def _wait_frozen(installation: Installation, endpoint_id: str) -> None:
+    installation.wait(
+        "the worker to be frozen",
+        lambda: installation.client.endpoint(endpoint_id)["workers"] == {"frozen": 1},
+        timeout_s=60,
+    )
+
+
+def _start_plain(bench: Bench, env: dict[str, str], samples: _Samples) -> None:
     engine = start_plain_engine(bench, env)
     try:
-        return wait_first_token(engine) - engine.spawned
+        samples.seconds.append(wait_first_token(engine) - engine.spawned)
+        samples.costs.append(cost_of(session_of(engine.child.pid)))
     finally:
         bench.end(engine.child)
 
 
-def _start_ours(installation: Installation, endpoint_id: str, key: str) -> tuple[float, dict[str, float]]:
-    """Seconds to the first token, and seconds spent in each stage, which add up to them."""
+def _ask(ours: _Ours) -> float:
+    return first_token(ours.installation.port, f"/v2/{ours.endpoint_id}/openai/v1/chat/completions", ours.key)
+
+
+def _start_ours(ours: _Ours, samples: _Samples) -> None:
+    client = ours.installation.client
+    before = [worker["id"] for worker in client.workers(ours.endpoint_id)]
+    used = cost_of(worker_processes(before)).cpu_s if before else 0.0
     started, started_ms = time.monotonic(), time.time() * 1000
-    answered = first_token(installation.port, f"/v2/{endpoint_id}/openai/v1/chat/completions", key)
+    answered = _ask(ours)
     took = answered - started
-    installation.wait_no_workers(endpoint_id)
-    (start,) = installation.client.starts(endpoint_id, limit=1)
-    return took, spans_of(start, started_ms=started_ms, answered_ms=started_ms + took * 1000)
+    workers = [worker["id"] for worker in client.workers(ours.endpoint_id)]
+    cost = cost_of(worker_processes(workers))
+    samples.costs.append(Cost(cost.memory_mb, cost.cpu_s - used))
+    (start,) = client.starts(ours.endpoint_id, limit=1)
+    if start["rung"] != ours.rung:
+        raise BenchError(f"worker {start['worker_id']} came up from {start['rung']}, not {ours.rung}")
+    samples.seconds.append(took)
+    for stage, spent in spans_of(start, started_ms=started_ms, answered_ms=started_ms + took * 1000).items():
+        samples.stages.setdefault(stage, []).append(spent)
+    if ours.rung is not Rung.FROZEN:
+        ours.installation.wait_no_workers(ours.endpoint_id)
+
+
+def _report_rungs(samples: dict[str, _Samples], launcher: Cost, report: Report) -> Figure:
+    plain = samples[PLAIN]
+    reference = report.add(PLAIN, METRIC, "s", plain.seconds)
+    memory = report.add(PLAIN, "memory_mb", "MB", [cost.memory_mb for cost in plain.costs])
+    cpu = report.add(PLAIN, "cpu_s", "s", [cost.cpu_s for cost in plain.costs])
+    for rung in _RUNGS:
+        measured = samples[rung]
+        if not measured.seconds:
+            continue
+        report.add(rung, METRIC, "s", measured.seconds, reference=reference)
+        speedups = [reference.value / seconds for seconds in measured.seconds]
+        report.add(rung, "times_faster", "ratio", speedups)
+        p95 = quantile(measured.seconds, 0.95)
+        report.add(rung, f"{METRIC}_p95", "s", measured.seconds, value=p95)
+        report.add(rung, "memory_mb", "MB", [cost.memory_mb for cost in measured.costs], reference=memory)
+        report.add(rung, "cpu_s", "s", [cost.cpu_s for cost in measured.costs], reference=cpu)
+        for stage, spent in measured.stages.items():
+            report.add(rung, f"stage_{stage}_s", "s", spent)
+    report.add("launcher", "memory_mb", "MB", [launcher.memory_mb], reference=memory)
+    report.add("launcher", "cpu_s", "s", [launcher.cpu_s], reference=cpu)
+    return reference
 
 
 def spans_of(start: Start, *, started_ms: float, answered_ms: float) -> dict[str, float]:
@@ -120,7 +271,9 @@ def spans_of(start: Start, *, started_ms: float, answered_ms: float) -> dict[str
         raise BenchError(f"worker {start['worker_id']} did not become ready: {start['outcome']}")
     reached = [("arrival", started_ms)]
     reached += [
-        (stage["stage"], stage["at_ms"]) for stage in start["stages"] if stage["at_ms"] <= answered_ms
+        (stage["stage"], stage["at_ms"])
+        for stage in start["stages"]
+        if stage["at_ms"] <= answered_ms and stage["stage"] != "first_token"
     ]
     reached.append(("first_token", answered_ms))
     return {name: (until - since) / 1000 for (name, since), (_, until) in itertools.pairwise(reached)}

@@ -38,20 +38,35 @@ def gateway_command(
 
 
 def coldstart_command(
-    n: Annotated[int, typer.Option("-n", "--n", min=1, max=100, help="Starts of each kind.")] = 3,
+    starts: Annotated[
+        int, typer.Option(min=1, max=100, help="Plain starts of vLLM, and cold ones of ours.")
+    ] = 10,
+    launches: Annotated[int, typer.Option(min=0, max=1000, help="Starts from the launcher.")] = 30,
+    thaws: Annotated[int, typer.Option(min=0, max=10_000, help="Thaws of a frozen worker.")] = 100,
+    crowd: Annotated[
+        int,
+        typer.Option(
+            min=0, max=100, help="Frozen endpoints, and plain servers, that are held at once; 0: none."
+        ),
+    ] = 10,
+    bursts: Annotated[
+        int, typer.Option(min=0, max=100, help="Bursts of 10 requests to 5 endpoints; 0: none.")
+    ] = 3,
     arrivals: Annotated[
         int, typer.Option(min=0, max=1000, help="Arrivals at an endpoint without workers; 0 leaves them out.")
     ] = 20,
     as_json: JsonOption = False,
 ) -> None:
-    """From a request to an endpoint without workers to its first token, beside a plain vLLM server's start.
+    """From a request to its first token, from every rung of the warm ladder, beside a plain vLLM server.
 
-    Needs the engine (`make setup`). Takes about five minutes on two cores.
+    Needs the engine (`make setup`), and memory for as many plain servers as --crowd says (1.5 GB each). Takes
+    about half an hour on two cores.
     """
-    from pilotlight.bench.coldstart import run  # noqa: PLC0415
+    from pilotlight.bench.coldstart import Plan, run  # noqa: PLC0415
     from pilotlight.bench.figures import Report  # noqa: PLC0415
 
-    run(n, arrivals, Report("coldstart", as_json=as_json))
+    plan = Plan(starts=starts, launches=launches, thaws=thaws, arrivals=arrivals, crowd=crowd, bursts=bursts)
+    run(plan, Report("coldstart", as_json=as_json))
 
 
 def throughput_command(

@@ -16,6 +16,7 @@ import typer
 from pilotlight.cli.output import JsonOption, print_json, print_table, size, write
 from pilotlight.client import GatewayUnreachableError, PilotlightClient, find_access
 from pilotlight.client.discovery import KEY_FILE, SERVER_FILE
+from pilotlight.core.launchers import explain_no_room
 from pilotlight.engines.install import look_at_machine
 from pilotlight.engines.manifest import load_manifest
 from pilotlight.errors import PilotlightError
@@ -52,8 +53,8 @@ class Check:
 def doctor_command(as_json: JsonOption = False) -> None:
     """Check this machine and say what to mend.
 
-    Looks at settings, data folder, gateway, engine, GPUs, memory and disk. Exit code 1 if something keeps
-    Pilotlight from serving here; warnings alone end with 0.
+    Looks at settings, data folder, gateway, engine, launchers, GPUs, memory and disk. Exit code 1 if
+    something keeps Pilotlight from serving here; warnings alone end with 0.
 
     Examples:
       pilotlight doctor
@@ -85,6 +86,7 @@ def run_checks() -> list[Check]:
         check_data_folder,
         check_gateway,
         check_engine,
+        check_launchers,
         check_gpus,
         check_memory,
         check_disk,
@@ -142,6 +144,46 @@ def check_engine(settings: Settings) -> Check:
     return Check(
         name, "ok", f"vLLM {manifest.version}, torch {manifest.torch_version}, {settings.engine_home}"
     )
+
+
+def check_launchers(settings: Settings) -> Check:
+    """Whether engines can be forked instead of importing for themselves; asks a gateway that runs."""
+    name = "launchers"
+    if not settings.launchers.enabled:
+        return Check(name, "ok", "none: launchers.enabled is false")
+    if settings.engine.command:
+        return Check(name, "ok", "none: engine.command replaces the engine")
+    try:
+        with PilotlightClient.of(find_access(settings.home)) as client:
+            launchers = client.launchers()
+    except PilotlightError:
+        return _check_room(settings)
+    if not launchers:
+        return Check(name, "ok", "none: no endpoint can use one")
+    text = "; ".join(
+        f"{one['fingerprint']} (vLLM {one['engine_version']}): {one['state']}, {one['launches']} launches"
+        + (f", {one['problem']}" if one["problem"] else "")
+        for one in launchers
+    )
+    failed = [one["log"] for one in launchers if one["state"] == "failed"]
+    if not failed:
+        return Check(name, "ok", text)
+    logs = ", ".join(str(settings.home / "logs" / f"{log}.log") for log in failed)
+    advice = f"starts take longer meanwhile; free memory if that is the reason, else read {logs}"
+    return Check(name, "warn", text, advice)
+
+
+def _check_room(settings: Settings) -> Check:
+    """Whether there is memory for one now."""
+    workers = settings.workers
+    problem = explain_no_room(
+        psutil.virtual_memory().available,
+        reserve_bytes=workers.memory_reserve_bytes,
+        worker_bytes=workers.memory_default_bytes,
+    )
+    if problem:
+        return Check("launchers", "warn", problem, "end other programs, or live with slower starts")
+    return Check("launchers", "ok", "they start with the gateway")
 
 
 def check_gpus(settings: Settings) -> Check:

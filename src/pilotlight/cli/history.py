@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import time
 from typing import Annotated
@@ -16,14 +15,11 @@ from pilotlight.cli.output import (
     duration,
     note,
     print_json,
+    print_lines,
     print_table,
 )
-from pilotlight.cli.progress import describe_failure
 from pilotlight.cli.targets import find_id, match_endpoint
-from pilotlight.client.models import Start
-
-BAR_CHARS = 32
-"""Width of the longest start's bar."""
+from pilotlight.cli.waterfall import draw_starts
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
@@ -35,7 +31,9 @@ def starts_command(
 ) -> None:
     """Show the latest starts of an endpoint's workers.
 
-    Each step of a start has a bar that begins when the step was reached and ends with the next.
+    The first line says from where on the warm ladder the worker came, what became of the start, how long it
+    took and what memory the worker holds. Each step has a bar that begins when the step was reached and ends
+    with the next; all bars have one scale.
 
     Examples:
       pilotlight starts qwen
@@ -48,38 +46,7 @@ def starts_command(
     if not starts:
         note("no worker of this endpoint has started yet")
         return
-    rows: list[list[object]] = []
-    longest = max(total_ms(start) for start in starts)
-    for start in starts:
-        total = duration(total_ms(start) / 1000)
-        head = f"{start['worker_id']}  revision {start['version']}  {start.get('rung', '')}"
-        rows.append([head, start.get("outcome") or "starting", total, ""])
-        rows += waterfall(start, longest)
-    print_table(["START", "OUTCOME", ">TIME", "|"], rows)
-    for start in starts:
-        if failure := start.get("failure"):
-            note(f"{start['worker_id']} failed: {describe_failure(failure)}")
-
-
-def total_ms(start: Start) -> int:
-    """From the decision to the last step reached, in milliseconds."""
-    stages = start["stages"]
-    return stages[-1]["at_ms"] - stages[0]["at_ms"] if stages else 0
-
-
-def waterfall(start: Start, longest_ms: int) -> list[list[object]]:
-    """Rows of one start: step, nothing, how long it took, a bar on the common scale."""
-    stages = start["stages"]
-    scale = BAR_CHARS / max(1, longest_ms)
-    rows: list[list[object]] = []
-    for stage, following in itertools.pairwise(stages):
-        begin = stage["at_ms"] - stages[0]["at_ms"]
-        took = following["at_ms"] - stage["at_ms"]
-        bar = " " * round(begin * scale) + "█" * max(1, round(took * scale))
-        rows.append([f"  {stage['stage'].replace('_', ' ')}", " ", duration(took / 1000), bar])
-    if stages:
-        rows.append([f"  {stages[-1]['stage'].replace('_', ' ')}", " ", " ", " "])
-    return rows
+    print_lines(lambda width: draw_starts(starts, width))
 
 
 def usage_command(
@@ -95,7 +62,8 @@ def usage_command(
 ) -> None:
     """Show the time that workers have used.
 
-    Times are sums of closed intervals; what a worker is doing now counts when its state changes.
+    Times are sums of closed intervals; what a worker is doing now counts when its state changes. Time in
+    which workers were frozen is shown, and not counted in the sum.
 
     Examples:
       pilotlight usage
@@ -123,7 +91,10 @@ def usage_command(
         ]
         for one in totals
     ]
-    rows.append(["all", " ", " ", duration(sum(one["duration_ms"] for one in totals) / 1000)])
+    # A frozen worker computes nothing, and its time is not billed as running.
+    counted = [one for one in totals if one["state"] != "frozen"]
+    name = "all" if len(counted) == len(totals) else "all but frozen"
+    rows.append([name, " ", " ", duration(sum(one["duration_ms"] for one in counted) / 1000)])
     print_table(["ENDPOINT", "ID", "STATE", ">TIME"], rows)
 
 

@@ -41,15 +41,27 @@ def create_command(
     endpoint: Annotated[
         list[str] | None, typer.Option(help="Id or name of an endpoint it may call. Repeatable.")
     ] = None,
+    heartbeat: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            max=60,
+            help="Seconds between comments on a stream that waits for a worker.  [default: none]",
+            show_default=False,
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Create a key and print it, this one time.
 
     The key alone goes to standard output, so that it can be piped to where it is needed.
+    With --heartbeat, a stream that has to wait begins at once and says in comments, which clients
+    pass over, how far the start is; what fails then fails by an event in the stream and not by a status.
 
     Examples:
       pilotlight keys create website --endpoint qwen
       pilotlight keys create ops --scope admin --json
+      pilotlight keys create chat --endpoint qwen --heartbeat 2
     """
     named = endpoint or []
     chosen = scope or (Scope.RUN if named else Scope.ADMIN)
@@ -66,6 +78,7 @@ def create_command(
             name=name,
             scope=chosen.value,
             endpoint_ids=list(dict.fromkeys(ids)),
+            heartbeat_s=heartbeat,
         )
     if as_json:
         print_json(key)
@@ -88,7 +101,7 @@ def list_command(as_json: JsonOption = False) -> None:
         print_json(keys)
         return
     print_table(
-        ["NAME", "ID", "STATUS", "SCOPE", "ENDPOINTS", "CREATED"],
+        ["NAME", "ID", "STATUS", "SCOPE", "ENDPOINTS", "HEARTBEAT", "CREATED"],
         [
             [
                 key.get("name"),
@@ -96,6 +109,7 @@ def list_command(as_json: JsonOption = False) -> None:
                 key.get("status"),
                 key.get("scope"),
                 ", ".join(names.get(one, one) for one in key.get("endpoints") or []) or "all",
+                _heartbeat(key),
                 key.get("created_at"),
             ]
             for key in keys
@@ -119,6 +133,11 @@ def remove_command(
         print_json({"id": found["id"], "name": found["name"], "deleted": True})
     else:
         note(f"revoked {found['name']} ({found['id']})")
+
+
+def _heartbeat(key: Key) -> str:
+    seconds = key.get("heartbeat_s")
+    return "off" if seconds is None else f"{seconds:g} s"
 
 
 def _match(keys: list[Key], reference: str) -> Key:

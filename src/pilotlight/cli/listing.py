@@ -113,7 +113,7 @@ def describe_worker(endpoint: Endpoint, worker: Worker) -> dict[str, Any]:
     """A worker for `--json`: `status` is our own word for its state, RunPod's is `runpod_status`."""
     return {
         **worker,
-        "status": worker.get("state") or str(worker.get("status", "")).lower(),
+        "status": worker.get("state") or str(worker.get("status") or "").lower(),
         "runpod_status": worker.get("status"),
         "endpoint_id": endpoint["id"],
         "endpoint_name": endpoint["name"],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, TextIO
 
 import typer
@@ -23,6 +23,9 @@ EndpointArgument = Annotated[
 _CONTROLS = {code: "�" for code in (*range(32), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 _WIDE = 10_000
 """Columns of a table that no terminal shows: rows must not wrap where a program reads them."""
+
+_FILE_COLUMNS = 100
+"""Columns of a drawing that no terminal shows."""
 
 
 def connect() -> PilotlightClient:
@@ -94,6 +97,25 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
     with console.capture() as capture:
         console.print(table)
     sys.stdout.write("\n".join(line.rstrip() for line in capture.get().split("\n")))
+    sys.stdout.flush()
+
+
+def print_lines(draw: Callable[[int], Sequence[Sequence[tuple[str, str]]]]) -> None:
+    """A drawing, line by line; each is pieces of text with a Rich style each, "" for none.
+
+    Args:
+        draw: Makes the drawing for a number of columns: the terminal's, or a usual one for a file.
+    """
+    from rich.console import Console  # noqa: PLC0415 - not needed with --json
+    from rich.text import Text  # noqa: PLC0415
+
+    console = Console(highlight=False)
+    lines = draw(console.width if sys.stdout.isatty() else _FILE_COLUMNS)
+    with console.capture() as capture:
+        for pieces in lines:
+            line = Text.assemble(*((clean(text), style) for text, style in pieces))
+            console.print(line, no_wrap=True, overflow="ignore", crop=False)
+    sys.stdout.write(capture.get())
     sys.stdout.flush()
 
 

@@ -80,6 +80,9 @@ COMMANDS: dict[str, Entry] = {
     "starts": Entry(
         f"{_CLI}.history", "starts_command", "Look", "Show the latest starts of an endpoint's workers."
     ),
+    "launchers": Entry(
+        f"{_CLI}.launchers", "launchers_command", "Look", "List the launchers that engines are forked from."
+    ),
     "usage": Entry(f"{_CLI}.history", "usage_command", "Look", "Show the time that workers have used."),
     "doctor": Entry(f"{_CLI}.doctor", "doctor_command", "Look", "Check this machine and say what to mend."),
     "bench": Entry("pilotlight.bench", "app", "Measure", "Measure Pilotlight on this machine."),

@@ -16,7 +16,8 @@ import typer
 from pilotlight.logs import say
 
 if TYPE_CHECKING:
-    from pilotlight.bootstrap import FirstStart, Installation
+    from pilotlight.bootstrap import Installation
+    from pilotlight.first_start import FirstStart
     from pilotlight.settings import Settings
 
 _THREADS_GRACE_S = 0.5

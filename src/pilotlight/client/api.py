@@ -22,7 +22,7 @@ from pilotlight.client.errors import (
 )
 from pilotlight.client.jobs import JobCalls
 from pilotlight.client.lines import ServerEvent, parse_events, split_lines
-from pilotlight.client.models import Endpoint, Key, LogLine, Progress, Start, Usage, Worker
+from pilotlight.client.models import Endpoint, Key, Launcher, LogLine, Progress, Start, Usage, Worker
 from pilotlight.client.transport import Query, path_part
 
 DEPLOY_S = 900.0
@@ -96,8 +96,9 @@ class PilotlightClient(JobCalls):
         self._request("DELETE", f"/v2/serverless/{path_part(endpoint_id)}")
 
     def workers(self, endpoint_id: str) -> list[Worker]:
-        """The endpoint's workers (serverless-api.md §7.4)."""
-        return cast("list[Worker]", self._list(f"/v2/serverless/{path_part(endpoint_id)}/workers", "workers"))
+        """The endpoint's living workers, in the words of serverless-api.md §7.4 and our own."""
+        path = f"/pilotlight/v1/endpoints/{path_part(endpoint_id)}/workers"
+        return cast("list[Worker]", self._list(path, "workers"))
 
     def starts(self, endpoint_id: str, *, limit: int = 20) -> list[Start]:
         """The endpoint's latest starts, stage by stage."""
@@ -151,12 +152,19 @@ class PilotlightClient(JobCalls):
         return cast("list[Key]", self._list("/pilotlight/v1/keys", "keys"))
 
     def create_key(
-        self, *, name: str | None = None, scope: Literal["admin", "run"] = "run", endpoint_ids: list[str]
+        self,
+        *,
+        name: str | None = None,
+        scope: Literal["admin", "run"] = "run",
+        endpoint_ids: list[str],
+        heartbeat_s: float | None = None,
     ) -> Key:
         """A new key; its secret is in `key`, here and never again."""
         body: dict[str, Any] = {"scope": scope, "endpoints": endpoint_ids}
         if name is not None:
             body["name"] = name
+        if heartbeat_s is not None:
+            body["heartbeat_s"] = heartbeat_s
         return cast("Key", self._json("POST", "/pilotlight/v1/keys", body))
 
     def delete_key(self, key_id: str) -> None:
@@ -199,6 +207,10 @@ class PilotlightClient(JobCalls):
     def status(self) -> dict[str, Any]:
         """What the gateway says about itself, its engine and its machine."""
         return self._json("GET", "/pilotlight/v1/status")
+
+    def launchers(self) -> list[Launcher]:
+        """The gateway's launchers, those wanted most recently first."""
+        return cast("list[Launcher]", self._list("/pilotlight/v1/launchers", "launchers"))
 
     # --- OpenAI route ---
 

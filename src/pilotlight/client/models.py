@@ -52,6 +52,8 @@ class Endpoint(TypedDict):
     workers: dict[str, int]
     failure: Failure | None
     retry_at: str | None
+    next_rung: str | None
+    start_estimate_ms: dict[str, int | None]
 
 
 class DownloadProgress(TypedDict):
@@ -65,7 +67,7 @@ class Worker(TypedDict):
     """One worker: RunPod's keys (serverless-api.md §7.4) and our own."""
 
     id: str
-    status: str
+    status: str | None
     isStale: bool
     version: int
     gpuCount: int
@@ -99,14 +101,35 @@ class StartStage(TypedDict):
 
 
 class Start(TypedDict):
-    """One start of a worker."""
+    """One start of a worker; times count from the decision and are None where that was not reached."""
 
     worker_id: str
     version: int
     rung: str
     outcome: str
+    started_at: str
+    ready_after_ms: int | None
+    first_token_after_ms: int | None
+    memory_bytes: int | None
+    note: str
     stages: list[StartStage]
     failure: Failure | None
+
+
+class Launcher(TypedDict):
+    """A process that has imported the engine, of which engines are forked."""
+
+    fingerprint: str
+    engine_version: str
+    state: str
+    problem: str
+    pid: int | None
+    memory_bytes: int | None
+    ready_s: float | None
+    launches: int
+    engines: int
+    endpoints: list[str]
+    log: str
 
 
 class Key(TypedDict):
@@ -117,6 +140,7 @@ class Key(TypedDict):
     status: str
     scope: str
     endpoints: list[str]
+    heartbeat_s: NotRequired[float | None]
     created_at: str
     key: NotRequired[str]
 

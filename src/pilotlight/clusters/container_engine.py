@@ -35,6 +35,7 @@ _ERROR_CHARS_MAX = 500
 _PIECES_MAX = 16
 """Of a file in an image, of up to 2 MiB each."""
 _STATUS_TRIES, _STATUS_PAUSE_S = 50, 0.1
+_LIVES = frozenset({"running", "paused"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -299,7 +300,7 @@ class ContainerEngine:
         return status if status >= 0 else None, bool(state.get("OOMKilled"))
 
     def runs(self, container_id: str) -> bool:
-        """Whether its main process lives.
+        """Whether its main process lives; that of a paused one does.
 
         Raises:
             MissingError: Somebody has removed it.
@@ -307,7 +308,8 @@ class ContainerEngine:
         """
         api = self._connect()
         with _translated():
-            return bool(api.inspect_container(container_id)["State"].get("Running"))
+            state = api.inspect_container(container_id)["State"]
+        return bool(state.get("Running") or state.get("Paused"))
 
     def signal(self, container_id: str, name: str) -> None:
         """Signal its main process; harmless when it has ended or is gone.
@@ -325,6 +327,30 @@ class ContainerEngine:
                 if self.runs(container_id):
                     raise
 
+    def pause(self, container_id: str) -> None:
+        """Stop all processes of a container in place, by the kernel's freezer.
+
+        Raises:
+            MissingError: Somebody has removed it.
+            UnreachableError: The engine does not answer.
+            ClusterError: It cannot, in its words; rootless engines need version 2 of cgroups.
+        """
+        api = self._connect()
+        with _translated():
+            api.pause(container_id)
+
+    def unpause(self, container_id: str) -> None:
+        """Let a paused container go on.
+
+        Raises:
+            MissingError: Somebody has removed it.
+            UnreachableError: The engine does not answer.
+            ClusterError: It is not paused, or cannot go on.
+        """
+        api = self._connect()
+        with _translated():
+            api.unpause(container_id)
+
     def remove(self, container: str) -> None:
         """End one if it runs, and remove it with its anonymous volumes; harmless when it is gone.
 
@@ -340,7 +366,7 @@ class ContainerEngine:
             api.remove_container(container, v=True, force=True)
 
     def containers(self, installation: str) -> dict[str, tuple[str, bool]]:
-        """All containers of an installation: id → (worker id, whether it runs).
+        """All containers of an installation: id → (worker id, whether it runs or is paused).
 
         Those that `read_file` makes have "" as their worker.
 
@@ -352,7 +378,7 @@ class ContainerEngine:
         with _translated():
             found = api.containers(all=True, filters={"label": f"{INSTALLATION_LABEL}={installation}"})
         return {
-            str(each["Id"]): (str(each["Labels"].get(WORKER_LABEL, "")), each.get("State") == "running")
+            str(each["Id"]): (str(each["Labels"].get(WORKER_LABEL, "")), each.get("State") in _LIVES)
             for each in found
         }
 

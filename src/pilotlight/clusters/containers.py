@@ -36,6 +36,8 @@ from pathlib import Path
 
 import structlog
 
+from pilotlight.clusters import memory, processes
+from pilotlight.clusters.container_ends import describe_end, failure_of, out_of_memory
 from pilotlight.clusters.container_engine import (
     ContainerEngine,
     EngineFacts,
@@ -58,6 +60,7 @@ from pilotlight.clusters.volumes import resolve_volume
 from pilotlight.domain.endpoint import Container
 from pilotlight.domain.worker import Failure, ProcessIdentity
 from pilotlight.errors import ClusterError, PilotlightError
+from pilotlight.memory import proportional_bytes
 from pilotlight.ports.cluster import WorkerExit, WorkerSpec
 from pilotlight.threads import call_in_thread, start_in_thread
 
@@ -202,6 +205,41 @@ class ContainerCluster:
                 # passes no signal on; removing it ends it all the same.
                 end = partial(self._drop, child)
 
+    def has(self, worker_id: str) -> bool:
+        """Whether this is one of its workers."""
+        return worker_id in self._children
+
+    async def freeze(self, worker_id: str) -> int:
+        """Pause the container; see the port."""
+        child, container = self._running(worker_id)
+        try:
+            await call_in_thread(partial(self.engine.pause, container), name=f"freeze-{worker_id}")
+        except ClusterError:
+            # One that gave no answer may have paused it all the same.
+            with contextlib.suppress(ClusterError):
+                await call_in_thread(partial(self.engine.unpause, container), name=f"thaw-{worker_id}")
+            raise
+        self._note(child, "frozen: its container is paused")
+        return await call_in_thread(lambda: proportional_bytes(_pids(worker_id)), name=f"memory-{worker_id}")
+
+    async def gpu_memory(self, worker_id: str, devices: Sequence[int]) -> int:
+        """Memory on GPUs; see the port."""
+        return await call_in_thread(
+            lambda: memory.gpu_bytes(_pids(worker_id), devices), name=f"memory-{worker_id}"
+        )
+
+    async def thaw(self, worker_id: str) -> None:
+        """Let the container go on; see the port."""
+        child, container = self._running(worker_id)
+        await call_in_thread(partial(self.engine.unpause, container), name=f"thaw-{worker_id}")
+        self._note(child, "thawed")
+
+    def _running(self, worker_id: str) -> tuple[_Child, str]:
+        child = self._children.get(worker_id)
+        if child is None or not child.running or child.container is None:
+            raise ClusterError(f"worker {worker_id} has no container that runs")
+        return child, child.container
+
     async def sweep(self, workers: Mapping[str, ProcessIdentity | None]) -> Sequence[str]:
         """Remove what an earlier life left; see the port. Also what nobody remembers is removed.
 
@@ -308,7 +346,7 @@ class ContainerCluster:
         except _EndedError:
             pass
         except PilotlightError as error:
-            failure = _failure_of(error, child.spec)
+            failure = failure_of(error, child.spec)
         except Exception as error:  # noqa: BLE001 - the end of a thread: the worker must not be lost
             _log.exception("containers.defect", worker_id=child.worker_id)
             failure = Failure(kind="container_failed", cause=repr(error))
@@ -423,7 +461,7 @@ class ContainerCluster:
             try:
                 for piece in pieces:
                     _write(child.output, piece)
-                status, out_of_memory = self.engine.wait(container_id)
+                status, exceeded = self.engine.wait(container_id)
             except MissingError:
                 gone = Failure(kind="container_failed", cause="somebody removed the container")
                 return None, None if child.ending.is_set() else gone
@@ -435,8 +473,8 @@ class ContainerCluster:
                 code = None if status is None else exit_code_of(status)
                 # Not every engine says so. Nothing inside can kill a container's main process.
                 killed = code == -signal.SIGKILL and not child.ending.is_set()
-                exceeded = out_of_memory or (killed and child.spec.memory_bytes > 0)
-                return code, _out_of_memory(child.spec) if exceeded else None
+                exceeded = exceeded or (killed and child.spec.memory_bytes > 0)
+                return code, out_of_memory(child.spec) if exceeded else None
         return None, None
 
     def _pick_up(self, child: _Child, container_id: str) -> Iterator[bytes]:
@@ -473,7 +511,7 @@ class ContainerCluster:
     async def _finish(self, child: _Child, code: int | None, failure: Failure | None) -> None:
         if child.abandoned.is_set():
             return
-        text = failure.cause if failure is not None else _describe(code, ran=child.running)
+        text = failure.cause if failure is not None else describe_end(code, ran=child.running)
         try:
             await self._logs.finish(child.worker_id, text)
         except OSError:
@@ -526,6 +564,12 @@ def _check_gpus(facts: EngineFacts, driver: GpuDriver) -> None:
         raise ClusterError(f"{facts.name} gives no GPUs to containers made by its API; use {first} or newer")
 
 
+def _pids(worker_id: str) -> set[int]:
+    """The processes of a container: they are this machine's as well, and carry the worker's cookie."""
+    found = processes.find_processes({worker_id: None}).get(worker_id, ())
+    return {identity.pid for identity in found}
+
+
 def _own_user() -> str:
     """Whom workers with sockets run as, so that we can use those; "" where we are root and can anyway."""
     return f"{os.geteuid()}:{os.getegid()}" if os.geteuid() else ""
@@ -551,36 +595,3 @@ def _write(descriptor: int, piece: bytes) -> None:
     with contextlib.suppress(BrokenPipeError):
         while view:
             view = view[os.write(descriptor, view) :]
-
-
-def _failure_of(error: PilotlightError, spec: WorkerSpec) -> Failure:
-    assert spec.container is not None, spec.worker_id
-    if isinstance(error, UnreachableError):
-        return Failure(
-            kind="engine_unreachable",
-            cause=str(error),
-            advice="start Docker or `podman system service`, or set containers.url",
-        )
-    if isinstance(error, PullError):
-        advice = "check the image's name, and registry_user and registry_password where it is private"
-        return Failure(kind="image_missing", cause=str(error), advice=advice)
-    return Failure(
-        kind="container_failed",
-        cause=f"container of {spec.container.image}: {error}",
-        advice="check the endpoint's command, volumes and GPUs",
-    )
-
-
-def _out_of_memory(spec: WorkerSpec) -> Failure:
-    limit = f"its limit of {spec.memory_bytes} bytes" if spec.memory_bytes else "the machine has"
-    return Failure(
-        kind="out_of_memory",
-        cause=f"the container was killed: it needed more memory than {limit}, or somebody killed it",
-        advice="raise the endpoint's memory_bytes, or find out who kills containers",
-    )
-
-
-def _describe(code: int | None, *, ran: bool) -> str:
-    if code is None:
-        return "ended; the container engine does not know how" if ran else "ended before it ran"
-    return f"exited with status {code}" if code >= 0 else f"ended by signal {-code}"

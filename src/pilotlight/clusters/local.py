@@ -32,12 +32,13 @@ from pathlib import Path
 
 import structlog
 
-from pilotlight.clusters import processes
+from pilotlight.clusters import memory, processes
 from pilotlight.clusters.logs import WorkerLogs
 from pilotlight.clusters.work_folders import WorkFolders
 from pilotlight.core.storage import VOLUME, chosen_cache
 from pilotlight.domain.worker import WORKER_COOKIE, ProcessIdentity
 from pilotlight.errors import ClusterError
+from pilotlight.memory import proportional_bytes
 from pilotlight.ports.cluster import WorkerExit, WorkerSpec
 
 _log = structlog.get_logger(__name__)
@@ -104,6 +105,7 @@ class _Child:
     on_exit: Callable[[WorkerExit], None]
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
+    stopped: list[ProcessIdentity] = field(default_factory=list)
 
 
 class LocalCluster:
@@ -163,7 +165,7 @@ class LocalCluster:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd=folder,
-                env=self._environment(spec),
+                env=self.environment(spec),
                 start_new_session=True,
             )
         except (OSError, ValueError) as error:
@@ -219,6 +221,44 @@ class LocalCluster:
         await self._kill_all({worker_id: child.identity})
         await child.ended.wait()
 
+    async def freeze(self, worker_id: str) -> int:
+        """Stop every process of the worker in place; see the port."""
+        child = self._child(worker_id)
+        loop = asyncio.get_running_loop()
+        stopped = await loop.run_in_executor(self._executor, processes.stop_all, {worker_id: child.identity})
+        if not stopped:
+            raise ClusterError(f"worker {worker_id} has no process that could be stopped")
+        child.stopped = stopped
+        self.logs.note(worker_id, f"frozen: {len(stopped)} processes stopped in place")
+        pids = [identity.pid for identity in stopped]
+        return await loop.run_in_executor(self._executor, proportional_bytes, pids)
+
+    async def gpu_memory(self, worker_id: str, devices: Sequence[int]) -> int:
+        """Memory on GPUs; see the port."""
+        child = self._children.get(worker_id)
+        if child is None:
+            return 0
+
+        def read() -> int:
+            found = processes.find_processes({worker_id: child.identity}).get(worker_id, ())
+            return memory.gpu_bytes({identity.pid for identity in found}, devices)
+
+        return await asyncio.get_running_loop().run_in_executor(self._executor, read)
+
+    async def thaw(self, worker_id: str) -> None:
+        """Continue what was stopped; see the port."""
+        child = self._child(worker_id)
+        # Stopped processes start no others, so these are still all of them.
+        processes.let_go_on(child.stopped)
+        child.stopped = []
+        self.logs.note(worker_id, "thawed")
+
+    def _child(self, worker_id: str) -> _Child:
+        child = self._children.get(worker_id)
+        if child is None:
+            raise ClusterError(f"worker {worker_id} does not run here")
+        return child
+
     async def sweep(self, workers: Mapping[str, ProcessIdentity | None]) -> Sequence[str]:
         """End leftovers of an earlier life; see the port. Workers of this life are left alone.
 
@@ -267,7 +307,13 @@ class LocalCluster:
             for child in children:
                 await child.ended.wait()
 
-    def _environment(self, spec: WorkerSpec) -> dict[str, str]:
+    @property
+    def base_environment(self) -> dict[str, str]:
+        """What every process that is started here finds in its environment."""
+        return dict(self._base_env)
+
+    def environment(self, spec: WorkerSpec) -> dict[str, str]:
+        """All that a worker finds in its environment."""
         own = self._folders.environment(spec.worker_id, self._base_env) if spec.private_folders else {}
         # An endpoint on a volume of its own does not look into the cache that the gateway was given.
         cache = chosen_cache(spec.env, volume_present=Path(VOLUME).is_dir())
@@ -301,7 +347,7 @@ class LocalCluster:
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._executor, self._folders.remove, child.worker_id)
         try:
-            await self.logs.finish(child.worker_id, _describe_exit(code))
+            await self.logs.finish(child.worker_id, describe_exit(code))
         except OSError:
             _log.exception("cluster.log_unfinished", worker_id=child.worker_id)
         del self._children[child.worker_id]
@@ -336,7 +382,8 @@ def _watch(pid: int, loop: asyncio.AbstractEventLoop, on_ended: Callable[[], Non
         loop.call_soon_threadsafe(on_ended)
 
 
-def _describe_exit(code: int) -> str:
+def describe_exit(code: int) -> str:
+    """How a process ended, in words, by its exit status; negative is a signal."""
     if code >= 0:
         return f"exited with status {code}"
     try:

@@ -39,6 +39,25 @@ class Places:
         await self._processes.kill(worker_id)
         await self._containers.kill(worker_id)
 
+    async def freeze(self, worker_id: str) -> int:
+        """Stop a worker in place; see the port."""
+        if self._containers.has(worker_id):
+            return await self._containers.freeze(worker_id)
+        return await self._processes.freeze(worker_id)
+
+    async def gpu_memory(self, worker_id: str, devices: Sequence[int]) -> int:
+        """Memory on GPUs; see the port."""
+        if self._containers.has(worker_id):
+            return await self._containers.gpu_memory(worker_id, devices)
+        return await self._processes.gpu_memory(worker_id, devices)
+
+    async def thaw(self, worker_id: str) -> None:
+        """Let a frozen worker go on; see the port."""
+        if self._containers.has(worker_id):
+            await self._containers.thaw(worker_id)
+        else:
+            await self._processes.thaw(worker_id)
+
     async def sweep(self, workers: Mapping[str, ProcessIdentity | None]) -> Sequence[str]:
         """End leftovers, containers first: their processes are this machine's as well; see the port."""
         contained = await self._containers.sweep(workers)

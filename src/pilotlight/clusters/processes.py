@@ -15,105 +15,46 @@ What belongs to a worker:
 
 from __future__ import annotations
 
-import errno
-import functools
 import os
 import signal
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from pilotlight.domain.worker import WORKER_COOKIE, ProcessIdentity
 from pilotlight.errors import ClusterError
+from pilotlight.processes import (
+    STOP_TIMEOUT_S,
+    Process,
+    boot_id,
+    describe,
+    identify,
+    identity_of,
+    is_alive,
+    let_go_on,
+    open_pidfd,
+    read_process,
+    send_signal,
+    stop_found,
+    wait_while,
+)
+
+__all__ = [
+    "boot_id",
+    "find_processes",
+    "identify",
+    "is_alive",
+    "kill_all",
+    "let_go_on",
+    "open_pidfd",
+    "send_signal",
+    "stop_all",
+]
 
 KILL_TIMEOUT_S = 10.0
 """How long SIGKILL may take before the survivors are reported; a large process needs a second to unmap."""
 
-_KERNEL_THREAD = 0x00200000  # PF_KTHREAD in field 9 of /proc/PID/stat
 _LOOKS_MAX = 5
-_PAUSE_FIRST_S = 0.001
-_PAUSE_LAST_S = 0.05
-
-
-@dataclass(frozen=True, slots=True)
-class _Process:
-    """The parts of /proc/PID/stat that are needed here."""
-
-    pid: int
-    state: str
-    parent: int
-    session: int
-    started_ticks: int
-    dead: bool
-    kernel: bool
-
-
-@functools.cache
-def boot_id() -> str:
-    """The id of the present boot of this machine."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-
-
-def identify(pid: int) -> ProcessIdentity | None:
-    """The process that has this number now (it may be a zombie), or None where there is none."""
-    process = _read_process(pid)
-    return None if process is None else _identity(process)
-
-
-def is_alive(identity: ProcessIdentity) -> bool:
-    """Whether this very process still runs. Zombies are dead; stopped processes are alive."""
-    if identity.boot_id != boot_id():
-        return False
-    process = _read_process(identity.pid)
-    return process is not None and process.started_ticks == identity.started_ticks and not process.dead
-
-
-def send_signal(identity: ProcessIdentity, number: signal.Signals) -> bool:
-    """Signal this very process.
-
-    Args:
-        identity: Whom.
-        number: What.
-
-    Returns:
-        Whether it was there to be signalled.
-    """
-    try:
-        descriptor = open_pidfd(identity.pid)
-        if descriptor is None:
-            # Without pidfds the check and the signal are two steps. The gap is microseconds wide, and a
-            # number comes up again only after all the others.
-            alive = is_alive(identity)
-            if alive:
-                os.kill(identity.pid, number)
-            return alive
-        try:
-            # Checked after opening: if the number has the right start time now, the descriptor cannot be
-            # that of another process, because the one meant is older than the descriptor.
-            alive = is_alive(identity)
-            if alive:
-                signal.pidfd_send_signal(descriptor, number)
-            return alive
-        finally:
-            os.close(descriptor)
-    except ProcessLookupError:
-        return False
-
-
-def open_pidfd(pid: int) -> int | None:
-    """A descriptor of the process with this number; None where the kernel or a sandbox has no pidfds.
-
-    Raises:
-        ProcessLookupError: There is no such process.
-    """
-    try:
-        return os.pidfd_open(pid)
-    except OSError as error:
-        # EPERM comes from seccomp profiles that are older than the call.
-        if error.errno in {errno.ENOSYS, errno.EPERM}:
-            return None
-        raise
 
 
 def find_processes(workers: Mapping[str, ProcessIdentity | None]) -> dict[str, list[ProcessIdentity]]:
@@ -143,7 +84,7 @@ def find_processes(workers: Mapping[str, ProcessIdentity | None]) -> dict[str, l
     found: dict[str, list[ProcessIdentity]] = {}
     for pid in sorted(owners):
         if not table[pid].dead:
-            found.setdefault(owners[pid], []).append(_identity(table[pid]))
+            found.setdefault(owners[pid], []).append(identity_of(table[pid]))
     return found
 
 
@@ -170,38 +111,42 @@ def kill_all(
     while found := find_processes(workers):
         targets = [identity for identities in found.values() for identity in identities]
         if time.monotonic() >= deadline:
-            raise ClusterError(_describe_survivors(sorted(found), targets, timeout_s))
+            who = f"worker {', '.join(sorted(found))}"
+            raise ClusterError(describe(who, targets, f"still exists {timeout_s:g} s after SIGKILL"))
         for worker_id, identities in found.items():
             known = ended.setdefault(worker_id, [])
             known.extend(identity for identity in identities if identity not in known)
         for identity in targets:
             send_signal(identity, signal.SIGKILL)
-        _wait_until_dead(targets, deadline)
+        wait_while(is_alive, targets, deadline)
     return ended
 
 
-def _wait_until_dead(identities: list[ProcessIdentity], deadline: float) -> None:
-    pause_s = _PAUSE_FIRST_S
-    waiting = identities
-    while waiting := [identity for identity in waiting if is_alive(identity)]:
-        if time.monotonic() >= deadline:
-            return
-        time.sleep(pause_s)
-        pause_s = min(pause_s * 2, _PAUSE_LAST_S)
+def stop_all(
+    workers: Mapping[str, ProcessIdentity | None], *, timeout_s: float = STOP_TIMEOUT_S
+) -> list[ProcessIdentity]:
+    """Stop every process of these workers in place; returns them when a look finds none that runs.
+
+    Blocks, so call it from a thread. Processes that were forked between a look and the signal are found by
+    the next look. SIGKILL ends them as they are; `let_go_on` is the way back.
+
+    Args:
+        workers: Worker ids with the main process recorded for each, if any.
+        timeout_s: Bound on the whole.
+
+    Raises:
+        ClusterError: Some still ran at the bound; all go on again then.
+    """
+
+    def find() -> list[ProcessIdentity]:
+        return [each for identities in find_processes(workers).values() for each in identities]
+
+    return stop_found(find, f"worker {', '.join(sorted(workers))}", timeout_s=timeout_s)
 
 
-def _describe_survivors(worker_ids: list[str], survivors: list[ProcessIdentity], timeout_s: float) -> str:
-    processes = [(identity.pid, _read_process(identity.pid)) for identity in survivors]
-    states = ", ".join(f"{pid} (state {process.state if process else 'gone'})" for pid, process in processes)
-    return (
-        f"worker {', '.join(worker_ids)}: process {states} still exists {timeout_s:g} s after SIGKILL; "
-        "state D means that it waits inside the kernel for a device or a disk"
-    )
-
-
-def _look(worker_ids: Collection[str], oldest_ticks: int) -> tuple[dict[int, _Process], dict[int, str]]:
+def _look(worker_ids: Collection[str], oldest_ticks: int) -> tuple[dict[int, Process], dict[int, str]]:
     """All processes that started at or after `oldest_ticks`, and which of them carry one of the cookies."""
-    table: dict[int, _Process] = {}
+    table: dict[int, Process] = {}
     owners: dict[int, str] = {}
     unsure: list[int] = []
     seen = {os.getpid()}
@@ -213,7 +158,7 @@ def _look(worker_ids: Collection[str], oldest_ticks: int) -> tuple[dict[int, _Pr
             break
         seen |= fresh
         for pid in sorted(fresh):
-            process = _read_process(pid)
+            process = read_process(pid)
             if process is None or process.started_ticks < oldest_ticks:
                 continue
             table[pid] = process
@@ -232,7 +177,7 @@ def _look(worker_ids: Collection[str], oldest_ticks: int) -> tuple[dict[int, _Pr
     return table, owners
 
 
-def _add_relatives(table: Mapping[int, _Process], owners: dict[int, str]) -> None:
+def _add_relatives(table: Mapping[int, Process], owners: dict[int, str]) -> None:
     """Extend `owners` by sessions and descendants until nothing is added any more."""
     grew = True
     while grew:
@@ -259,36 +204,3 @@ def _read_cookie(pid: int) -> str | None:
     marker = f"\0{WORKER_COOKIE}=".encode()
     _, _, rest = (b"\0" + environment).partition(marker)
     return rest.partition(b"\0")[0].decode("utf-8", "replace")
-
-
-def _read_process(pid: int) -> _Process | None:
-    try:
-        # open() of pathlib costs three times as much, and this runs for every process of the machine.
-        descriptor = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        content = os.read(descriptor, 4096)
-    except OSError:
-        return None
-    finally:
-        os.close(descriptor)
-    # The command name, in parentheses, may hold spaces and parentheses itself: cut at the last one.
-    # fields[0] is field 3 of proc_pid_stat(5).
-    fields = content[content.rindex(b")") + 2 :].split()
-    state = fields[0].decode("ascii")
-    # A main thread that has ended shows as Z while its other threads run on: then the count is above 1.
-    threads = int(fields[17])
-    return _Process(
-        pid=pid,
-        state=state,
-        parent=int(fields[1]),
-        session=int(fields[3]),
-        started_ticks=int(fields[19]),
-        dead=state in {"Z", "X", "x"} and threads <= 1,
-        kernel=bool(int(fields[6]) & _KERNEL_THREAD),
-    )
-
-
-def _identity(process: _Process) -> ProcessIdentity:
-    return ProcessIdentity(pid=process.pid, started_ticks=process.started_ticks, boot_id=boot_id())

@@ -62,6 +62,11 @@ class RunFolder:
         assert self._folder is not None
         return self._folder / worker_id
 
+    def launcher(self, fingerprint: str) -> Path:
+        """Where the launcher of a fingerprint listens."""
+        assert self._folder is not None
+        return self._folder / f"launcher-{fingerprint}"
+
     def remove(self, worker_id: str) -> None:
         """Remove what a worker that has ended left behind."""
         if self._folder is not None:

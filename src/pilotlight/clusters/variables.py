@@ -13,7 +13,9 @@ from pilotlight.core.health_check import HEALTH_PORT_VARIABLE, PORT_VARIABLE
 from pilotlight.core.placement import HostResources
 from pilotlight.core.variables import clean_value
 from pilotlight.core.worker_environment import (
+    FLASHBOOT_VARIABLE,
     HTTP_HOST_VARIABLE,
+    LAUNCHER_VARIABLE,
     RUN_FOLDER_VARIABLE,
     STATE_URL_VARIABLE,
     join_environment,
@@ -33,6 +35,9 @@ class WorkerVariables:
         ports: Gives load-balancing workers their port.
         run_folder: Where a worker has its sockets: worker id → folder.
         host: Reads what the machine has.
+
+    Attributes:
+        launcher: Says where a worker of an endpoint may have its engine forked; None for nowhere.
     """
 
     def __init__(
@@ -49,6 +54,7 @@ class WorkerVariables:
         self._ports = ports
         self._run_folder = run_folder
         self._host = host
+        self.launcher: Callable[[Endpoint], Path | None] = lambda _: None
 
     def __call__(self, endpoint: Endpoint, worker_id: str, secret: str) -> Mapping[str, str]:
         """The complete environment of a worker.
@@ -58,6 +64,12 @@ class WorkerVariables:
             worker_id: Its id.
             secret: Its credential.
         """
+        variables = self.before_launcher(endpoint, worker_id, secret)
+        socket = self.launcher(endpoint)
+        return variables if socket is None else {**variables, LAUNCHER_VARIABLE: str(socket)}
+
+    def before_launcher(self, endpoint: Endpoint, worker_id: str, secret: str) -> Mapping[str, str]:
+        """The same without a launcher: what decides which one it can use."""
         contained = endpoint.revision.container is not None
         platform = self._platform(endpoint, worker_id, secret)
         # A container inherits nothing of ours; its image has its own proxies, engine and paths.
@@ -77,6 +89,8 @@ class WorkerVariables:
         variables = join_environment(endpoint.revision.env, platform, inherited)
         variables[RUN_FOLDER_VARIABLE] = str(self._run_folder(worker_id))
         variables["MAX_CONCURRENCY"] = str(endpoint.concurrency)
+        if endpoint.flashboot:
+            variables[FLASHBOOT_VARIABLE] = "1"
         if clean_value(variables.get("DRAIN_TIMEOUT")) is None:
             drain_s = min(endpoint.execution_timeout_ms // 1000, self._settings.workers.drain_max_s)
             variables["DRAIN_TIMEOUT"] = str(drain_s)

@@ -249,8 +249,10 @@ def _why_none_up(snapshot: WaitSnapshot, now_ms: int) -> tuple[WaitReason, str]:
         return WaitReason.NO_CAPACITY, f"no room for a worker: {snapshot.throttled}"
     if snapshot.lane is Lane.LOW and not snapshot.normal_ahead:
         return WaitReason.LOW_PRIORITY, "no worker is up, and jobs of low priority start none"
-    if snapshot.workers:
-        return WaitReason.DRAINING, f"{_workers(len(snapshot.workers))} finishing other work before the end"
+    # A frozen one only waits to be woken.
+    leaving = [worker for worker in snapshot.workers if worker.state is not WorkerState.FROZEN]
+    if leaving:
+        return WaitReason.DRAINING, f"{_workers(len(leaving))} finishing other work before the end"
     return WaitReason.NO_WORKER, "no worker is up; one is about to be started"
 
 

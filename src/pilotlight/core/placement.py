@@ -1,7 +1,8 @@
 """Whether a worker fits on the host, and which GPUs it gets. Asked by the autoscaler before a start.
 
-GPUs are counted: a GPU belongs to at most one worker, the lowest free indices are given. A worker that
-asks for none is a CPU worker, also on a host that has GPUs.
+GPUs are counted: a GPU belongs to at most one worker that is not frozen, the lowest free indices are given.
+Those of frozen workers come last: they were put to sleep and gave the GPU's memory back. A worker that asks
+for none is a CPU worker, also on a host that has GPUs.
 
 Host memory has to pass two tests, because each is blind to what the other sees:
 
@@ -14,13 +15,16 @@ Host memory has to pass two tests, because each is blind to what the other sees:
    full, because it has touched only part of it so far. The reserve is not subtracted here: what the
    system and the gateway use of it is already missing too.
 
+A frozen worker counts with what it holds instead of what it was promised: it takes no more while it is
+frozen, and is ended before others go without (`core.freezing`).
+
 Example: 16 GiB, reserve 1, two ready workers of 4 that use 3 each, 2 used by others: available 8. A third
 of 4 fits (4+4+4 ≤ 15; 4 ≤ 8). While it starts, a fourth is refused by the first test (16 > 15).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -74,13 +78,15 @@ class Reservation:
 
     Attributes:
         devices: Indices of its GPUs.
-        memory_bytes: Host memory promised to it.
+        memory_bytes: Host memory promised to it; what it holds, when it is frozen.
         starting: Whether it has yet to take most of that memory.
+        frozen: Whether its GPUs may be given to others.
     """
 
     devices: tuple[int, ...] = ()
     memory_bytes: int = 0
     starting: bool = False
+    frozen: bool = False
 
 
 class PlacementReason(StrEnum):
@@ -135,8 +141,10 @@ def decide_placement(
     """
     assert need.gpu_count >= 0, need
     assert need.memory_bytes >= 0, need
-    taken_devices = {index for reservation in taken for index in reservation.devices}
-    free = sorted(gpu.index for gpu in host.gpus if gpu.index not in taken_devices)
+    in_use = devices_in_use(taken)
+    asleep = {index for reservation in taken if reservation.frozen for index in reservation.devices}
+    free = [gpu.index for gpu in host.gpus if gpu.index not in in_use]
+    free.sort(key=lambda index: (index in asleep, index))
     if need.gpu_count > len(host.gpus):
         return NotPlaced(
             reason=PlacementReason.HOST_HAS_FEWER_GPUS,
@@ -153,7 +161,14 @@ def decide_placement(
                 "one becomes free when another worker ends"
             ),
         )
-    return memory or Placed(devices=tuple(free[: need.gpu_count]))
+    return memory or Placed(devices=tuple(sorted(free[: need.gpu_count])))
+
+
+def devices_in_use(taken: Iterable[Reservation]) -> frozenset[int]:
+    """Indices of GPUs that cannot be given to another worker, nor back to a frozen one."""
+    return frozenset(
+        index for reservation in taken if not reservation.frozen for index in reservation.devices
+    )
 
 
 def _check_memory(

@@ -12,6 +12,8 @@ VOLUME: Final = "/runpod-volume"
 
 _HUB_CACHES: Final = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE")
 _HOME_IN_LAYOUT: Final = "/huggingface-cache/hub"
+_COMPILE_CACHES: Final = {"VLLM_CACHE_ROOT": "vllm", "TORCHINDUCTOR_CACHE_DIR": "torchinductor"}
+"""What engines compile for a model, in minutes, and find again at their next start."""
 
 
 def storage_environment(env: Mapping[str, str], *, volume_present: bool) -> dict[str, str]:
@@ -19,6 +21,7 @@ def storage_environment(env: Mapping[str, str], *, volume_present: bool) -> dict
 
     * `BASE_PATH` makes the layout `huggingface-cache/hub` and `huggingface-cache/datasets` below it. Consoles
       send its default whether there is a volume or not, so `/runpod-volume` counts only where it exists.
+    * What engines compile is kept there, too, in `compile-cache`.
     * What is set already stays; the hub cache has two names, of which `HF_HUB_CACHE` wins, and both are set.
     * A `HF_HOME` of this layout is the hub cache itself, also where it is the only variable.
     * `HF_HUB_ENABLE_HF_TRANSFER=1` is `HF_XET_HIGH_PERFORMANCE=1` now, `HUGGING_FACE_HUB_TOKEN` `HF_TOKEN`.
@@ -43,6 +46,7 @@ def storage_environment(env: Mapping[str, str], *, volume_present: bool) -> dict
             # Existing volumes have it so: the library's home is the hub cache itself.
             made["HF_HOME"] = f"{base.rstrip('/')}{_HOME_IN_LAYOUT}"
             hub = hub or made["HF_HOME"]
+        made |= compile_caches(env)
     if hub is not None:
         made |= dict.fromkeys(_HUB_CACHES, hub)
     if parse_boolean(given.get("HF_HUB_ENABLE_HF_TRANSFER", "")):
@@ -50,6 +54,12 @@ def storage_environment(env: Mapping[str, str], *, volume_present: bool) -> dict
     if "HUGGING_FACE_HUB_TOKEN" in given:
         made["HF_TOKEN"] = given["HUGGING_FACE_HUB_TOKEN"]
     return {name: text for name, text in made.items() if name == "HUGGINGFACE_HUB_CACHE" or name not in given}
+
+
+def compile_caches(env: Mapping[str, str]) -> dict[str, str]:
+    """Where engines would keep what they compile if there is a volume: folders by variable."""
+    base = (clean_value(env.get("BASE_PATH")) or VOLUME).rstrip("/")
+    return {name: f"{base}/compile-cache/{folder}" for name, folder in _COMPILE_CACHES.items()}
 
 
 CACHE_VARIABLES: Final = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from urllib.parse import quote_plus, urlsplit
 
 STATE_URL_VARIABLE = "PILOTLIGHT_WORKER_STATE_URL"
@@ -13,6 +13,12 @@ RUN_FOLDER_VARIABLE = "PILOTLIGHT_WORKER_RUN_DIR"
 
 HTTP_HOST_VARIABLE = "PILOTLIGHT_HTTP_HOST"
 """The address that our worker program listens on in direct HTTP mode; unset in containers, for every one."""
+
+LAUNCHER_VARIABLE = "PILOTLIGHT_LAUNCHER"
+"""Path of the socket of a launcher that our worker program may ask to fork its engine; unset without one."""
+
+FLASHBOOT_VARIABLE = "PILOTLIGHT_FLASHBOOT"
+"""Set to `1` for our worker program where the platform may keep its engine frozen."""
 
 DATA_CENTER = "LOCAL"
 """The id of the one data center there is: the owner's machines."""
@@ -126,6 +132,14 @@ def join_environment(
     hosts = [host.strip() for each in lists for host in each.split(",")]
     joined["NO_PROXY"] = joined["no_proxy"] = ",".join(dict.fromkeys(filter(None, hosts)))
     return joined
+
+
+def is_own_program(command: Sequence[str]) -> bool:
+    """Whether a command is our own worker program: `pilotlight worker` or `python -m pilotlight.worker`."""
+    program, *arguments = command or ("",)
+    if program.rpartition("/")[2] == "pilotlight":
+        return arguments == ["worker"]
+    return arguments in (["-m", "pilotlight.worker"], ["-m", "pilotlight", "worker"])
 
 
 def without_jobs(platform: Mapping[str, str]) -> dict[str, str]:

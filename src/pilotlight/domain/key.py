@@ -28,6 +28,8 @@ class ApiKey:
         endpoint_ids: Endpoints a run-only key may call; empty for admin keys.
         hash: SHA-256 of the secret, hex.
         created_ms: When it was made.
+        heartbeat_s: Seconds between the comments that a stream gets while it waits for a worker; None for
+            silence.
     """
 
     id: str
@@ -36,6 +38,7 @@ class ApiKey:
     endpoint_ids: frozenset[str] = frozenset()
     hash: str
     created_ms: int = 0
+    heartbeat_s: float | None = None
 
     def may_call(self, endpoint_id: str) -> bool:
         """Whether requests to that endpoint are allowed."""

@@ -7,7 +7,7 @@ from enum import StrEnum
 
 import msgspec
 
-from pilotlight.domain.worker import WorkerState
+from pilotlight.domain.worker import Failure, WorkerState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,13 +91,42 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
     estimated: bool = False
 
 
+START_STAGES = (
+    "decision",
+    "placement",
+    "spawned",
+    "starting",
+    "downloading",
+    "launched",
+    "importing",
+    "config",
+    "loading_weights",
+    "kv_cache",
+    "compiling",
+    "warming_up",
+    "initializing",
+    "registering",
+    "ready",
+    "first_token",
+)
+"""Stages of a start in the order in which they usually come. Few starts have all of them."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartRecord:
-    """One start of a worker, stage by stage.
+    """One start of a worker, stage by stage. A worker that is thawed or resumed has several.
+
+    `(worker_id, decided_ms)` is the key under which it is stored and replaced.
 
     Attributes:
-        stages: (stage name, moment in ms since the epoch), in order; the first is the decision.
+        rung: From where on the warm ladder it came up, a `domain.worker.Rung`; "" while nobody knows.
+        stages: (stage name, moment in ms since the epoch), in order; the first is the decision. A stage
+            lasts until the next begins. The names, in their order: `START_STAGES`.
         outcome: `ready`, `failed` or `stopped`; "" while starting.
+        memory_bytes: What the worker's processes hold once it is ready (proportional set size); None where
+            nobody has measured it.
+        note: Why it did not start from a better rung, in words; "" for no reason to tell.
+        failure: Why it failed, where that is known.
     """
 
     worker_id: str
@@ -106,3 +135,15 @@ class StartRecord:
     rung: str
     stages: tuple[tuple[str, int], ...]
     outcome: str = ""
+    memory_bytes: int | None = None
+    note: str = ""
+    failure: Failure | None = None
+
+    @property
+    def decided_ms(self) -> int:
+        """Moment of the first stage; 0 where there is none."""
+        return self.stages[0][1] if self.stages else 0
+
+    def after_ms(self, stage: str) -> int | None:
+        """From the decision to the beginning of a stage; None where it was not reached."""
+        return next((at_ms - self.decided_ms for name, at_ms in self.stages if name == stage), None)

@@ -41,6 +41,15 @@ class Stage(StrEnum):
     FAILED = "failed"
 
 
+class Rung(StrEnum):
+    """From where on the warm ladder a worker came up, best first (docs/guides/waking-up.md)."""
+
+    FROZEN = "frozen"
+    LAUNCHABLE = "launchable"
+    COLD = "cold"
+    PLAIN = "plain"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DownloadProgress:
     """How much of a model has arrived.

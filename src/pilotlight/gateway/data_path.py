@@ -1,9 +1,9 @@
 """The data path: `/v2/{endpoint}/openai/…`, streamed straight between client and engine.
 
 A bare ASGI callable. Per request: check the key, the endpoint and the route; read the body; take a slot
-or wait for one; send the request over a pooled connection; pass the answer on in whole events; count
-tokens; write one row of the request log. Every failure before the first byte is an OpenAI error with
-its proper status; later ones become a final error event.
+or wait for one, with comments for keys that ask for them; send the request over a pooled connection; pass
+the answer on in whole events; count tokens; write one row of the request log. Every failure before the first
+byte is an OpenAI error with its proper status; later ones become a final error event.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from pilotlight.core.admission import AdmissionReason, Verdict
+from pilotlight.core.admission import Admission, AdmissionReason, Verdict
 from pilotlight.core.openai_routes import RouteDecision, RouteKind, check_route
 from pilotlight.domain.endpoint import Endpoint
 from pilotlight.domain.usage import Outcome, RequestRecord
@@ -33,11 +33,13 @@ from pilotlight.gateway.asgi import (
 )
 from pilotlight.gateway.body import BodyPlan, plan_body
 from pilotlight.gateway.directory import Directory
-from pilotlight.gateway.events import EventStream, TokenCount
+from pilotlight.gateway.events import EventStream, TokenCount, data_event, error_event, stream_end
 from pilotlight.gateway.exchange import Exchange
+from pilotlight.gateway.heartbeats import AT_ONCE, STREAMED_ROUTES, Heartbeats
 from pilotlight.gateway.openai_access import called_endpoint, caller_of, models_answer, route_refusal
+from pilotlight.gateway.outlook import Outlook
 from pilotlight.gateway.protocol import EXTENSION, ClientStream
-from pilotlight.gateway.refusal import RequestRefusedError, anthropic_body, openai_body
+from pilotlight.gateway.refusal import RequestRefusedError, error_object
 from pilotlight.gateway.slots import HoldExpiredError, SlotTable, WorkerSlots
 from pilotlight.gateway.upstream import UpstreamError, UpstreamPool, UpstreamResponse
 from pilotlight.ports.clock import Clock
@@ -70,7 +72,10 @@ _SUSPENSION_S = 1.0
 """How long such a worker is passed over; by then its end is known, or it can be reached again."""
 
 _USAGE_BODY_MAX = 4 * 1024 * 1024
-"""Usage is looked for in unstreamed answers up to this size; larger ones pass uncounted."""
+"""Usage is looked for in unstreamed answers up to this size, and none that is larger becomes an event."""
+
+_RETRY_EXPIRED_S = 10
+"""Arbitrary, for requests that were held for as long as may be while nobody knew how long it takes."""
 
 
 _check_route = functools.lru_cache(maxsize=1024)(check_route)
@@ -91,6 +96,7 @@ class _OpenAIExchange(Exchange):
 
     Attributes:
         client_gone: Whether the client left before the end of the answer.
+        heartbeats: Comments for a client that waits; None where it gets none.
         streaming: Whether the answer is a stream of events, whose last one may be an error.
         body_sent: Whether the answer is complete, so that the client may leave.
         count: Tokens.
@@ -98,15 +104,18 @@ class _OpenAIExchange(Exchange):
     """
 
     client_gone: bool = False
+    heartbeats: Heartbeats | None = None
     streaming: bool = False
     body_sent: bool = False
     count: TokenCount = field(default_factory=TokenCount)
     estimated: bool = False
 
-    @property
-    def speaks_anthropic(self) -> bool:
-        """Whether errors take Anthropic's shape (vllm-worker.md §3.7)."""
-        return self.route.startswith("/v1/messages")
+    async def hush(self) -> bool:
+        """Send no more comments; whether their stream has begun, which the answer can only go on with."""
+        if self.heartbeats is None:
+            return False
+        await self.heartbeats.stop()
+        return self.heartbeats.begun
 
 
 class DataPath:
@@ -117,6 +126,7 @@ class DataPath:
         slots: Admission and the hold.
         pool: Connections to engines.
         fleet: Asked only to say what a caller waited for.
+        outlook: Asked to say for how long.
         clock: Time.
         limits: Bounds.
         entropy: Random bytes, for request ids.
@@ -130,6 +140,7 @@ class DataPath:
         slots: SlotTable,
         pool: UpstreamPool,
         fleet: Fleet,
+        outlook: Outlook,
         clock: Clock,
         limits: LimitSettings,
         entropy: Callable[[int], bytes],
@@ -139,6 +150,7 @@ class DataPath:
         self._slots = slots
         self._pool = pool
         self._fleet = fleet
+        self._outlook = outlook
         self._clock = clock
         self._limits = limits
         self._entropy = entropy
@@ -189,6 +201,8 @@ class DataPath:
             await self._models(exchange, endpoint, decision.path, send)
             return
         plan = await self._body(decision, headers, receive)
+        if key.heartbeat_s is not None and plan.stream and decision.path in STREAMED_ROUTES:
+            exchange.heartbeats = self._heartbeats(exchange, endpoint, send, key.heartbeat_s)
         # From here on the client may leave at any moment: while it waits for a worker, or in mid-stream.
         # The watcher then cancels this task, whatever it is waiting for, and the connection to the engine
         # is closed on the way out, which is what makes vLLM abort the generation.
@@ -209,6 +223,18 @@ class DataPath:
             await self._fail(exchange, send, 504, message, "timeout_error")
         finally:
             watcher.cancel()
+            await exchange.hush()
+
+    def _heartbeats(
+        self, exchange: _OpenAIExchange, endpoint: Endpoint, send: Send, period_s: float
+    ) -> Heartbeats:
+        def comment() -> bytes:
+            waited_ns = self._clock.monotonic_ns() - exchange.started_ns
+            current = self._directory.endpoint(endpoint.id) or endpoint
+            return self._outlook.comment(current, waited_ns // 1_000_000)
+
+        headers = [(b"x-request-id", exchange.request_id.encode())]
+        return Heartbeats(send, comment, period_s=period_s, headers=headers)
 
     async def _body(self, decision: RouteDecision, headers: Headers, receive: Receive) -> BodyPlan:
         try:
@@ -235,7 +261,7 @@ class DataPath:
         send: Send,
     ) -> None:
         for attempt in range(1, _TRIES_MAX + 1):
-            slots = await self._slot(endpoint, len(plan.body))
+            slots = await self._slot(exchange, endpoint, len(plan.body))
             exchange.wait_ns = self._clock.monotonic_ns() - exchange.started_ns
             exchange.worker_id = slots.worker_id
             try:
@@ -267,7 +293,7 @@ class DataPath:
         finally:
             response.release()
 
-    async def _slot(self, endpoint: Endpoint, body_bytes: int) -> WorkerSlots:
+    async def _slot(self, exchange: _OpenAIExchange, endpoint: Endpoint, body_bytes: int) -> WorkerSlots:
         if self._directory.endpoint(endpoint.id) is None:
             raise RequestRefusedError(
                 404, "endpoint not found", type="not_found_error", code="endpoint_not_found"
@@ -276,29 +302,33 @@ class DataPath:
         if slots is not None:
             return slots
         if admission.verdict is Verdict.SHED:
-            raise self._shed(endpoint, admission.reason, admission.retry_after_s or 1)
+            raise self._shed(endpoint, admission)
+        if exchange.heartbeats is not None:
+            exchange.heartbeats.start()
         try:
             return await self._slots.hold(endpoint.id, body_bytes, timeout_s=self._limits.hold_s)
         except HoldExpiredError as error:
             raise RequestRefusedError(
                 503, f"{error}; {self._progress(endpoint)}", type="server_error", code="no_worker",
-                retry_after_s=10, outcome=Outcome.EXPIRED,
+                retry_after_s=self._outlook.start_s(endpoint) or _RETRY_EXPIRED_S, outcome=Outcome.EXPIRED,
             ) from error  # fmt: skip
         except StartFailedError as error:
             raise RequestRefusedError(
                 503, str(error), type="server_error", code="start_failed",
-                retry_after_s=error.retry_after_s, outcome=Outcome.FAILED,
+                retry_after_s=max(error.retry_after_s, self._outlook.start_s(endpoint) or 0),
+                outcome=Outcome.FAILED,
             ) from error  # fmt: skip
 
-    def _shed(self, endpoint: Endpoint, reason: AdmissionReason, retry_after_s: int) -> RequestRefusedError:
-        if reason is AdmissionReason.UNHEALTHY:
+    def _shed(self, endpoint: Endpoint, admission: Admission) -> RequestRefusedError:
+        retry_after_s = self._outlook.retry_after_s(endpoint, admission)
+        if admission.reason is AdmissionReason.UNHEALTHY:
             return RequestRefusedError(
                 503, self._progress(endpoint), type="server_error", code="start_failed",
                 retry_after_s=retry_after_s, outcome=Outcome.SHED,
             )  # fmt: skip
         limit = (
             f"{self._limits.hold_requests} requests"
-            if reason is AdmissionReason.HOLD_FULL
+            if admission.reason is AdmissionReason.HOLD_FULL
             else f"{self._limits.hold_bytes} bytes of bodies"
         )
         return RequestRefusedError(
@@ -357,15 +387,19 @@ class DataPath:
             events = EventStream(exchange.count, hide_usage=plan.hide_usage)
             headers = [(name, value) for name, value in headers if name != b"content-length"]
             exchange.streaming = True
-            headers += [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+            headers += AT_ONCE
         headers.append((b"x-request-id", exchange.request_id.encode()))
-        exchange.status, exchange.head_sent = response.status, True
-        await send({"type": "http.response.start", "status": response.status, "headers": headers})
-        if events is None:
-            await self._pass_whole(exchange, response, content_type, send)
-        else:
+        begun = await exchange.hush()
+        exchange.status, exchange.head_sent = response.status, not begun or events is not None
+        if not begun:
+            await send({"type": "http.response.start", "status": response.status, "headers": headers})
+        if events is not None:
             client = scope["extensions"][EXTENSION]
             await self._pass_events(exchange, response, events, client, send)
+        elif begun:
+            await self._pass_in_event(exchange, response, send)
+        else:
+            await self._pass_whole(exchange, response, content_type, send)
         if exchange.outcome is Outcome.FAILED and response.status < 400 and not (events and events.failed):
             exchange.outcome = Outcome.OK
         elif 400 <= response.status < 500:
@@ -414,15 +448,40 @@ class DataPath:
         exchange.body_sent = True
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
+    async def _pass_in_event(self, exchange: _OpenAIExchange, response: UpstreamResponse, send: Send) -> None:
+        """Pass on an answer that is no stream to a client that has been given the beginning of one.
+
+        Mostly an error. Anything else becomes one event, as vLLM has it where it cannot stream.
+        """
+        body = b""
+        while (data := await response.read(self._limits.upstream_read_s)) is not None:
+            body += data
+            if len(body) > _USAGE_BODY_MAX:
+                raise UpstreamError(f"its answer is no stream, and larger than {_USAGE_BODY_MAX} bytes")
+        if response.status >= 400:
+            event = error_event(exchange.route, error_object(exchange.route, response.status, body))
+        else:
+            exchange.first_byte_ns = self._clock.monotonic_ns()
+            exchange.count.note(body)
+            event = data_event(body)
+        exchange.head_sent = exchange.body_sent = True
+        event += stream_end(exchange.route)
+        await send({"type": "http.response.body", "body": event, "more_body": False})
+
     async def _models(self, exchange: _OpenAIExchange, endpoint: Endpoint, path: str, send: Send) -> None:
         answer = models_answer(endpoint, path)
         exchange.status, exchange.outcome, exchange.head_sent = 200, Outcome.OK, True
         await send_json(send, 200, answer, [(b"x-request-id", exchange.request_id.encode())])
 
     async def _refuse(self, exchange: _OpenAIExchange, send: Send, refusal: RequestRefusedError) -> None:
-        exchange.status, exchange.head_sent = refusal.status, True
+        begun = await exchange.hush()
+        exchange.status, exchange.head_sent, exchange.body_sent = refusal.status, True, True
+        body = refusal.body_for(exchange.route)
+        if begun:
+            event = error_event(exchange.route, body) + stream_end(exchange.route)
+            await send({"type": "http.response.body", "body": event, "more_body": False})
+            return
         headers = [(b"x-request-id", exchange.request_id.encode()), *refusal.headers]
-        body = refusal.anthropic_body() if exchange.speaks_anthropic else refusal.body()
         await send_json(send, refusal.status, body, headers)
 
     async def _fail(
@@ -433,17 +492,13 @@ class DataPath:
         A body that is not a stream has no place for it: it stays incomplete, and the server closes the
         connection, so that the client cannot take the part for the whole.
         """
+        refusal = RequestRefusedError(status, message, type=type_, retry_after_s=1)
         if not exchange.head_sent:
-            refusal = RequestRefusedError(status, message, type=type_, retry_after_s=1)
             await self._refuse(exchange, send, refusal)
-            return
-        if not exchange.streaming:
-            return
-        if exchange.speaks_anthropic:
-            event = b"event: error\ndata: " + anthropic_body(message, type="api_error") + b"\n\n"
-        else:
-            event = b"data: " + openai_body(status, message, type=type_) + b"\n\n"
-        await send({"type": "http.response.body", "body": event, "more_body": False})
+        elif exchange.streaming:
+            exchange.body_sent = True
+            event = error_event(exchange.route, refusal.body_for(exchange.route))
+            await send({"type": "http.response.body", "body": event, "more_body": False})
 
     def _finish(self, exchange: _OpenAIExchange) -> None:
         row = exchange.row(

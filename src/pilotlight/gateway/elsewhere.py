@@ -150,7 +150,8 @@ class FleetElsewhere:
         self.worker, self.authenticate = fleet.worker, fleet.authenticate
         self.stages, self.health = fleet.stages, fleet.health
         self.reported, self.took = fleet.reported, fleet.took
-        self.resume, self.drain, self.kill = fleet.resume, fleet.drain, fleet.kill
+        self.resume, self.thaw = fleet.resume, fleet.thaw
+        self.drain, self.kill = fleet.drain, fleet.kill
 
     def workers(self, endpoint_id: str) -> Sequence[Worker]:
         """See `Fleet.workers`."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import msgspec
 
+from pilotlight.core.openai_routes import STREAM_USAGE_ROUTES, speaks_anthropic
+
 _EVENT_MAX = 4 * 1024 * 1024
 """An event longer than this is passed on unparsed; vLLM's are a few hundred bytes."""
 
@@ -37,6 +39,26 @@ class _Event(msgspec.Struct):
 
 
 _decoder = msgspec.json.Decoder(_Event)
+
+
+def data_event(body: bytes) -> bytes:
+    """A body of any form as one event."""
+    return b"".join(b"data: %b\n" % line for line in body.splitlines()) + b"\n"
+
+
+def error_event(route: str, body: bytes) -> bytes:
+    """The event that tells of a failure once the head of a stream has been sent.
+
+    Args:
+        route: Path of the engine's route.
+        body: The error object, encoded.
+    """
+    return (b"event: error\n" if speaks_anthropic(route) else b"") + data_event(body)
+
+
+def stream_end(route: str) -> bytes:
+    """What ends a stream of this route, after an error, too; b"" where nothing says so."""
+    return b"data: [DONE]\n\n" if route in STREAM_USAGE_ROUTES else b""
 
 
 class TokenCount:

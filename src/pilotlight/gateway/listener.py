@@ -49,8 +49,25 @@ class FleetListener:
 
     def withdrawn(self, worker: Worker) -> None:
         """Close its slots, for good only if it is going to end."""
-        ending = worker.state not in {WorkerState.STARTING, WorkerState.READY}
+        ending = worker.state not in {WorkerState.STARTING, WorkerState.READY, WorkerState.FROZEN}
         self._slots.close_worker(worker.id, for_good=ending)
+
+    def at_rest(self, worker_id: str) -> bool:
+        """Whether it has nothing in hand."""
+        return not self.occupied(worker_id) and (self.jobs is None or self.jobs.at_rest(worker_id))
+
+    def frozen(self, worker: Worker) -> None:
+        """Close its slots, drop its connections, ask for its health no more."""
+        self._slots.close_worker(worker.id, for_good=False)
+        self._drop_connections(worker.id)
+        if self.checker is not None:
+            self.checker.forget(worker.id)
+
+    def thawed(self, worker: Worker, endpoint: Endpoint, *, whole: bool) -> None:
+        """Ask for its health again, and answer the polls that stood still with it."""
+        if whole and self.jobs is not None:
+            self.jobs.thawed(worker.id)
+        self.spawned(worker, endpoint)
 
     def closed(self, worker: Worker) -> None:
         """Close its slots and answer its polls."""
@@ -65,13 +82,7 @@ class FleetListener:
 
     async def ended(self, worker: Worker, reason: str) -> None:
         """Forget it, and lose what it still had."""
-        slots = self._slots.worker(worker.id)
-        if slots is not None and slots.registration is not None:
-            addresses = [slots.registration.engine, slots.registration.listener]
-            urls = [address.url for address in addresses if address is not None]
-            self._pool.drop(urls)
-            if self.balanced is not None:
-                self.balanced.drop(urls)
+        self._drop_connections(worker.id)
         # First the slots: a slot that a lost job gives back must not go to a held request.
         self._slots.drop_worker(worker.id)
         if self.jobs is not None:
@@ -80,3 +91,12 @@ class FleetListener:
         self._ports.release(worker.id)
         if self.checker is not None:
             self.checker.forget(worker.id)
+
+    def _drop_connections(self, worker_id: str) -> None:
+        slots = self._slots.worker(worker_id)
+        if slots is not None and slots.registration is not None:
+            addresses = [slots.registration.engine, slots.registration.listener]
+            urls = [address.url for address in addresses if address is not None]
+            self._pool.drop(urls)
+            if self.balanced is not None:
+                self.balanced.drop(urls)

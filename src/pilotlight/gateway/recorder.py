@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 
 import structlog
 
-from pilotlight.domain.usage import RequestRecord
+from pilotlight.domain.usage import Outcome, RequestRecord
 from pilotlight.errors import StoreError
 from pilotlight.ports.store import RequestLog
 
@@ -26,10 +27,15 @@ class RequestRecorder:
 
     Args:
         store: Where rows go.
+        on_answer: Called once a worker has answered a request: with its id, and the moments in ms at which
+            the request arrived and the answer began.
     """
 
-    def __init__(self, store: RequestLog) -> None:
+    def __init__(
+        self, store: RequestLog, *, on_answer: Callable[[str, int, int], None] = lambda *_: None
+    ) -> None:
         self._store = store
+        self.on_answer = on_answer
         self._pending: list[RequestRecord] = []
         self._dropped = 0
         self._task: asyncio.Task[None] | None = None
@@ -37,6 +43,10 @@ class RequestRecorder:
     def record(self, record: RequestRecord) -> None:
         """Take a row; never blocks."""
         self._pending.append(record)
+        if record.worker_id and record.outcome is Outcome.OK:
+            # What comes in one piece begins when it is there.
+            first_ms = record.duration_ms if record.first_token_ms is None else record.first_token_ms
+            self.on_answer(record.worker_id, record.arrival_ms, record.arrival_ms + first_ms)
         if len(self._pending) > _PENDING_MAX:
             del self._pending[: _PENDING_MAX // 10]
             self._dropped += _PENDING_MAX // 10

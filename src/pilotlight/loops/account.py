@@ -7,6 +7,7 @@ import structlog
 from pilotlight.domain.usage import UsageInterval
 from pilotlight.domain.worker import Worker
 from pilotlight.errors import StoreError
+from pilotlight.loops.living import Living
 from pilotlight.ports.store import UsageStore
 
 _log = structlog.get_logger()
@@ -40,6 +41,15 @@ class UsageAccount:
                 end_ms=end_ms,
             )
         )
+
+    def close(self, live: Living, now_ms: int) -> bool:
+        """Close the running interval of a living worker; whether there was anything to close."""
+        if now_ms <= live.metered_ms:
+            return False
+        live.usage_sequence += 1
+        self.close_interval(live.worker, live.usage_sequence, live.metered_ms, now_ms)
+        live.metered_ms = now_ms
+        return True
 
     async def flush(self) -> None:
         """Write what is pending; what cannot be written stays pending."""

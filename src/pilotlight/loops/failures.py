@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from pilotlight.core.supervision import CRASH_WINDOW_MS, BackoffSettings, decide_retry_at
-from pilotlight.domain.worker import Failure, Worker
+from pilotlight.domain.endpoint import EndpointKind
+from pilotlight.domain.worker import Failure
+from pilotlight.loops.living import Living
 from pilotlight.ports.clock import Clock
 from pilotlight.ports.fleet import Health
 from pilotlight.settings import WorkerSettings
@@ -81,24 +84,25 @@ class FailureLog:
         return self._records.setdefault(endpoint_id, _Record())
 
 
-def exit_failure(
-    worker: Worker, code: int | None, *, endpoint_name: str | None = None, line: str = ""
+async def explain_exit(
+    live: Living, code: int | None, last_line: Callable[[str], Awaitable[str]] | None
 ) -> Failure:
     """What is to be said of a worker whose process ended without a report.
 
     Args:
-        worker: Which.
+        live: Which.
         code: Its exit status, -N for signal N; None when unknown.
-        endpoint_name: For a program that is not ours, whose log is the only place to look.
-        line: The last line that it wrote; "" for none.
+        last_line: Gives the last line that a worker wrote, "" for none. The log of a program that is not ours
+            is the only place to look.
     """
     how = f"signal {-code}" if code is not None and code < 0 else f"exit status {code}"
-    cause = f"worker ended with {how} in stage {worker.stage}"
-    if endpoint_name is None:
+    cause = f"worker ended with {how} in stage {live.worker.stage}"
+    if live.endpoint.kind is EndpointKind.VLLM or last_line is None:
         return Failure(kind="exited", cause=cause)
+    line = await last_line(live.worker.id)
     return Failure(
         kind="exited",
         cause=cause if line else f"{cause}, without a word",
-        advice=f"see `pilotlight logs {endpoint_name}`",
+        advice=f"see `pilotlight logs {live.endpoint.name}`",
         line=line,
     )

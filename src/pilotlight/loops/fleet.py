@@ -8,33 +8,42 @@ gateway through `WorkerListener` what may be done with a worker.
                  │ failed, silent too long, exit        │ exit            │                            │
                  ▼                                      ▼                 └────────── exit ────────────┤
                FAILED                                 FAILED                                        STOPPED
+
+From READY a worker may also become FROZEN and come back, or go from there to STOPPING (`loops.freezing`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
 import structlog
 
+from pilotlight.core.freezing import FrozenView
 from pilotlight.core.lifecycle import check_worker_transition
-from pilotlight.core.placement import HostResources, NotPlaced, Reservation, Resources, decide_placement
+from pilotlight.core.placement import HostResources, NotPlaced, Resources
 from pilotlight.domain.endpoint import Endpoint, EndpointKind
 from pilotlight.domain.ids import short_id
 from pilotlight.domain.key import hash_secret
 from pilotlight.domain.usage import StartRecord
 from pilotlight.domain.worker import Failure, ProcessIdentity, Stage, Worker, WorkerState
-from pilotlight.errors import ClusterError, NotFoundError, StoreError
+from pilotlight.errors import ClusterError, StoreError
 from pilotlight.loops.account import UsageAccount
-from pilotlight.loops.failures import FailureLog, exit_failure
+from pilotlight.loops.failures import FailureLog, explain_exit
+from pilotlight.loops.freezing import Freezing, Owner
 from pilotlight.loops.leftovers import end_leftovers
 from pilotlight.loops.living import Living
 from pilotlight.loops.needs import resources_of, worker_spec
+from pilotlight.loops.placing import Place, find_place, frozen_views
+from pilotlight.loops.records import Records
+from pilotlight.loops.resuming import Resuming
+from pilotlight.loops.tasks import Tasks
 from pilotlight.ports.clock import Clock
 from pilotlight.ports.cluster import Cluster, WorkerExit
+from pilotlight.ports.door import WorkerDoor
 from pilotlight.ports.fleet import Health, StageReport, WorkerListener
 from pilotlight.ports.store import StartLog, UsageStore, WorkerStore
 from pilotlight.settings import WorkerSettings
@@ -54,6 +63,7 @@ class WorkerFleet:
     Args:
         store: Remembers workers, usage, starts.
         cluster: Runs them.
+        door: Asks them to freeze and thaw their engines.
         listener: Told what may be done with a worker.
         clock: Time.
         settings: Deadlines and pauses.
@@ -64,6 +74,8 @@ class WorkerFleet:
         last_line: Gives the last line that an ended worker wrote, "" for none: a program that is not ours
             tells the reason of its end nowhere else.
         on_change: Called with an endpoint id when a decision about it may come out differently now.
+        on_start: Called with a start that has succeeded.
+        on_frozen: Called when one more worker is frozen.
     """
 
     def __init__(
@@ -71,6 +83,7 @@ class WorkerFleet:
         *,
         store: FleetStore,
         cluster: Cluster,
+        door: WorkerDoor,
         listener: WorkerListener,
         clock: Clock,
         settings: WorkerSettings,
@@ -80,6 +93,8 @@ class WorkerFleet:
         host: Callable[[], HostResources],
         last_line: Callable[[str], Awaitable[str]] | None = None,
         on_change: Callable[[str], None] = lambda _: None,
+        on_start: Callable[[StartRecord], None] = lambda _: None,
+        on_frozen: Callable[[], None] = lambda: None,
     ) -> None:
         self._store = store
         self._cluster = cluster
@@ -92,15 +107,34 @@ class WorkerFleet:
         self._host = host
         self._last_line = last_line
         self.on_change = on_change
+        self.on_start = on_start
+        self.on_frozen = on_frozen
         self._live: dict[str, Living] = {}
         self._failures = FailureLog(clock, settings)
         self._account = UsageAccount(store)
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._resuming: dict[tuple[str, str], asyncio.Task[Worker]] = {}
+        self._records = Records(store)
+        self._tasks = Tasks()
         # Workers whose process is gone and whose end is still being recorded.
-        self._ending: dict[str, asyncio.Task[None]] = {}
+        self._ending: dict[str, asyncio.Task[object]] = {}
         self._refusal: str | None = None
         self._closing = False
+        self._resuming = Resuming(self, store, self._account, clock)
+        self._freezing = Freezing(
+            Owner(
+                change=self._change,
+                reopen=lambda live: self._open(live, live.asked),
+                started=self._started,
+                put=self._records.put,
+                put_start=self._records.put_start,
+                end=self._end,
+            ),
+            self._live.values,
+            door=door,
+            cluster=cluster,
+            listener=listener,
+            clock=clock,
+            settings=settings,
+        )
 
     # What others ask.
 
@@ -158,7 +192,9 @@ class WorkerFleet:
         if worker_id in self._live:
             raise ClusterError(f"worker {worker_id} lives already")
         now = self._clock.now_ms()
-        devices = self._place(endpoint)
+        need = resources_of(endpoint, memory_default_bytes=self._settings.memory_default_bytes)
+        place = self._place(endpoint, need)
+        placed = self._clock.now_ms()
         worker_id = worker_id or short_id(self._entropy(14))
         secret = short_id(self._entropy(40), 40)
         worker = Worker(
@@ -166,27 +202,29 @@ class WorkerFleet:
             endpoint_id=endpoint.id,
             version=endpoint.revision.version,
             key_hash=hash_secret(secret),
-            devices=devices,
-            memory_bytes=self._need(endpoint).memory_bytes,
+            devices=place.devices,
+            memory_bytes=need.memory_bytes,
             created_ms=now,
             state_ms=now,
         )
         live = Living(
             worker=worker,
             endpoint=endpoint,
-            stages=[("decision", now)],
+            stages=[("decision", now), ("placement", placed)],
             metered_ms=now,
             usage_sequence=usage_sequence,
         )
         self._live[worker_id] = live
+        reason = f"its room is needed for worker {worker_id}"
+        evicted = [self._end(self._live[each], reason) for each in place.evict]
         try:
-            process = await self._run(live, secret)
+            process = await self._run(live, secret, evicted)
         except BaseException as error:
             if self._live.get(worker_id) is live:
                 del self._live[worker_id]
             noted = self._not_started(live, error)
             if isinstance(error, asyncio.CancelledError):
-                self._spawn(noted, f"not-started-{worker_id}")
+                self._tasks.spawn(noted, f"not-started-{worker_id}")
             else:
                 await noted
             raise
@@ -197,27 +235,25 @@ class WorkerFleet:
         if live.worker.state is not WorkerState.STARTING:
             # Told to end while it was being spawned; the grace that began then goes on.
             await self._cluster.terminate(worker_id)
-        await self._put(live.worker)
+        await self._records.put(live.worker)
         pid = None if process is None else process.pid
-        _log.info("worker_started", endpoint=endpoint.id, worker=worker_id, pid=pid, devices=devices)
+        _log.info("worker_started", endpoint=endpoint.id, worker=worker_id, pid=pid, devices=place.devices)
         return live.worker
 
-    async def _run(self, live: Living, secret: str) -> ProcessIdentity | None:
+    async def _run(
+        self, live: Living, secret: str, evicted: Collection[asyncio.Task[None]]
+    ) -> ProcessIdentity | None:
         """Record the worker and spawn its process, unless it is told to end meanwhile."""
         worker, endpoint = live.worker, live.endpoint
         # On disk before there is a process, so that a later life of ours looks for it.
         await self._store.put_worker(worker)
+        if evicted:
+            await asyncio.wait(evicted)
         if live.killed or self._refusal is not None:
             raise ClusterError(self._refusal or f"worker {worker.id} was told to end before it had started")
-        process = await self._cluster.start(
-            worker_spec(
-                worker,
-                endpoint,
-                env=self._environment(endpoint, worker.id, secret),
-                program=self._command,
-            ),
-            self._exited,
-        )
+        env = self._environment(endpoint, worker.id, secret)
+        spec = worker_spec(worker, endpoint, env=env, program=self._command)
+        process = await self._cluster.start(spec, self._exited)
         if live.killed:
             self._grace_over(live)
         return process
@@ -234,73 +270,26 @@ class WorkerFleet:
             failure = Failure(kind="spawn_failed", cause=str(error) or repr(error))
             self._failures.note(live.worker.endpoint_id, failure, started=False)
             gone = replace(gone, state=WorkerState.FAILED, failure=failure)
-        await self._put(gone)
+            live.failure = failure
+            await self._records.put_start(live.finish_start("failed", self._clock.now_ms()))
+        await self._records.put(gone)
 
     async def resume(self, endpoint: Endpoint, worker_id: str) -> Worker:
-        """Start a worker that was scaled down once more, under its own id; see the port.
+        """Start a worker that was scaled down once more, under its own id; see the port."""
+        return await self._resuming.resume(endpoint, worker_id)
 
-        All who ask for one worker at a time wait for one start, which goes on when they have left.
-        """
-        living = self._live.get(worker_id)
-        if living is not None:
-            return living.worker
-        place = (endpoint.id, worker_id)
-        task = self._resuming.get(place)
-        if task is None:
-            task = asyncio.create_task(self._resume(endpoint, worker_id), name=f"resume-{worker_id}")
-            self._resuming[place] = task
-            task.add_done_callback(lambda done: self._resumed(place, done))
-        return await asyncio.shield(task)
-
-    def _resumed(self, place: tuple[str, str], task: asyncio.Task[Worker]) -> None:
-        del self._resuming[place]
-        if not task.cancelled() and (error := task.exception()) is not None:
-            _log.info("worker_not_resumed", endpoint=place[0], worker=place[1], error=str(error))
-
-    async def _resume(self, endpoint: Endpoint, worker_id: str) -> Worker:
+    async def recorded(self, worker_id: str) -> None:
+        """Return when the end of a worker whose process is gone is on record."""
         if (ending := self._ending.get(worker_id)) is not None:
             await asyncio.wait({ending})
-        await self._account.flush()
-        past = await self._store.worker(worker_id)
-        if past is None or past.endpoint_id != endpoint.id or past.state is not WorkerState.STOPPED:
-            raise NotFoundError(f"endpoint {endpoint.id} has no worker {worker_id} that could be resumed")
-        usage = await self._store.usage(worker_id=worker_id)
-        sequence = max((interval.sequence for interval in usage), default=0)
-        living = self._live.get(worker_id)
-        if living is not None:
-            return living.worker
-        # From here until the worker counts as living nothing awaits, so that no bound is passed by two.
-        if len(self.workers(endpoint.id)) >= endpoint.workers_max:
-            raise ClusterError(
-                f"endpoint {endpoint.id} may have {endpoint.workers_max} workers, not one more"
-            )
-        retry_ms = self.health(endpoint.id).retry_ms
-        if retry_ms is not None and retry_ms > self._clock.now_ms():
-            raise ClusterError(f"endpoint {endpoint.id} starts no worker until its pause is over")
-        return await self.start(endpoint, worker_id=worker_id, usage_sequence=sequence)
 
-    def _need(self, endpoint: Endpoint) -> Resources:
-        return resources_of(endpoint, memory_default_bytes=self._settings.memory_default_bytes)
-
-    def _place(self, endpoint: Endpoint) -> tuple[int, ...]:
-        taken = [
-            Reservation(
-                devices=live.worker.devices,
-                memory_bytes=live.worker.memory_bytes,
-                starting=live.worker.state is WorkerState.STARTING,
-            )
-            for live in self._live.values()
-        ]
-        placement = decide_placement(
-            self._need(endpoint),
-            self._host(),
-            taken,
-            memory_reserve_bytes=self._settings.memory_reserve_bytes,
-        )
-        self._failures.throttle(endpoint.id, placement.message if isinstance(placement, NotPlaced) else None)
-        if isinstance(placement, NotPlaced):
-            raise ClusterError(placement.message)
-        return placement.devices
+    def _place(self, endpoint: Endpoint, need: Resources) -> Place:
+        reserve = self._settings.memory_reserve_bytes
+        place = find_place(need, self._host(), self._live.values(), memory_reserve_bytes=reserve)
+        self._failures.throttle(endpoint.id, place.message if isinstance(place, NotPlaced) else None)
+        if isinstance(place, NotPlaced):
+            raise ClusterError(place.message)
+        return place
 
     def _watch_start(self, live: Living) -> None:
         """Restart the deadline of a start: it has moved on.
@@ -310,22 +299,14 @@ class WorkerFleet:
         """
         by_checks = live.endpoint.kind is EndpointKind.LOAD_BALANCER
         if live.worker.state is WorkerState.STARTING and not by_checks:
-            self._set_deadline(live, self._settings.start_timeout_s, self._start_timed_out)
-
-    def _set_deadline(self, live: Living, delay_s: float, action: Callable[[Living], None] | None) -> None:
-        """Replace the worker's deadline; None for no deadline."""
-        if live.deadline is not None:
-            live.deadline.cancel()
-        live.deadline = (
-            None if action is None else asyncio.get_running_loop().call_later(delay_s, action, live)
-        )
+            live.set_deadline(self._settings.start_timeout_s, self._start_timed_out)
 
     def _start_timed_out(self, live: Living) -> None:
         cause = f"no progress for {self._settings.start_timeout_s} s in stage {live.worker.stage}"
         live.failure = Failure(
             kind="timeout", cause=cause, advice="see `pilotlight logs`; raise workers.start_timeout_s"
         )
-        self._spawn(self.kill(live.worker.id, reason=cause), f"kill-{live.worker.id}")
+        self._tasks.spawn(self.kill(live.worker.id, reason=cause), f"kill-{live.worker.id}")
 
     # What worker programs report.
 
@@ -334,7 +315,7 @@ class WorkerFleet:
         live = self._live.get(worker_id)
         if live is None:
             return
-        live.note(report.stage, self._clock.now_ms())
+        live.take(report, self._clock.now_ms())
         goes_on = report.stage is live.worker.stage is Stage.DOWNLOADING
         known = live.worker.progress if goes_on else None
         progress = report.progress or known
@@ -351,18 +332,27 @@ class WorkerFleet:
             # It comes every second, and nobody decides anything of it.
             return
         if report.stage is Stage.READY:
-            self._open(live, report.registration.max_concurrency if report.registration else 1)
+            if "thawed_by" in report.detail:
+                self._freezing.woke(live)
+            self._open(live, report.registration.max_concurrency if report.registration else live.asked or 1)
         elif report.stage in {Stage.UNHEALTHY, Stage.INITIALIZING}:
             self._listener.withdrawn(live.worker)
         elif report.stage is Stage.FAILED:
             # Its engine is gone and it is about to end: nobody may be sent there any more.
+            self._leave_frozen(live)
             self._listener.closed(live.worker)
-            self._set_deadline(live, self._settings.stop_grace_s, self._grace_over)
+            live.set_deadline(self._settings.stop_grace_s, self._grace_over)
         elif report.stage is Stage.DRAINING:
             await self.drain(worker_id, reason="the worker was told to stop")
             self._listener.closed(live.worker)
-        await self._put(live.worker)
+        await self._records.put(live.worker)
         self.on_change(live.worker.endpoint_id)
+
+    def answered(self, worker_id: str, arrival_ms: int, first_token_ms: int) -> None:
+        """Note when a request of a worker arrived and its answer began, which may end a recorded start."""
+        live = self._live.get(worker_id)
+        if live is not None and (start := live.first_token(arrival_ms, first_token_ms)) is not None:
+            self._tasks.spawn(self._records.put_start(start), "put-start")
 
     async def took(self, worker_id: str, *, slots: int) -> None:
         """Note a take; the first makes the worker ready for jobs (worker-protocol.md §6.1)."""
@@ -376,21 +366,26 @@ class WorkerFleet:
             return
         live.worker = replace(live.worker, stage=Stage.READY)
         self._open(live, slots)
-        await self._put(live.worker)
+        await self._records.put(live.worker)
         self.on_change(live.worker.endpoint_id)
 
     def _open(self, live: Living, slots: int) -> None:
         if live.worker.state is WorkerState.STARTING:
-            live.note("ready", self._clock.now_ms())
             self._change(live, WorkerState.READY)
             live.worker = replace(live.worker, ready_ms=live.worker.state_ms)
-            self._set_deadline(live, 0, None)
+            live.set_deadline(0, None)
             self._failures.note_start(live.worker.endpoint_id)
-            self._spawn(self._put_start(live.start_record("ready")), "put-start")
+            self._started(live)
         if live.worker.state is WorkerState.READY:
             live.asked = slots
             live.capacity = max(1, min(slots, live.endpoint.concurrency))
             self._listener.opened(live.worker, live.registration, live.capacity)
+
+    def _started(self, live: Living) -> None:
+        """A start has succeeded, of whatever kind."""
+        start = live.finish_start("ready", live.worker.state_ms)
+        self.on_start(start)
+        self._tasks.spawn(self._records.put_start(start), "put-start")
 
     def resize(self, endpoint: Endpoint) -> None:
         """Apply an endpoint's changed concurrency to its living workers."""
@@ -402,27 +397,80 @@ class WorkerFleet:
             if live.worker.state is WorkerState.READY and live.worker.stage is Stage.READY and live.asked:
                 self._open(live, live.asked)
 
+    # Freezing.
+
+    def freezable(self, worker_id: str) -> bool:
+        """Whether freezing a worker makes sense: it is ready, well, and of a kind that can be frozen."""
+        live = self._live.get(worker_id)
+        return live is not None and self._refusal is None and self._freezing.freezable(live)
+
+    async def freeze(self, worker_id: str, *, reason: str) -> bool:
+        """Stop a ready worker in place; False when it has work and stays ready, or had to be ended.
+
+        What has begun is brought to its end also when the caller is cancelled; so are thaws.
+        """
+        live = self._live.get(worker_id)
+        if live is None or self._refusal is not None:
+            return False
+        freeze = self._freezing.freeze(live, reason=reason)
+        frozen = bool(await self._tasks.whole(freeze, f"freeze-{worker_id}"))
+        if frozen:
+            self.on_frozen()
+        return frozen
+
+    async def thaw(self, worker_id: str) -> bool:
+        """Let a frozen worker go on; see the port."""
+        live = self._live.get(worker_id)
+        if live is None or self._refusal is not None:
+            return False
+        thawed = await self._tasks.whole(self._freezing.thaw(live), f"thaw-{worker_id}")
+        self.on_change(live.worker.endpoint_id)
+        return bool(thawed)
+
+    def frozen(self) -> Sequence[FrozenView]:
+        """The workers that are frozen and nobody is waking."""
+        return frozen_views(self._live.values())
+
+    async def evict(self, worker_id: str, *, reason: str) -> None:
+        """End a frozen worker, unless somebody is waking it by now; returns when it is gone."""
+        live = self._live.get(worker_id)
+        if live is not None and live.asleep:
+            await self.kill(worker_id, reason=reason)
+
+    def _end(self, live: Living, reason: str) -> asyncio.Task[None]:
+        """End a worker as it is, in the background; from now on it counts as leaving."""
+        self._leave_frozen(live)
+        return self._tasks.spawn(self.kill(live.worker.id, reason=reason), f"kill-{live.worker.id}")
+
+    def _leave_frozen(self, live: Living) -> None:
+        """Nobody shall wake a worker that is going to end."""
+        if live.worker.state is WorkerState.FROZEN:
+            self._change(live, WorkerState.STOPPING)
+
     # Ending.
 
     async def drain(self, worker_id: str, *, reason: str, grace_s: float = 0) -> None:
         """See `Fleet.drain`."""
         live = self._live.get(worker_id)
+        if live is not None and live.worker.state is WorkerState.FROZEN:
+            # It has nothing in hand, and could not hear that it shall end.
+            self._end(live, reason)
         if live is None or live.worker.state not in _OPEN_STATES:
             return
         live.wanted_end, live.grace_s = reason, grace_s
         self._change(live, WorkerState.DRAINING)
         bound_s = min(live.endpoint.execution_timeout_ms / 1000, self._settings.drain_max_s)
-        self._set_deadline(live, bound_s, self._drain_over)
+        live.set_deadline(bound_s, self._drain_over)
         self._listener.withdrawn(live.worker)
         _log.info("worker_draining", endpoint=live.worker.endpoint_id, worker=worker_id, reason=reason)
-        await self._put(live.worker)
+        await self._records.put(live.worker)
         await self._stop_if_free(live)
 
     def slots_idle(self, endpoint_id: str) -> None:
         """A worker of the endpoint has no slot in use any more: a draining one may go now."""
         for live in self._live.values():
             if live.worker.state is WorkerState.DRAINING and live.worker.endpoint_id == endpoint_id:
-                self._spawn(self._stop_if_free(live), f"stop-{live.worker.id}")
+                self._tasks.spawn(self._stop_if_free(live), f"stop-{live.worker.id}")
 
     async def _stop_if_free(self, live: Living) -> None:
         if live.worker.state is WorkerState.DRAINING and not self._listener.occupied(live.worker.id):
@@ -431,21 +479,21 @@ class WorkerFleet:
     def _drain_over(self, live: Living) -> None:
         """Its time for what it has in hand is over; signalled, it may still finish that (§6.3)."""
         if live.worker.state is WorkerState.DRAINING:
-            self._spawn(self._stop(live), f"stop-{live.worker.id}")
+            self._tasks.spawn(self._stop(live), f"stop-{live.worker.id}")
 
     async def _stop(self, live: Living) -> None:
         if live.worker.state is not WorkerState.DRAINING:
             return
         self._change(live, WorkerState.STOPPING)
-        self._set_deadline(live, max(live.grace_s, self._settings.stop_grace_s), self._grace_over)
+        live.set_deadline(max(live.grace_s, self._settings.stop_grace_s), self._grace_over)
         # The signal before the answers to its open polls: one that has not been told would open new ones,
         # and its end would have to wait for those (worker-protocol.md §6.3).
         await self._cluster.terminate(live.worker.id)
         self._listener.closed(live.worker)
-        await self._put(live.worker)
+        await self._records.put(live.worker)
 
     def _grace_over(self, live: Living) -> None:
-        self._spawn(self.kill(live.worker.id, reason="did not end in time"), f"kill-{live.worker.id}")
+        self._tasks.spawn(self.kill(live.worker.id, reason="did not end in time"), f"kill-{live.worker.id}")
 
     async def kill(self, worker_id: str, *, reason: str) -> None:
         """End the worker at once; returns when it is gone; idempotent."""
@@ -454,6 +502,7 @@ class WorkerFleet:
             return
         live.wanted_end = live.wanted_end or (reason if live.failure is None else None)
         live.killed = True
+        self._leave_frozen(live)
         _log.info("worker_killed", endpoint=live.worker.endpoint_id, worker=worker_id, reason=reason)
         self._listener.closed(live.worker)
         await self._cluster.kill(worker_id)
@@ -467,18 +516,19 @@ class WorkerFleet:
         live = self._live.pop(gone.worker_id, None)
         if live is not None:
             live.failure = live.failure or gone.failure
-            ending = self._spawn(self._ended(live, gone.code), f"ended-{gone.worker_id}")
+            ending = self._tasks.spawn(self._ended(live, gone.code), f"ended-{gone.worker_id}")
             self._ending[gone.worker_id] = ending
             ending.add_done_callback(lambda _: self._ending.pop(gone.worker_id))
 
     async def _ended(self, live: Living, code: int | None) -> None:
         worker = live.worker
-        self._set_deadline(live, 0, None)
+        live.set_deadline(0, None)
         was_ready = worker.ready_ms is not None
+        was_frozen = live.frozen is not None or worker.state is WorkerState.FROZEN
         if live.wanted_end is None and live.failure is None:
-            live.failure = await self._exit_failure(live, code)
+            live.failure = await explain_exit(live, code, self._last_line)
         failed = live.failure if live.wanted_end is None else None
-        if worker.state in {WorkerState.READY, WorkerState.STARTING} and failed is None:
+        if worker.state not in {WorkerState.DRAINING, WorkerState.STOPPING} and failed is None:
             # Killed on purpose: there was no time for the states between.
             self._change(live, WorkerState.STOPPING)
         self._change(live, WorkerState.FAILED if failed else WorkerState.STOPPED)
@@ -488,21 +538,17 @@ class WorkerFleet:
             "worker_ended", endpoint=worker.endpoint_id, worker=worker.id, code=code, reason=reason,
             failure=failed.kind if failed else None,
         )  # fmt: skip
-        if failed is not None:
+        # What becomes of a frozen worker costs a slower start, and says nothing about the next one.
+        if failed is not None and not was_frozen:
             self._failures.note(worker.endpoint_id, failed, started=was_ready)
         try:
             await self._listener.ended(live.worker, reason)
-            await self._put(live.worker)
-            if not was_ready:
-                await self._put_start(live.start_record("failed" if failed else "stopped"))
+            await self._records.put(live.worker)
+            if not live.start_outcome:
+                outcome = "failed" if failed else "stopped"
+                await self._records.put_start(live.finish_start(outcome, live.worker.state_ms))
         finally:
             self.on_change(worker.endpoint_id)
-
-    async def _exit_failure(self, live: Living, code: int | None) -> Failure:
-        if live.endpoint.kind is EndpointKind.VLLM or self._last_line is None:
-            return exit_failure(live.worker, code)
-        line = await self._last_line(live.worker.id)
-        return exit_failure(live.worker, code, endpoint_name=live.endpoint.name, line=line)
 
     # Accounting.
 
@@ -510,45 +556,24 @@ class WorkerFleet:
         """The one place where a worker's state changes; closes the usage interval of the old one."""
         check_worker_transition(live.worker.state, state)
         now = self._clock.now_ms()
-        self._close_interval(live, now)
+        if self._account.close(live, now):
+            self._tasks.spawn(self._account.flush(), "write-usage")
         live.worker = replace(live.worker, state=state, state_ms=now)
-
-    def _close_interval(self, live: Living, now_ms: int) -> None:
-        if now_ms <= live.metered_ms:
-            return
-        live.usage_sequence += 1
-        self._account.close_interval(live.worker, live.usage_sequence, live.metered_ms, now_ms)
-        live.metered_ms = now_ms
-        self._spawn(self._account.flush(), "write-usage")
 
     def meter(self) -> None:
         """Close the running interval of every living worker, so that a crash loses little of the account."""
         now = self._clock.now_ms()
         for live in self._live.values():
-            self._close_interval(live, now)
-        self._spawn(self._account.flush(), "write-usage")
-
-    async def _put(self, worker: Worker) -> None:
-        """Record a worker. What must happen to it happens also while the store cannot write."""
-        try:
-            await self._store.put_worker(worker)
-        except StoreError as error:
-            _log.warning("worker_not_recorded", worker=worker.id, state=worker.state, error=str(error))
-
-    async def _put_start(self, start: StartRecord) -> None:
-        """Record how a start ended, which is only for people to look at."""
-        try:
-            await self._store.put_start(start)
-        except StoreError as error:
-            _log.warning(
-                "start_not_recorded", worker=start.worker_id, outcome=start.outcome, error=str(error)
-            )
+            self._account.close(live, now)
+        self._tasks.spawn(self._account.flush(), "write-usage")
 
     # Life of the fleet itself.
 
     async def recover(self) -> int:
         """End what an earlier life of ours left behind; returns how many workers still ran."""
-        swept = await end_leftovers(self._store, self._cluster, self._account, self._put, self._clock.now_ms)
+        swept = await end_leftovers(
+            self._store, self._cluster, self._account, self._records.put, self._clock.now_ms
+        )
         if not self._closing:
             self._refusal = None
         return swept
@@ -565,19 +590,6 @@ class WorkerFleet:
                 self._listener.closed(live.worker)
         finally:
             await self._cluster.close()
-            while waiting := [*self._tasks, *self._resuming.values()]:
+            while waiting := [*self._tasks.pending, *self._resuming.tasks]:
                 await asyncio.gather(*waiting, return_exceptions=True)
             await self._account.flush()
-
-    def _spawn(self, work: Coroutine[object, object, None], name: str) -> asyncio.Task[None]:
-        task = asyncio.create_task(_logged(work, name), name=name)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
-
-
-async def _logged(work: Coroutine[object, object, None], name: str) -> None:
-    try:
-        await work
-    except Exception:  # noqa: BLE001 - the end of a task: nobody above could know
-        _log.exception("background_work_failed", work=name)

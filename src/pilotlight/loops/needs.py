@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from pilotlight.core.placement import Resources
+from pilotlight.core.worker_environment import is_own_program
 from pilotlight.domain.endpoint import Endpoint, EndpointKind
 from pilotlight.domain.worker import Worker
 from pilotlight.ports.cluster import WorkerSpec
@@ -39,7 +40,8 @@ def worker_spec(
         env=env,
         command=revision.command or (() if revision.container is not None else program),
         devices=worker.devices,
-        private_folders=endpoint.kind is not EndpointKind.VLLM,
+        # Our own program leaves nothing there, and only with the user's home it finds a launcher.
+        private_folders=endpoint.kind is not EndpointKind.VLLM and not is_own_program(revision.command),
         container=revision.container,
         memory_bytes=revision.memory_bytes,
     )

@@ -15,8 +15,10 @@ import pilotlight
 from pilotlight.management import problems, rest_v2, routes
 from pilotlight.management.guard import Guard, KeyReader
 from pilotlight.management.keys import KeyService
+from pilotlight.management.launchers import ReadLaunchers, launcher_routes
 from pilotlight.management.service import EndpointService
 from pilotlight.management.webhooks import WebhookDesk, webhook_routes
+from pilotlight.management.workers import worker_list_routes
 from pilotlight.ports.clock import Clock
 from pilotlight.ports.logs import WorkerLogs
 
@@ -32,6 +34,7 @@ def management_app(
     clock: Clock,
     home: str,
     webhooks: WebhookDesk,
+    launchers: ReadLaunchers,
     describe: Callable[[dict[str, Any]], dict[str, Any]] = lambda description: description,
 ) -> ASGIApp:
     """The management API, guarded by admin keys.
@@ -46,6 +49,7 @@ def management_app(
         clock: Time.
         home: The data folder, shown in the status.
         webhooks: Webhook secrets and dead letters.
+        launchers: The launchers there are.
         describe: Adds to the OpenAPI description what others serve.
     """
     app = FastAPI(
@@ -61,7 +65,9 @@ def management_app(
     app.include_router(routes.key_routes(keys))
     app.include_router(routes.record_routes(service, records, home=home))
     app.include_router(rest_v2.serverless_routes(service, slots=slots, logs=logs, clock=clock))
+    app.include_router(worker_list_routes(service, slots=slots, clock=clock))
     app.include_router(webhook_routes(service, webhooks))
+    app.include_router(launcher_routes(launchers))
     own = app.openapi
     whole: dict[str, Any] = {}
 

@@ -15,6 +15,20 @@ from pilotlight.ports.store import KeyStore
 _DEFAULT_NAMES = {Scope.ADMIN: "admin key", Scope.RUN: "run-only key"}
 
 
+async def add_admin_key(store: KeyStore, name: str, *, clock: Clock, entropy: Callable[[int], bytes]) -> str:
+    """Make an admin key where there is nobody yet who could ask for one; its secret."""
+    secret = api_key_secret(entropy(40))
+    key = ApiKey(
+        id=short_id(entropy(10), 10),
+        name=name,
+        scope=Scope.ADMIN,
+        hash=hash_secret(secret),
+        created_ms=clock.now_ms(),
+    )
+    await store.add_key(key)
+    return secret
+
+
 class KeyService:
     """Keeps the keys in the store and the directory current.
 
@@ -44,7 +58,12 @@ class KeyService:
         return await self._store.keys()
 
     async def create(
-        self, *, name: str | None = None, scope: Scope = Scope.RUN, endpoint_ids: Sequence[str] = ()
+        self,
+        *,
+        name: str | None = None,
+        scope: Scope = Scope.RUN,
+        endpoint_ids: Sequence[str] = (),
+        heartbeat_s: float | None = None,
     ) -> tuple[ApiKey, str]:
         """A new key and its secret, which is stored nowhere.
 
@@ -52,6 +71,7 @@ class KeyService:
             name: A label; None for a general one.
             scope: What it may do.
             endpoint_ids: Endpoints a run-only key may call.
+            heartbeat_s: Seconds between the comments on streams that wait; None for no comments.
 
         Raises:
             InvalidInputError: An endpoint id that does not exist.
@@ -69,6 +89,7 @@ class KeyService:
             endpoint_ids=frozenset(endpoint_ids),
             hash=hash_secret(secret),
             created_ms=self._clock.now_ms(),
+            heartbeat_s=heartbeat_s,
         )
         async with self._changing:
             await self._store.add_key(key)

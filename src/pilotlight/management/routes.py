@@ -11,7 +11,6 @@ from fastapi.security import HTTPBearer
 
 import pilotlight
 from pilotlight.domain.key import Scope
-from pilotlight.domain.worker import Failure
 from pilotlight.errors import EngineEnvironmentError
 from pilotlight.management import views
 from pilotlight.management.checks import Progress
@@ -32,7 +31,7 @@ from pilotlight.management.schemas import (
     UsageView,
 )
 from pilotlight.management.service import EndpointService, no_progress
-from pilotlight.ports.store import RequestLog, StartLog, UsageStore, WorkerStore
+from pilotlight.ports.store import RequestLog, StartLog, UsageStore
 
 PREFIX = "/pilotlight/v1"
 
@@ -47,7 +46,7 @@ PROBLEMS: dict[int | str, dict[str, object]] = {
 }
 
 
-class RecordStore(StartLog, UsageStore, RequestLog, WorkerStore, Protocol):
+class RecordStore(StartLog, UsageStore, RequestLog, Protocol):
     """What is recorded of the past."""
 
 
@@ -98,7 +97,12 @@ def key_routes(keys: KeyService) -> APIRouter:
     @router.post("/keys", status_code=201)
     async def create_key(body: CreateKey) -> NewKeyView:
         """A new key; its secret is in this answer and nowhere else."""
-        key, secret = await keys.create(name=body.name, scope=Scope(body.scope), endpoint_ids=body.endpoints)
+        key, secret = await keys.create(
+            name=body.name,
+            scope=Scope(body.scope),
+            endpoint_ids=body.endpoints,
+            heartbeat_s=body.heartbeat_s,
+        )
         return NewKeyView(**views.key_view(key).model_dump(), key=secret)
 
     @router.delete("/keys/{key_id}", status_code=204)
@@ -119,14 +123,7 @@ def record_routes(service: EndpointService, records: RecordStore, *, home: str) 
         """Starts of an endpoint's workers, newest first, stage by stage, and why some failed."""
         service.endpoint(endpoint_id)
         starts = await records.starts(endpoint_id=endpoint_id, limit=limit)
-        failures: dict[str, Failure | None] = {}
-        for record in starts:
-            # The record of a worker is kept for shorter than that of its start.
-            if record.outcome == "failed" and (worker := await records.worker(record.worker_id)) is not None:
-                failures[record.worker_id] = worker.failure
-        return StartList(
-            starts=[views.start_view(record, failures.get(record.worker_id)) for record in starts]
-        )
+        return StartList(starts=[views.start_view(record) for record in starts])
 
     @router.get("/usage")
     async def read_usage(endpoint: EndpointFilter = None, since_ms: Since = 0) -> UsageView:

@@ -393,6 +393,8 @@ class CreateKey(_Body):
     """`admin` may do everything, `run` may call the named endpoints."""
     endpoints: Annotated[list[Name], Field(max_length=1000)] = []
     """Ids of the endpoints a run-only key may call."""
+    heartbeat_s: Annotated[float, Field(ge=1, le=60, allow_inf_nan=False)] | None = None
+    """Seconds between the comments that a stream gets while it waits for a worker; null for none."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -446,6 +448,8 @@ class EndpointView(BaseModel):
     workers: dict[str, int]
     failure: FailureView | None
     retry_at: str | None
+    next_rung: Literal["frozen", "launchable", "cold", "plain"] | None
+    start_estimate_ms: dict[str, int | None]
 
 
 class EndpointList(BaseModel):
@@ -462,6 +466,7 @@ class KeyView(BaseModel):
     status: Literal["active"]
     scope: Literal["admin", "run"]
     endpoints: list[str]
+    heartbeat_s: float | None
     created_at: str
 
 
@@ -486,12 +491,20 @@ class StageView(BaseModel):
 
 
 class StartView(BaseModel):
-    """One start of a worker, stage by stage."""
+    """One start of a worker, stage by stage, and what became of it.
+
+    `ready_after_ms` and `first_token_after_ms` count from the decision; null where that was not reached.
+    """
 
     worker_id: str
     version: int
     rung: str
     outcome: str
+    started_at: str
+    ready_after_ms: int | None
+    first_token_after_ms: int | None
+    memory_bytes: int | None
+    note: str
     stages: list[StageView]
     failure: FailureView | None
 

@@ -44,7 +44,7 @@ from pilotlight.management.schemas import (
     check_workers,
     foreign_fields,
 )
-from pilotlight.management.views import endpoint_view
+from pilotlight.management.views import StartEstimates, endpoint_view
 from pilotlight.ports.clock import Clock
 from pilotlight.ports.fleet import Fleet, Health
 from pilotlight.ports.store import EndpointStore, WorkerStore
@@ -90,6 +90,7 @@ class EndpointService:
         on_deleted: Awaited after an endpoint was deleted: cancels its jobs and held requests.
         base_url: Gives the base URL under which clients reach us, without a slash at the end.
         images: Checks and fetches container images.
+        estimates: How long starts take.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class EndpointService:
         on_deleted: Callable[[str], Awaitable[None]],
         base_url: Callable[[], str],
         images: ImageChecker,
+        estimates: StartEstimates,
     ) -> None:
         self._store = store
         self._directory = directory
@@ -127,6 +129,7 @@ class EndpointService:
             read_host=host_reader, reserve_bytes=settings.workers.memory_reserve_bytes
         )
         self.images = images
+        self._estimates = estimates
         self._changing = asyncio.Lock()
 
     def endpoints(self) -> Sequence[Endpoint]:
@@ -165,6 +168,7 @@ class EndpointService:
             endpoint,
             self._fleet.workers(endpoint.id),
             self._fleet.health(endpoint.id),
+            self._estimates,
             base_url=self.base_url(),
             failures_max=self._failures_max,
         )

@@ -22,7 +22,7 @@ from pilotlight.core.worker_environment import DATA_CENTER
 from pilotlight.domain.endpoint import ENGINE_VERSION_VARIABLE, Container, Endpoint, EndpointKind, ScalerType
 from pilotlight.domain.key import ApiKey
 from pilotlight.domain.usage import RequestRecord, StartRecord, UsageInterval
-from pilotlight.domain.worker import Failure, Worker, WorkerState
+from pilotlight.domain.worker import Failure, Rung, Worker, WorkerState
 from pilotlight.management.schemas import (
     MASK,
     EndpointView,
@@ -52,6 +52,18 @@ CPU_FLAVOR = "cpu3g"
 GPU_POOL = "LOCAL"
 DISK_GB = 10
 """REST v2 wants a container disk; process workers have none, so the service's own default is shown."""
+
+
+class StartEstimates(Protocol):
+    """How long starts take, as learned from earlier ones."""
+
+    def next_rung(self, endpoint_id: str) -> Rung | None:
+        """From where the endpoint's next worker will come; None where there will be none of ours."""
+        ...
+
+    def all_ms(self, endpoint_id: str) -> Mapping[Rung, int | None]:
+        """How long a start from each rung will take, in ms; None where nobody can know."""
+        ...
 
 
 class SlotCount(Protocol):
@@ -107,9 +119,16 @@ def endpoint_url(endpoint: Endpoint, base_url: str) -> str:
 
 
 def endpoint_view(
-    endpoint: Endpoint, workers: Sequence[Worker], health: Health, *, base_url: str, failures_max: int
+    endpoint: Endpoint,
+    workers: Sequence[Worker],
+    health: Health,
+    estimates: StartEstimates,
+    *,
+    base_url: str,
+    failures_max: int,
 ) -> EndpointView:
     """An endpoint as `/pilotlight/v1` shows it."""
+    next_rung = estimates.next_rung(endpoint.id)
     revision = endpoint.revision
     balanced = endpoint.kind is EndpointKind.LOAD_BALANCER
     counts = Counter(str(worker.state) for worker in workers)
@@ -143,6 +162,8 @@ def endpoint_view(
         workers=dict(counts),
         failure=failure_view(health.failure),
         retry_at=None if health.retry_ms is None else timestamp(health.retry_ms),
+        next_rung=None if next_rung is None else next_rung.value,
+        start_estimate_ms={rung.value: ms for rung, ms in estimates.all_ms(endpoint.id).items()},
     )
 
 
@@ -173,22 +194,28 @@ def key_view(key: ApiKey) -> KeyView:
         status="active",
         scope=key.scope.value,
         endpoints=sorted(key.endpoint_ids),
+        heartbeat_s=key.heartbeat_s,
         created_at=timestamp(key.created_ms),
     )
 
 
-def start_view(record: StartRecord, failure: Failure | None) -> StartView:
+def start_view(record: StartRecord) -> StartView:
     """A start with the time each stage began, absolute and after the decision, and why it failed."""
-    first = record.stages[0][1] if record.stages else 0
+    first = record.decided_ms
     return StartView(
         worker_id=record.worker_id,
         version=record.version,
         rung=record.rung,
         outcome=record.outcome,
+        started_at=timestamp(first),
+        ready_after_ms=record.after_ms("ready"),
+        first_token_after_ms=record.after_ms("first_token"),
+        memory_bytes=record.memory_bytes,
+        note=record.note,
         stages=[
             StageView(stage=stage, at_ms=at_ms, after_ms=at_ms - first) for stage, at_ms in record.stages
         ],
-        failure=failure_view(failure),
+        failure=failure_view(record.failure),
     )
 
 
@@ -325,10 +352,42 @@ def v2_workers(
     }
 
 
+def living_workers(
+    endpoint: Endpoint,
+    workers: Sequence[Worker],
+    slots: Mapping[str, SlotCount],
+    *,
+    now_ms: int,
+    host: HostResources,
+) -> dict[str, Any]:
+    """All living workers of an endpoint, also those that are frozen or leaving, which REST v2 does not know.
+
+    Args:
+        endpoint: The endpoint.
+        workers: Its living workers.
+        slots: By worker id, of those that have any.
+        now_ms: Now.
+        host: What this host has, for the names of GPUs.
+    """
+    return {
+        "workers": [
+            _v2_worker(
+                endpoint,
+                worker,
+                service_status(worker, occupied=count.occupied if (count := slots.get(worker.id)) else 0),
+                slots.get(worker.id),
+                now_ms=now_ms,
+                host=host,
+            )
+            for worker in workers
+        ]
+    }
+
+
 def _v2_worker(
     endpoint: Endpoint,
     worker: Worker,
-    status: ServiceStatus,
+    status: ServiceStatus | None,
     slots: SlotCount | None,
     *,
     now_ms: int,

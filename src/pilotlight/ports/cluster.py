@@ -75,6 +75,32 @@ class Cluster(Protocol):
         """End every process of the worker now; returns when none is left. Idempotent."""
         ...
 
+    async def freeze(self, worker_id: str) -> int:
+        """Stop every process of the worker in place; returns the bytes of memory that they keep.
+
+        Nothing of it runs when this returns, also nothing that was being started at that moment. Memory that
+        processes share is counted in parts.
+
+        Raises:
+            ClusterError: The worker is not there, or could not be stopped whole; then all of it goes on.
+        """
+        ...
+
+    async def gpu_memory(self, worker_id: str, devices: Sequence[int]) -> int:
+        """The most bytes that the worker's processes hold on one of some GPUs.
+
+        0 where the driver does not tell, and for a worker that is not there.
+        """
+        ...
+
+    async def thaw(self, worker_id: str) -> None:
+        """Let the processes of a frozen worker go on where they were stopped.
+
+        Raises:
+            ClusterError: The worker is not there, or cannot go on.
+        """
+        ...
+
     async def sweep(self, workers: Mapping[str, ProcessIdentity | None]) -> Sequence[str]:
         """End leftovers of an earlier life of this installation.
 

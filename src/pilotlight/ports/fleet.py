@@ -91,8 +91,16 @@ class Fleet(Protocol):
         """
         ...
 
+    async def thaw(self, worker_id: str) -> bool:
+        """Let a frozen worker go on; returns whether it takes work now.
+
+        One that is ready already does. One that did not come back in time is being ended when this says no,
+        and so is one whose GPUs are in use by others; of one that is unknown or ending there is no hope.
+        """
+        ...
+
     async def drain(self, worker_id: str, *, reason: str, grace_s: float = 0) -> None:
-        """Hand out nothing more to the worker and let it finish and end; idempotent.
+        """Hand out nothing more to the worker and let it finish and end, at once if it is frozen; idempotent.
 
         Args:
             worker_id: Which.
@@ -119,6 +127,28 @@ class WorkerListener(Protocol):
 
     def withdrawn(self, worker: Worker) -> None:
         """Give it nothing more, for the time being or because it is to end when it has nothing in hand."""
+        ...
+
+    def at_rest(self, worker_id: str) -> bool:
+        """Whether it has nothing in hand, also nothing that it should have let go of."""
+        ...
+
+    def frozen(self, worker: Worker) -> None:
+        """It is about to be stopped in place: give it nothing, keep no connections to it, and ask it nothing.
+
+        It will be opened again, or it ends.
+        """
+        ...
+
+    def thawed(self, worker: Worker, endpoint: Endpoint, *, whole: bool) -> None:
+        """It goes on where it was stopped, and is about to be opened.
+
+        Args:
+            worker: Which.
+            endpoint: Whose, with the revision it was started from.
+            whole: Whether all of it had been stopped, so that the polls it had open are not to be used
+                (worker-protocol.md §6.6).
+        """
         ...
 
     def closed(self, worker: Worker) -> None:

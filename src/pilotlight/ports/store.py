@@ -467,7 +467,7 @@ class StartLog(Protocol):
     """Every start of a worker with its stages."""
 
     async def put_start(self, record: StartRecord) -> None:
-        """Insert or replace the record of one worker; the newest 10,000 are kept."""
+        """Insert or replace the record of one start; the newest 10,000 are kept."""
         ...
 
     async def starts(self, *, endpoint_id: str | None = None, limit: int = 50) -> Sequence[StartRecord]:

@@ -96,7 +96,15 @@ def revision_of(row: Row) -> Revision:
 
 def key_row(key: ApiKey) -> tuple[Any, ...]:
     """All of a key."""
-    return (key.id, key.name, key.scope.value, _json(sorted(key.endpoint_ids)), key.hash, key.created_ms)
+    return (
+        key.id,
+        key.name,
+        key.scope.value,
+        _json(sorted(key.endpoint_ids)),
+        key.hash,
+        key.created_ms,
+        key.heartbeat_s,
+    )
 
 
 def key_of(row: Row) -> ApiKey:
@@ -108,6 +116,7 @@ def key_of(row: Row) -> ApiKey:
         endpoint_ids=msgspec.json.decode(row[3], type=frozenset[str]),
         hash=row[4],
         created_ms=row[5],
+        heartbeat_s=row[6],
     )
 
 
@@ -230,7 +239,10 @@ def start_row(record: StartRecord) -> tuple[Any, ...]:
         record.rung,
         _json(record.stages),
         record.outcome,
-        record.stages[0][1] if record.stages else 0,
+        record.memory_bytes,
+        record.note,
+        None if record.failure is None else _json(record.failure),
+        record.decided_ms,
     )
 
 
@@ -243,6 +255,9 @@ def start_of(row: Row) -> StartRecord:
         rung=row[3],
         stages=msgspec.json.decode(row[4], type=tuple[tuple[str, int], ...]),
         outcome=row[5],
+        memory_bytes=row[6],
+        note=row[7],
+        failure=None if row[8] is None else msgspec.json.decode(row[8], type=Failure),
     )
 
 

@@ -6,6 +6,9 @@ stages of a start are recognised, and answers by repeating what it is told, one 
 `count to N` is answered with N words, `pick one A B …` with one of the words, each sequence with another. The
 longer a word, the less likely it is. Answers depend on the request alone.
 
+With `VLLM_SERVER_DEV_MODE=1` it sleeps and wakes up as vLLM does: what is asked while it sleeps waits, and
+weights that it gave up (level 2) are nonsense until they are read again.
+
 Misbehaviour by environment:
 
 | variable | effect |
@@ -29,6 +32,7 @@ Misbehaviour by environment:
 | `FAKE_ENGINE_CONCURRENCY` | says that it has memory for so many requests of full length |
 | `FAKE_ENGINE_IGNORE_SIGTERM` | does not end on SIGTERM |
 | `FAKE_ENGINE_STRAY_FILE` | starts a child in a session of its own and writes its pid there |
+| `FAKE_ENGINE_SLEEPLESS` | fails to fall asleep |
 | `FAKE_ENGINE_RECORD` | appends one JSON line per happening to this file |
 """
 
@@ -78,6 +82,10 @@ class FakeEngine:
         self._running = 0
         self._stop = asyncio.Event()
         self._words: dict[int, str] = {}
+        self._asleep: set[str] = set()
+        self._awake = asyncio.Event()
+        self._awake.set()
+        self._forgotten = False
 
     async def serve(self) -> int:
         """Starts, serves until SIGTERM, ends."""
@@ -98,6 +106,12 @@ class FakeEngine:
         app.router.add_post("/v1/messages", self._messages)
         app.router.add_post("/tokenize", self._tokenize)
         app.router.add_post("/v1/audio/transcriptions", self._transcribe)
+        if os.environ.get("VLLM_SERVER_DEV_MODE") == "1":
+            app.router.add_post("/sleep", self._sleep)
+            app.router.add_post("/wake_up", self._wake_up)
+            app.router.add_get("/is_sleeping", self._is_sleeping)
+            app.router.add_post("/collective_rpc", self._collective_rpc)
+            app.router.add_post("/reset_prefix_cache", self._reset_prefix_cache)
         runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=5)
         await runner.setup()
         if self._options.uds:
@@ -185,6 +199,39 @@ class FakeEngine:
         about = {"filename": file.filename, "type": file.content_type, "bytes": len(file.file.read())}
         return web.json_response({"text": json.dumps({**about, "fields": fields})})
 
+    async def _sleep(self, request: web.Request) -> web.Response:
+        level = int(request.query.get("level", "1"))
+        self._record("sleep", level=level)
+        if os.environ.get("FAKE_ENGINE_SLEEPLESS"):
+            return _error(500, "no memory to keep the weights in", kind="InternalServerError")
+        self._awake.clear()
+        self._asleep = {"weights", "kv_cache"}
+        self._forgotten = level == 2
+        return web.json_response({"status": "sleeping", "level": level})
+
+    async def _wake_up(self, request: web.Request) -> web.Response:
+        tags = request.query.getall("tags", [])
+        self._record("wake_up", tags=tags)
+        self._asleep -= set(tags or self._asleep)
+        if not self._asleep:
+            self._awake.set()
+        return web.json_response({"status": "sleeping" if self._asleep else "awake", "tags": tags or None})
+
+    async def _is_sleeping(self, _: web.Request) -> web.Response:
+        return web.json_response({"is_sleeping": bool(self._asleep)})
+
+    async def _collective_rpc(self, request: web.Request) -> web.Response:
+        method = (await request.json())["method"]
+        self._record("collective_rpc", method=method)
+        if method != "reload_weights" or "weights" in self._asleep:
+            return _error(500, f"{method} failed", kind="InternalServerError")
+        self._forgotten = False
+        return web.json_response({"results": [None]})
+
+    async def _reset_prefix_cache(self, _: web.Request) -> web.Response:
+        self._record("reset_prefix_cache")
+        return web.json_response({"success": True})
+
     async def _messages(self, request: web.Request) -> web.StreamResponse:
         """Anthropic's form, named events when streaming."""
         body = await request.json()
@@ -220,6 +267,7 @@ class FakeEngine:
             return problem
         self._running += 1
         try:
+            await self._awake.wait()
             if body.get("stream"):
                 return await self._stream(request, body, chat=chat)
             # A request for one token is a worker warming up.
@@ -262,6 +310,8 @@ class FakeEngine:
         ]
         limit = body.get("max_tokens") or (None if chat else 16)
         n = body.get("n") or 1
+        if self._forgotten:
+            return prompts, [["!"] for _ in prompts for _ in range(n)]
         sequences = []
         for text in prompts:
             group = [_reply(text, index)[:limit] for index in range(n)]

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from pilotlight.core.storage import compile_caches
 from pilotlight.domain.endpoint import ENGINE_VERSION_VARIABLE
 from pilotlight.engines.flags import (
     FlagPlan,
@@ -40,15 +41,22 @@ TEXT_BYTES_MAX: Final = 4 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class EngineCommand:
-    """How to start the engine.
+    """How to start the engine; usable if `plan` has no errors.
 
     Attributes:
-        argv: The whole command line without the engine's address; usable if `plan` has no errors.
-        plan: Where it comes from.
+        program: vLLM's own entry point, or what replaces it.
+        arguments: What it is told, without the engine's address.
+        plan: Where they come from.
     """
 
-    argv: tuple[str, ...]
+    program: tuple[str, ...]
+    arguments: tuple[str, ...]
     plan: FlagPlan
+
+    @property
+    def argv(self) -> tuple[str, ...]:
+        """The whole command line without the engine's address."""
+        return (*self.program, *self.arguments)
 
 
 def plan_command(
@@ -78,6 +86,9 @@ def plan_command(
     if manifest is not None:
         # One log line per request costs CPU and tells nothing that the platform does not record.
         defaults["DISABLE_UVICORN_ACCESS_LOG"] = "true"
+        if manifest.platform == "cuda" and config.flashboot:
+            # A frozen worker gives the GPU's memory back by sleeping.
+            defaults["ENABLE_SLEEP_MODE"] = "true"
         if manifest.platform == "cpu":
             defaults["KV_CACHE_MEMORY_BYTES"] = CPU_CACHE_BYTES
     on_gpu = manifest is not None and manifest.platform == "cuda"
@@ -96,7 +107,7 @@ def plan_command(
     )
     program = config.engine_command or (config.engine_python, "-m", "vllm.entrypoints.openai.api_server")
     # This entry point has no positional model; `--model` is its form.
-    return EngineCommand((*program, "--model", source, *plan.argv), plan)
+    return EngineCommand(program, ("--model", source, *plan.argv), plan)
 
 
 def version_problem(env: Mapping[str, str], manifest: EngineManifest | None) -> str | None:
@@ -165,16 +176,44 @@ def read_texts(paths: Iterable[str]) -> dict[str, str]:
 
 def attention_heads(folder: Path) -> tuple[int | None, int | None]:
     """Attention heads and key-value heads of the model in this folder; None where it does not say."""
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None, None
-    if not isinstance(config, dict):
-        return None, None
+    config = _configuration(folder)
     nested = config.get("text_config")
     text = nested if isinstance(nested, dict) and _count(nested, "num_attention_heads") else config
     heads = _count(text, "num_attention_heads", "n_head", "num_heads")
     return heads, _count(text, "num_key_value_heads", "num_kv_heads") or heads
+
+
+def architectures_of(folder: Path) -> tuple[str, ...]:
+    """The model classes that the model in this folder names; none where it does not say."""
+    named = _configuration(folder).get("architectures")
+    return tuple(name for name in named if isinstance(name, str)) if isinstance(named, list) else ()
+
+
+def _configuration(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def usable_caches(env: Mapping[str, str]) -> dict[str, str]:
+    """The environment without those compile caches on a volume that cannot be written to.
+
+    The engine would not start with such a folder; what the user chose himself stays.
+    """
+    kept = dict(env)
+    for name, folder in compile_caches(env).items():
+        if env.get(name) != folder:
+            continue
+        try:
+            Path(folder).mkdir(mode=0o700, parents=True, exist_ok=True)
+            usable = os.access(folder, os.W_OK)
+        except OSError:
+            usable = False
+        if not usable:
+            del kept[name]
+    return kept
 
 
 def fallback_model(env: Mapping[str, str]) -> str | None:

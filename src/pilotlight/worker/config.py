@@ -6,6 +6,7 @@ process. The RUNPOD_* variables follow `worker-protocol.md` §2.1, the rest `vll
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,13 +16,13 @@ from urllib.parse import quote
 import msgspec
 
 from pilotlight.core.storage import storage_environment
-from pilotlight.core.worker_environment import HTTP_HOST_VARIABLE
+from pilotlight.core.worker_environment import FLASHBOOT_VARIABLE, HTTP_HOST_VARIABLE, LAUNCHER_VARIABLE
 from pilotlight.domain.worker import WORKER_COOKIE
 from pilotlight.engines.flags import clean_value, without_prefix
 from pilotlight.engines.flags.variables import PREFIX_FORM, describe
 from pilotlight.worker.errors import ConfigError
 from pilotlight.worker.input_settings import InputSettings
-from pilotlight.worker.variables import read_choice, read_number
+from pilotlight.worker.variables import read_boolean, read_choice, read_number
 
 _TAKE = "/job-take/"
 _PORT_MAX = 65_535
@@ -136,6 +137,8 @@ class WorkerConfig:
         engine_python: Interpreter of the engine's environment.
         engine_home: Folder with the engine's manifest; None where there is none.
         engine_command: Replaces `python -m vllm…` (`PILOTLIGHT_ENGINE_COMMAND`, a JSON list).
+        launcher: Socket of a process that has imported the engine and forks it (`PILOTLIGHT_LAUNCHER`); None
+            where the platform keeps none.
         run_folder: For the two sockets (`PILOTLIGHT_WORKER_RUN_DIR`); None = a fresh temporary one.
         model_name: `MODEL_NAME`.
         max_concurrency: Jobs at a time.
@@ -146,6 +149,10 @@ class WorkerConfig:
         request_seconds: How long one job may take.
         platform_lost_seconds: The platform may be unreachable for so long before the worker ends itself; only
             where there is a state URL (`PLATFORM_LOST_TIMEOUT`).
+        flashboot: The worker will be frozen when it idles (`PILOTLIGHT_FLASHBOOT`), so its engine is started
+            with what that needs.
+        sleep_level: How deep an engine on a GPU sleeps while it is frozen (`FLASHBOOT_SLEEP_LEVEL`): 1 keeps
+            the weights in main memory, 2 forgets them.
         inputs: Defaults of job inputs.
         environment: The variables the engine and its flags are made of.
     """
@@ -159,6 +166,7 @@ class WorkerConfig:
     engine_python: str
     engine_home: Path | None = None
     engine_command: tuple[str, ...] | None = None
+    launcher: Path | None = None
     run_folder: Path | None = None
     model_name: str
     max_concurrency: int = 30
@@ -167,6 +175,8 @@ class WorkerConfig:
     startup_seconds: float = 1200.0
     request_seconds: float = 3600.0
     platform_lost_seconds: float = 60.0
+    flashboot: bool = False
+    sleep_level: int = 1
     inputs: InputSettings = field(default_factory=InputSettings)
     environment: Mapping[str, str] = field(repr=False)
 
@@ -191,6 +201,7 @@ class WorkerConfig:
         direct = DirectSettings.from_environment(env)
         home = clean_value(env.get("PILOTLIGHT_ENGINE_HOME"))
         run_folder = clean_value(env.get("PILOTLIGHT_WORKER_RUN_DIR"))
+        launcher = clean_value(env.get(LAUNCHER_VARIABLE))
         return cls(
             worker_id=worker_id,
             platform_key=env.get("RUNPOD_AI_API_KEY", ""),
@@ -201,6 +212,7 @@ class WorkerConfig:
             engine_python=str(Path(home) / "bin" / "python") if home else python,
             engine_home=Path(home) if home else Path(python).parent.parent,
             engine_command=_command(env),
+            launcher=Path(launcher) if launcher else None,
             run_folder=_run_folder(run_folder) if run_folder else None,
             model_name=model,
             max_concurrency=30 if automatic else _whole(env, "MAX_CONCURRENCY", 30),
@@ -209,6 +221,8 @@ class WorkerConfig:
             startup_seconds=read_number(env, "VLLM_STARTUP_TIMEOUT", 1200, minimum=0.1),
             request_seconds=read_number(env, "REQUEST_TIMEOUT", 3600, minimum=0.1),
             platform_lost_seconds=read_number(env, "PLATFORM_LOST_TIMEOUT", 60, minimum=1),
+            flashboot=read_boolean(env, FLASHBOOT_VARIABLE, default=False),
+            sleep_level=int(read_choice(env, "FLASHBOOT_SLEEP_LEVEL", ("1", "2"))),
             inputs=InputSettings.from_environment(env),
             environment={**env, "MODEL_NAME": model},
         )
@@ -250,6 +264,35 @@ def engine_environment(
         "SPT_NOENV": "1",
         WORKER_COOKIE: worker_id,
     }
+
+
+def planned_environment(
+    config: WorkerConfig, variables: Mapping[str, str], *, engine_key: str, offline: bool, platform: str
+) -> dict[str, str]:
+    """The complete environment of a worker's engine.
+
+    The gateway asks this, too, to learn which launcher such an engine can be forked from, so nothing may be
+    added to an engine's environment elsewhere.
+
+    Args:
+        config: What the worker was told.
+        variables: Its environment, with folders in the place of repositories where they are known.
+        engine_key: As for `engine_environment`, as are the others.
+        offline: As there.
+        platform: As there.
+    """
+    # vLLM's own patience with its processes is 600 s; the worker's is what counts.
+    defaults = {"VLLM_ENGINE_READY_TIMEOUT_S": str(math.ceil(config.startup_seconds))}
+    if config.flashboot and platform == "cuda":
+        # The routes that put it to sleep and wake it up; callers cannot reach them (core/openai_routes.py).
+        defaults["VLLM_SERVER_DEV_MODE"] = "1"
+    return engine_environment(
+        {**defaults, **variables},
+        worker_id=config.worker_id,
+        engine_key=engine_key,
+        offline=offline,
+        platform=platform,
+    )
 
 
 def _is_unset(name: str, value: str) -> bool:

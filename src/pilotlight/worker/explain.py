@@ -98,7 +98,7 @@ def explain_environment(env: Mapping[str, str], *, python: str, root: Path = Pat
         errors.append(_error(ENGINE_VERSION_VARIABLE, problem))
     if config is None:
         plan = translate(env, manifest, texts=read_texts(named_files(env)))
-        command = EngineCommand((), plan)
+        command = EngineCommand((), (), plan)
         source = ""
     else:
         source, command, plan = _plan(config, env, manifest, baked, root, notes, errors)
@@ -163,7 +163,11 @@ def _plan(
         model, missing = look_for_model(config.environment, engine_home=config.engine_home, root=root)
     except ModelMissingError as error:
         errors.append(_error("MODEL_NAME", error.failure.cause))
-        return "", EngineCommand((), FlagPlan(argv=())), _plan_of(config, env, manifest, "", (), baked).plan
+        return (
+            "",
+            EngineCommand((), (), FlagPlan(argv=())),
+            _plan_of(config, env, manifest, "", (), baked).plan,
+        )
     notes += model.notes
     notes += [f"{one} ({one.variable}) is not here yet and would be downloaded first" for one in missing]
     # Counted once: it may take a second.

@@ -2,7 +2,8 @@
 
 The gateway's data path uses it for bodies that hold a field of `REWRITTEN_FIELDS`; everything else goes to
 the engine directly. In direct HTTP mode it is all that callers reach. It shares guard and rewriting with the
-job path and passes the answer on byte for byte, so both roads give the same status, body and events.
+job path and passes the answer on byte for byte, so both roads give the same status, body and events. On its
+socket, where a key is asked for, the platform also learns of the worker, freezes and thaws it (`/worker/…`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from aiohttp import web
 from pilotlight.core.openai_routes import RouteKind, check_route, speaks_anthropic
 from pilotlight.worker.engine import Engine
 from pilotlight.worker.errors import EngineGoneError, InputError
+from pilotlight.worker.freezing import THAW_SECONDS, Freezer, FreezeRefusedError
 from pilotlight.worker.input_settings import InputSettings
 from pilotlight.worker.notices import Notices
 from pilotlight.worker.outputs import error_text, gone_text, input_error_text, read_failure
@@ -51,6 +53,9 @@ BODY_SECONDS: Final = 60.0
 STOP_SECONDS: Final = 1.0
 """How long connections that are still busy may take once nothing is waited for any more."""
 
+THAW_SECONDS_MAX: Final = 600.0
+"""Longest that a thaw may be told to wait for a token."""
+
 KEEP_ALIVE_SECONDS: Final = 75
 """How long a connection may idle; longer than clients keep theirs, so that they are the ones to close it."""
 
@@ -76,6 +81,7 @@ class Listener:
 
     Args:
         engine: Where requests go.
+        freezer: Freezes and thaws the engine; thawed for requests.
         socket_path: Where to listen.
         key: Bearer key every request must carry.
         settings: Which routes are open, and whether bodies are translated.
@@ -89,6 +95,7 @@ class Listener:
         self,
         *,
         engine: Engine,
+        freezer: Freezer,
         socket_path: Path,
         key: str,
         settings: InputSettings,
@@ -98,6 +105,7 @@ class Listener:
         on_fatal: Callable[[], None],
     ) -> None:
         self._engine = engine
+        self._freezer = freezer
         self._socket_path = socket_path
         self._key = f"Bearer {key}".encode()
         self._settings = settings
@@ -139,7 +147,36 @@ class Listener:
             return _error(401, error_text(401, "the listener's key is missing or wrong"))
         if request.path == "/worker/info" and request.method == "GET":
             return web.Response(body=msgspec.json.encode(self._info()), content_type="application/json")
+        if request.path == "/worker/freeze" and request.method == "POST":
+            return await self._freeze()
+        if request.path == "/worker/thaw" and request.method == "POST":
+            return await self._thaw(request)
         return await self.answer(request)
+
+    async def _freeze(self) -> web.Response:
+        try:
+            frozen = await self._freezer.freeze()
+        except FreezeRefusedError as error:
+            refusal = {"message": str(error), "type": "ConflictError", "code": 409, "reason": error.reason}
+            return _error(409, msgspec.json.encode({"error": refusal}).decode())
+        except EngineGoneError as error:
+            return _error(503, error_text(503, str(error)))
+        return web.Response(body=msgspec.json.encode(frozen), content_type="application/json")
+
+    async def _thaw(self, request: web.Request) -> web.Response:
+        text = request.query.get("timeout_s", f"{THAW_SECONDS:g}")
+        try:
+            seconds = float(text)
+        except ValueError:
+            seconds = 0.0
+        if not 0 < seconds <= THAW_SECONDS_MAX:
+            legal = f"a number above 0 and of at most {THAW_SECONDS_MAX:g}"
+            return _error(400, error_text(400, f"timeout_s must be {legal}, not {text!r}", param="timeout_s"))
+        try:
+            took_ms = await self._freezer.thaw(seconds)
+        except EngineGoneError as error:
+            return _error(503, error_text(503, str(error)))
+        return web.Response(body=msgspec.json.encode({"took_ms": took_ms}), content_type="application/json")
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
         """The engine's answer to a request whose sender was let in."""
@@ -180,6 +217,7 @@ class Listener:
         too_long = error_text(504, f"the request ran longer than {self._seconds:g} s", anthropic=anthropic)
         try:
             async with asyncio.timeout(self._seconds):
+                await self._freezer.awake("request")
                 return await self._ask(request, answer, decision.target, body, selection)
         except TimeoutError:
             if not answer.prepared:

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pilotlight.domain.worker import Failure, Stage
 from pilotlight.engines.flags import clean_value, mask_secrets
+from pilotlight.worker import timeline
 from pilotlight.worker.config import SOCKET_PATH_BYTES_MAX, WorkerConfig
 from pilotlight.worker.engine import Engine
 from pilotlight.worker.log import LogSink
@@ -39,6 +40,7 @@ from pilotlight.worker.state import StateReporter
 
 if TYPE_CHECKING:
     from pilotlight.worker.direct import DirectServer
+    from pilotlight.worker.freezing import Freezer
     from pilotlight.worker.serving import Serving
 
 HEALTH_WATCH_SECONDS: Final = 5.0
@@ -55,6 +57,10 @@ END_JOBS_SECONDS: Final = 2.0
 
 HURRIED_END_JOBS_SECONDS: Final = 0.5
 """The same after a second signal."""
+
+UNTOLD_END: Final = "the engine ended; its launcher, which alone learns how, had ended before"
+
+THAW_ADVICE: Final = "A new worker starts with a new engine."
 
 DEFECT_ADVICE: Final = "This is a defect of Pilotlight; its log says more. A new worker starts."
 
@@ -97,6 +103,7 @@ class Program:
         self._death = "the engine does not answer any more"
         self._defect = ""
         self._failure: Failure | None = None
+        self._thaw_failure: Failure | None = None
         self._watchers: list[asyncio.Task[None]] = []
 
     async def run(self) -> int:
@@ -106,7 +113,7 @@ class Program:
         try:
             return await self._live()
         except StartFailedError as error:
-            return await self._fail(error.failure)
+            return await self._fail(error.failure, **(self._start.told() if self._start is not None else {}))
         except Exception as error:  # noqa: BLE001 - the border: the platform learns of it, the log has it whole
             self._log.event("worker.defect", error=repr(error), trace=traceback.format_exc())
             return await self._fail(Failure(kind="worker_defect", cause=repr(error), advice=DEFECT_ADVICE))
@@ -152,7 +159,12 @@ class Program:
             self._watch(self._watch_platform())
         self._report(Stage.STARTING)
         start = self._start = EngineStart(
-            self._config, self._log, self._folder, ending=self._ending, on_stage=self._on_start_stage
+            self._config,
+            self._log,
+            self._folder,
+            ending=self._ending,
+            on_stage=self._on_start_stage,
+            on_healthy=self._open_serving,
         )
         self._open_direct()
         engine = await start.run()
@@ -161,7 +173,7 @@ class Program:
             self._report(Stage.DRAINING, reason=str(self._ending.result()))
             await self._stop_engine(0.0)
             return 0
-        serving = await self._serve(engine, self._folder, start)
+        serving = self._serve(engine, start)
         ending = await self._ending
         self._log.event("worker.ending", reason=str(ending))
         if self._direct is not None:
@@ -205,9 +217,15 @@ class Program:
         await self._direct.start()
         return self._direct
 
-    async def _serve(self, engine: Engine, folder: Path, start: EngineStart) -> Serving:
+    async def _open_serving(self, engine: Engine) -> None:
+        """Makes what serves an engine that is being warmed up; what served one that failed is closed."""
         from pilotlight.worker.serving import Serving  # noqa: PLC0415 - see there
 
+        start, folder = self._start, self._folder
+        assert start is not None
+        assert folder is not None
+        if self._serving is not None:
+            await self._serving.close()
         serving = self._serving = Serving(
             # MAX_CONCURRENCY=auto, and the engine's command line, are known only now.
             replace(self._config, max_concurrency=start.registration["max_concurrency"], inputs=start.inputs),
@@ -219,12 +237,20 @@ class Program:
             info=self._info,
             on_fatal=lambda: self._die("the engine answered that it does not recover"),
             on_defect=self._on_defect,
+            on_thaw_failed=self._on_thaw_failed,
+            on_woken=self._on_woken,
         )
         await serving.open()
+
+    def _serve(self, engine: Engine, start: EngineStart) -> Serving:
+        """Tells the platform, and begins to work."""
+        serving = self._serving
+        assert serving is not None
         start.registration |= serving.doors
         self._watch(self._watch_exit(engine))
-        self._watch(self._watch_health(engine))
-        self._report(Stage.READY)
+        self._watch(self._watch_health(engine, serving.freezer))
+        start.note(timeline.READY)
+        self._report(Stage.READY, **start.told())
         serving.begin()
         return serving
 
@@ -244,11 +270,14 @@ class Program:
     def _cause_of_death(self, start: EngineStart, engine: Engine, ending: Ending) -> Failure:
         if ending is Ending.DEFECT:
             return Failure(kind="worker_defect", cause=self._defect, advice=DEFECT_ADVICE)
+        if self._thaw_failure is not None and engine.alive:
+            return self._thaw_failure
         return classify_death(start.tail.recent(self._clock()), engine.exit_code, silent=self._death)
 
-    async def _fail(self, failure: Failure) -> int:
+    async def _fail(self, failure: Failure, **detail: Any) -> int:
         self._failure = failure
-        self._report(Stage.FAILED, kind=failure.kind, cause=failure.cause, advice=failure.advice)
+        told = {"kind": failure.kind, "cause": failure.cause, "advice": failure.advice}
+        self._report(Stage.FAILED, **told, **detail)
         await self._stop_engine(1.0)
         return 1
 
@@ -257,6 +286,9 @@ class Program:
         if start is None or start.engine is None:
             return
         engine = start.engine
+        if self._serving is not None and not await self._serving.freezer.leave():
+            # A stopped engine cannot end by itself; to wake it up for that would help nobody.
+            term_seconds = 0.0
         stopping = asyncio.create_task(engine.stop(term_seconds=term_seconds))
         hurry = asyncio.create_task(self._hurry.wait())
         await asyncio.wait({stopping, hurry}, return_when=asyncio.FIRST_COMPLETED)
@@ -273,14 +305,19 @@ class Program:
     # What is watched
 
     async def _watch_exit(self, engine: Engine) -> None:
-        await engine.wait()
-        self._end_with(Ending.ENGINE_GONE)
+        code = await engine.wait()
+        self._die(UNTOLD_END if code is None else self._death)
 
-    async def _watch_health(self, engine: Engine) -> None:
-        failures = 0
+    async def _watch_health(self, engine: Engine, freezer: Freezer) -> None:
+        """Asks for its health as long as it is hot; after a thaw the count begins anew."""
+        failures, freezes = 0, 0
         while failures < 3:
             await asyncio.sleep(HEALTH_WATCH_SECONDS)
-            failures = 0 if await engine.healthy() else failures + 1
+            await freezer.until_hot()
+            healthy = await engine.healthy()
+            # An engine that was stopped meanwhile could not answer.
+            stopped, freezes = freezer.freezes != freezes, freezer.freezes
+            failures = 0 if healthy or stopped else failures + 1
         self._log.event("engine.unhealthy")
         self._die("the engine did not answer three questions for its health in a row")
 
@@ -305,8 +342,23 @@ class Program:
         return dict(self._start.registration) if self._start is not None else {}
 
     def _on_recovered(self) -> None:
-        if self._stage in {Stage.READY, Stage.DRAINING}:
+        # What the platform knows of a frozen worker is what it made it itself.
+        if self._stage in {Stage.READY, Stage.DRAINING} and not self._frozen:
             self._reporter.repeat()
+
+    @property
+    def _frozen(self) -> bool:
+        return self._serving is not None and self._serving.freezer.frozen
+
+    def _on_woken(self, work: str) -> None:
+        """Work came to a frozen worker; the platform, which sent it, shall know that the worker is hot."""
+        if self._stage is Stage.READY:
+            self._report(Stage.READY, thawed_by=work)
+
+    def _on_thaw_failed(self, cause: str) -> None:
+        if not self._ending.done():
+            self._thaw_failure = Failure(kind="thaw_failed", cause=cause, advice=THAW_ADVICE)
+        self._end_with(Ending.ENGINE_GONE)
 
     def _on_defect(self, error: BaseException) -> None:
         self._defect = repr(error)
@@ -356,6 +408,7 @@ class Program:
         return {
             "worker_id": self._config.worker_id,
             "stage": str(self._stage),
+            "frozen": self._frozen,
             "argv": mask_secrets(engine.command) if engine is not None else [],
             "models": registration.get("models", []),
             "versions": registration.get("versions", {}),

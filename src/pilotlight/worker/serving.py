@@ -11,17 +11,23 @@ import secrets
 from asyncio import wait_for
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from pilotlight.worker.config import WorkerConfig
 from pilotlight.worker.direct import DirectServer
 from pilotlight.worker.engine import Engine
-from pilotlight.worker.jobs import EndReason, JobLoop
+from pilotlight.worker.errors import EngineGoneError
+from pilotlight.worker.freezing import Freezer
+from pilotlight.worker.inputs import is_anthropic
+from pilotlight.worker.jobs import EndReason, JobLoop, Runner
 from pilotlight.worker.listener import Listener
 from pilotlight.worker.log import LogSink
 from pilotlight.worker.notices import Notices
-from pilotlight.worker.platform import Platform
-from pilotlight.worker.runner import JobRunner
+from pilotlight.worker.outputs import Item, gone_text
+from pilotlight.worker.platform import Platform, TakenJob
+from pilotlight.worker.runner import JobFailedError, JobRunner, PostChunk
+
+_SLEEP_OPTION: Final = "--enable-sleep-mode"
 
 
 class Serving:
@@ -37,6 +43,11 @@ class Serving:
         info: What `GET /worker/info` tells.
         on_fatal: Called when an answer shows that the engine will not recover.
         on_defect: Called when the job loop broke for a reason nobody foresaw.
+        on_thaw_failed: Called with the reason when the engine does not work any more after it was frozen.
+        on_woken: Called when work that nobody had announced thawed the engine, with what it was.
+
+    Attributes:
+        freezer: Stops the engine in place and lets it go on.
     """
 
     def __init__(
@@ -51,14 +62,26 @@ class Serving:
         info: Callable[[], dict[str, Any]],
         on_fatal: Callable[[], None],
         on_defect: Callable[[BaseException], None],
+        on_thaw_failed: Callable[[str], None],
+        on_woken: Callable[[str], None],
     ) -> None:
         self._engine = engine
         self._direct = direct
         self._key = secrets.token_urlsafe(32)
         self._path = folder / "worker.sock"
         notices = Notices(log)
+        sleeps = config.flashboot and _SLEEP_OPTION in engine.command
+        self.freezer = Freezer(
+            engine,
+            log,
+            sleep_level=config.sleep_level if sleeps else None,
+            in_hand=self._in_hand,
+            on_failed=on_thaw_failed,
+            on_woken=on_woken,
+        )
         self._listener = Listener(
             engine=engine,
+            freezer=self.freezer,
             socket_path=self._path,
             key=self._key,
             settings=config.inputs,
@@ -69,9 +92,8 @@ class Serving:
         )
         self._jobs: JobLoop | None = None
         if direct is None:
-            self._jobs = JobLoop(
-                config, platform, JobRunner(config, engine, notices, on_fatal), log, on_defect
-            )
+            runner = _ThawingRunner(JobRunner(config, engine, notices, on_fatal), self.freezer)
+            self._jobs = JobLoop(config, platform, runner, log, on_defect)
 
     @property
     def jobs(self) -> int:
@@ -101,9 +123,11 @@ class Serving:
             self._direct.open(self._listener)
         if self._jobs is not None:
             self._jobs.start()
+        self.freezer.open()
 
     async def finish(self) -> None:
         """Takes nothing new; returns when nothing is in hand any more. Safe to cancel."""
+        self.freezer.close()
         if self._jobs is not None:
             await self._jobs.drain()
         await self._listener.wait_idle()
@@ -115,6 +139,7 @@ class Serving:
             engine_gone: Whether that is the reason, and not that the worker was told to end.
             seconds: How long the platform may take to receive it.
         """
+        self.freezer.close()
         if self._jobs is not None:
             self._jobs.end_all(EndReason.ENGINE_GONE if engine_gone else EndReason.SHUTDOWN)
             with contextlib.suppress(TimeoutError):
@@ -125,3 +150,26 @@ class Serving:
         if self._jobs is not None:
             await self._jobs.close()
         await self._listener.stop()
+
+    def _in_hand(self) -> str:
+        counts = {"job": self.jobs, "request": self.requests}
+        return " and ".join(
+            f"{count} {what}{'s' if count > 1 else ''}" for what, count in counts.items() if count
+        )
+
+
+class _ThawingRunner:
+    """Answers jobs; one that is handed out to a frozen worker all the same thaws it."""
+
+    def __init__(self, runner: Runner, freezer: Freezer) -> None:
+        self._runner = runner
+        self._freezer = freezer
+
+    async def run(self, job: TakenJob, post_chunk: PostChunk) -> list[Item]:
+        """As `Runner`."""
+        try:
+            await self._freezer.awake("job")
+        except EngineGoneError as error:
+            anthropic = is_anthropic(job.payload.get("input"))
+            raise JobFailedError(gone_text(anthropic=anthropic)) from error
+        return await self._runner.run(job, post_chunk)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from pilotlight.domain.worker import Failure, Stage
-from pilotlight.engines.flags import mask_value
+from pilotlight.engines.flags import clean_value, mask_value
 
 STAGE_ORDER: Final = (
     Stage.STARTING, Stage.DOWNLOADING, Stage.IMPORTING, Stage.LOADING_WEIGHTS, Stage.WARMING_UP, Stage.READY,
@@ -206,6 +206,10 @@ class StageTracker:
         self._reached = stage
         return True
 
+    def reached(self, stage: Stage) -> bool:
+        """Whether the start has come as far as this stage."""
+        return STAGE_ORDER.index(self._reached) >= STAGE_ORDER.index(stage)
+
     def read(self, line: str) -> Stage | None:
         """The stage that this line shows to be reached, if it is new."""
         for stage, pattern in _MARKERS:
@@ -317,6 +321,38 @@ def timeout_failure(lines: Sequence[str], seconds: float) -> Failure:
         cause=_cause_of(lines),
         advice=f"Not healthy after {seconds:g} s; raise VLLM_STARTUP_TIMEOUT if it needs longer.",
     )
+
+
+def stuck_failure(lines: Sequence[str], seconds: float) -> Failure:
+    """The failure of an engine that was forked and then did nothing."""
+    cause = f"the engine did not begin with the model within {seconds:g} s; last it said: {_cause_of(lines)}"
+    return Failure(kind="engine_stuck", cause=cause[:CAUSE_CHARS_MAX], advice="Start it without a launcher.")
+
+
+def logs_its_start(env: Mapping[str, str]) -> bool:
+    """Whether vLLM, with these variables, writes the lines from which stages are read."""
+    level = clean_value(env.get("VLLM_LOGGING_LEVEL")) or "INFO"
+    configured = any(
+        clean_value(env.get(name)) for name in ("VLLM_CONFIGURE_LOGGING", "VLLM_LOGGING_CONFIG_PATH")
+    )
+    return level.upper() in {"INFO", "DEBUG"} and not configured
+
+
+_PLAIN_START: Final = re.compile(r"^pilotlight_engine: vLLM is started as it is: (.+)")
+
+
+def read_plain_start(line: str) -> str:
+    """Why our own entry point runs vLLM's as it is (`engines/distribution`); "" where a line does not say."""
+    match = _PLAIN_START.match(line)
+    return match[1] if match else ""
+
+
+_STARTED: Final = re.compile(r"Application startup complete")
+
+
+def says_started(line: str) -> bool:
+    """Whether a line says that the engine's server is there, or will be in a moment."""
+    return bool(_STARTED.search(line))
 
 
 _CONCURRENCY: Final = re.compile(r"Maximum concurrency for [\d,]+ tokens per request: ([\d.]+)x")

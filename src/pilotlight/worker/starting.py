@@ -4,11 +4,13 @@
 with `StartFailedError`, whose failure says what went wrong in the engine's own words and what to do about it.
 Whatever it waits for, the end of the life cuts it short.
 
-1. Variables become flags; mistakes show here, before anything slow. The model is found, or downloaded.
-2. The engine is spawned; its log tells how far it is.
+1. Variables become flags; mistakes show here, before anything slow. The model is found, or downloaded, and
+   its weights are read ahead.
+2. The engine is forked from a launcher, or spawned (`ladder`); its log tells how far it is.
 3. Its health is asked until it answers. If it ends for lack of memory with the default share of the GPU, it
-   is started once more with a smaller one (`vllm-worker.md` §8 A4).
-4. One request of one token pays for lazy initialisation.
+   is started once more with a smaller one (`vllm-worker.md` §8 A4). If it ends for no known reason and was
+   not started plainly, it is started plainly.
+4. One request of one token pays for lazy initialisation. What serves the engine is made meanwhile.
 """
 
 from __future__ import annotations
@@ -16,10 +18,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
-import math
+import os
 import secrets
 import sys
-from collections.abc import Callable, Coroutine, Mapping
+import threading
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -27,35 +31,59 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 import pilotlight
-from pilotlight.domain.worker import Failure, Stage
+from pilotlight.domain.worker import Failure, Rung, Stage
 from pilotlight.engines.flags import (
     FlagPlan,
-    mask_secrets,
+    clean_value,
     named_files,
     read_ranks,
     translate,
 )
 from pilotlight.engines.manifest import EngineManifest, installed_version, load_manifest
 from pilotlight.errors import EngineEnvironmentError
-from pilotlight.worker.command import EngineCommand, ask_engine, plan_command, read_texts, version_problem
-from pilotlight.worker.config import WorkerConfig, engine_environment
+from pilotlight.memory import available_bytes, proportional_bytes
+from pilotlight.worker import timeline
+from pilotlight.worker.command import (
+    EngineCommand,
+    ask_engine,
+    plan_command,
+    read_texts,
+    usable_caches,
+    version_problem,
+)
+from pilotlight.worker.config import WorkerConfig, engine_environment, planned_environment
 from pilotlight.worker.engine import Engine
 from pilotlight.worker.errors import EngineGoneError, ModelMissingError
 from pilotlight.worker.gpus import ask_gpus
 from pilotlight.worker.input_settings import max_logprobs
+from pilotlight.worker.ladder import Ladder
 from pilotlight.worker.log import LogSink
+from pilotlight.worker.making import EngineMaker
 from pilotlight.worker.model import ResolvedModel, prepare_model
+from pilotlight.worker.read_ahead import read_ahead
 from pilotlight.worker.stages import (
     LogTail,
     StageTracker,
     classify_failure,
+    logs_its_start,
     read_concurrency,
+    read_plain_start,
     says_drained,
+    says_started,
+    stuck_failure,
     timeout_failure,
 )
+from pilotlight.worker.timeline import Timeline
 
 HEALTH_POLL_SECONDS: Final = 0.05
 """Pause between questions for health during a start (`vllm-worker.md` §7)."""
+
+EAGER_POLL_SECONDS: Final = 0.005
+"""The same once the log says that the server is there."""
+
+STUCK_SECONDS: Final = 60.0
+"""How long an engine that was forked may take to begin with the model. All it needs is imported, so it waits
+for a lock that was held when it was forked; one that is only slow is started once more in vain."""
 
 DOWNLOAD_REPORT_SECONDS: Final = 1.0
 """Pause between two reports of a download's progress."""
@@ -97,6 +125,8 @@ class EngineStart:
         folder: For the socket and small files.
         ending: Done when the worker's life ends; the start is then given up.
         on_stage: Called with each new stage of the start and facts about it.
+        on_healthy: Makes what serves the engine, while that is warmed up; asked again for another engine
+            where a start is repeated.
 
     Attributes:
         engine: The engine, from before it is spawned; whoever runs the start ends it.
@@ -113,14 +143,21 @@ class EngineStart:
         *,
         ending: asyncio.Future[Any],
         on_stage: Callable[..., None],
+        on_healthy: Callable[[Engine], Awaitable[None]],
     ) -> None:
         self._config = config
         self._log = log
         self._folder = folder
         self._ending = ending
         self._on_stage = on_stage
+        self._on_healthy = on_healthy
         self._clock = asyncio.get_running_loop().time
+        self._ladder: Ladder | None = None
         self._stages = StageTracker()
+        self._timeline = Timeline()
+        self._server_there = asyncio.Event()
+        self._memory_bytes: int | None = None
+        self._given_up = threading.Event()
         self._concurrency = 0.0
         self._reported = 0.0
         self._memory_by_default = False
@@ -140,6 +177,24 @@ class EngineStart:
             return await self._run()
         except _LifeEndedError:
             return None
+        finally:
+            self._given_up.set()
+
+    def told(self) -> dict[str, Any]:
+        """How it started, for the report that it is ready or has failed; nothing before it was tried."""
+        if self._ladder is None:
+            return {}
+        rung, note = self._ladder.rung, self._ladder.note
+        rows = self._timeline.rows()
+        # The platform's clock may differ from ours: with our own moment it can tell by how much.
+        return {
+            "rung": str(rung), "note": note, "timeline": rows, "memory_bytes": self._memory_bytes,
+            "now_ms": _now_ms(),
+        }  # fmt: skip
+
+    def note(self, stage: str) -> None:
+        """Says that a stage of the start begins that only its caller knows of."""
+        self._timeline.note(stage, _now_ms())
 
     async def _run(self) -> Engine:
         manifest = await self._manifest()
@@ -148,39 +203,61 @@ class EngineStart:
         # A mistake in a variable shows before a download that may take an hour.
         environment = self._config.environment
         self._check(translate(environment, manifest, texts=read_texts(named_files(environment))))
+        self._ladder = Ladder(
+            replaced=self._config.engine_command is not None,
+            known=manifest is not None and self._config.engine_home is not None,
+            launcher=self._config.launcher is not None,
+            method=clean_value(environment.get("VLLM_WORKER_MULTIPROC_METHOD")) or "",
+        )
         counting = asyncio.create_task(self._count_gpus(manifest))
         try:
             model = await self._resolve()
-            engine = await self._start_engine(model, manifest, counting)
+            reading = asyncio.create_task(self._read_ahead(model))
+            try:
+                return await self._start_engine(model, manifest, counting)
+            finally:
+                reading.cancel()
         finally:
             counting.cancel()
             await asyncio.gather(counting, return_exceptions=True)
-        self._count_slots()
-        await self._warm_up(engine)
-        if not engine.alive:
-            raise StartFailedError(classify_failure(self.tail.lines(), engine.exit_code))
-        if self._ending.done():
-            raise _LifeEndedError
-        return engine
+
+    async def _read_ahead(self, model: ResolvedModel) -> None:
+        await asyncio.to_thread(
+            read_ahead, Path(model.source), available_bytes=available_bytes(), given_up=self._given_up
+        )
 
     async def _start_engine(
         self, model: ResolvedModel, manifest: EngineManifest | None, counting: asyncio.Task[int | None]
     ) -> Engine:
-        """A healthy engine, perhaps at the second try."""
-        environment = model.environment
+        """A healthy, warm engine, perhaps at another try: with less memory, plainly, or both."""
+        environment, ladder = model.environment, self._ladder
+        assert ladder is not None
         gpus = await self._unless_ended(counting)
-        try:
-            return await self._attempt(model, manifest, environment, gpus)
-        except StartFailedError as error:
-            if not self._may_retry(error.failure, manifest):
-                raise
-            cause, share = error.failure.cause, MEMORY_RETRY_UTILIZATION
-            self._log.event("engine.memory_retry", cause=cause, gpu_memory_utilization=share)
-        assert self.engine is not None
-        await self.engine.stop(term_seconds=0.0)
-        self.tail, self._stages, self._concurrency = LogTail(), StageTracker(), 0.0
-        environment = {**environment, "GPU_MEMORY_UTILIZATION": share}
-        return await self._attempt(model, manifest, environment, gpus)
+        less_memory = False
+        while True:
+            try:
+                return await self._attempt(model, manifest, environment, gpus)
+            except StartFailedError as error:
+                cause = error.failure.cause
+                if not less_memory and self._may_retry(error.failure, manifest):
+                    less_memory, share = True, MEMORY_RETRY_UTILIZATION
+                    environment = {**environment, "GPU_MEMORY_UTILIZATION": share}
+                    self._log.event("engine.memory_retry", cause=cause, gpu_memory_utilization=share)
+                elif not self._ending.done() and ladder.may_repeat(error.failure, loading=self._loading):
+                    self._log.event("engine.plain_retry", rung=str(ladder.rung), cause=cause)
+                    ladder.fall(f"the {ladder.rung} start failed: {cause}")
+                else:
+                    raise
+            assert self.engine is not None
+            await self.engine.stop(term_seconds=0.0)
+            self.tail, self._stages, self._concurrency = LogTail(), StageTracker(), 0.0
+            self._timeline, self._memory_bytes = Timeline(), None
+            self._server_there.clear()
+
+    @property
+    def _loading(self) -> bool:
+        """Whether the engine has come as far as the model."""
+        return self._stages.reached(Stage.LOADING_WEIGHTS)
 
     async def _unless_ended(self, work: Coroutine[Any, Any, _T] | asyncio.Task[_T]) -> _T:
         """The result of some work; it is cancelled, and this raises, when the life ends first."""
@@ -276,22 +353,51 @@ class EngineStart:
         environment: Mapping[str, str],
         gpus: int | None,
     ) -> Engine:
-        """One engine, spawned and healthy."""
+        """One engine, healthy and warm."""
         command = await self._unless_ended(self._plan(model, manifest, environment, gpus))
-        engine = self._engine(model, manifest, command, environment)
-        self._log.event("engine.spawning", argv=mask_secrets(engine.command))
         self._deadline = self._clock() + self._config.startup_seconds
+        key = secrets.token_urlsafe(32)
+        variables = planned_environment(
+            self._config,
+            environment,
+            engine_key=key,
+            offline=model.local,
+            platform=manifest.platform if manifest is not None else "",
+        )
+        engine = self.engine = Engine(
+            command=command.argv, socket_path=self._folder / "engine.sock", key=key, on_line=self._on_line
+        )
+        variables = await asyncio.to_thread(usable_caches, variables)
+        # A sign of life, and true also while a launcher is waited for that still imports.
+        self._advance(Stage.IMPORTING)
         try:
-            await engine.start()
+            await self._unless_ended(
+                self._maker(manifest).begin(
+                    engine, command, variables, source=model.source, deadline=self._deadline
+                )
+            )
         except OSError as error:
             cause = f"{engine.command[0]} cannot be started: {error.strerror or error}"
             advice = "Check PILOTLIGHT_ENGINE_HOME, or install the engine with `make setup`."
             raise StartFailedError(Failure(kind="engine_missing", cause=cause, advice=advice)) from error
-        self._advance(Stage.IMPORTING)
-        # The engine now imports for seconds; what serves it is imported meanwhile.
+        # The engine now needs a second at least; what serves it is imported meanwhile.
         await asyncio.to_thread(importlib.import_module, "pilotlight.worker.serving")
         await self._until_healthy(engine)
+        self._count_slots()
+        await self._warm_up(engine)
+        if not engine.alive:
+            raise StartFailedError(classify_failure(self.tail.lines(), engine.exit_code))
+        if self._ending.done():
+            raise _LifeEndedError
         return engine
+
+    def _maker(self, manifest: EngineManifest | None) -> EngineMaker:
+        assert self._ladder is not None
+        return EngineMaker(self._config, self._log, self._ladder, manifest, self.note)
+
+    @property
+    def _rung(self) -> Rung:
+        return self._ladder.rung if self._ladder is not None else Rung.PLAIN
 
     async def _plan(
         self,
@@ -328,45 +434,33 @@ class EngineStart:
             advice = "Correct or remove the variable."
             raise StartFailedError(Failure(kind="bad_flag", cause=cause, advice=advice))
 
-    def _engine(
-        self,
-        model: ResolvedModel,
-        manifest: EngineManifest | None,
-        command: EngineCommand,
-        environment: Mapping[str, str],
-    ) -> Engine:
-        key = secrets.token_urlsafe(32)
-        # vLLM's own patience with its processes is 600 s; the worker's is what counts.
-        patience = {"VLLM_ENGINE_READY_TIMEOUT_S": str(math.ceil(self._config.startup_seconds))}
-        self.engine = Engine(
-            command=command.argv,
-            environment=engine_environment(
-                {**patience, **environment},
-                worker_id=self._config.worker_id,
-                engine_key=key,
-                offline=model.local,
-                platform=manifest.platform if manifest is not None else "",
-            ),
-            socket_path=self._folder / "engine.sock",
-            key=key,
-            on_line=self._on_line,
-        )
-        return self.engine
-
     async def _until_healthy(self, engine: Engine) -> None:
         """Returns once the engine is healthy."""
         exited = asyncio.create_task(engine.wait())
+        stuck = self._clock() + STUCK_SECONDS if self._rung is Rung.LAUNCHABLE else self._deadline
         try:
             while not await self._unless_ended(engine.healthy()):
                 if exited.done():
                     raise StartFailedError(classify_failure(self.tail.lines(), engine.exit_code))
                 if self._clock() > self._deadline:
                     raise StartFailedError(timeout_failure(self.tail.lines(), self._config.startup_seconds))
-                await asyncio.wait(
-                    {self._ending, exited}, timeout=HEALTH_POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED
-                )
+                if self._clock() > stuck and not self._loading and logs_its_start(self._config.environment):
+                    raise StartFailedError(stuck_failure(self.tail.lines(), STUCK_SECONDS))
+                pause = EAGER_POLL_SECONDS if self._server_there.is_set() else HEALTH_POLL_SECONDS
+                await self._pause(exited, pause)
         finally:
             exited.cancel()
+
+    async def _pause(self, exited: asyncio.Task[Any], seconds: float) -> None:
+        """Until the engine, or the life, has ended, or the log says that the server is there."""
+        waits: set[asyncio.Future[Any]] = {self._ending, exited}
+        there = None
+        if not self._server_there.is_set():
+            there = asyncio.ensure_future(self._server_there.wait())
+            waits.add(there)
+        await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if there is not None:
+            there.cancel()
 
     def _count_slots(self) -> None:
         """`MAX_CONCURRENCY=auto`: what the engine's memory holds, once the engine has said it."""
@@ -383,9 +477,15 @@ class EngineStart:
     async def _warm_up(self, engine: Engine) -> None:
         """One token, in what is left of the time of the start; returns also when the engine has ended."""
         self._advance(Stage.WARMING_UP)
+        self.note(timeline.WARMING_UP)
+        serving = asyncio.ensure_future(self._on_healthy(engine))
+        measuring = asyncio.create_task(asyncio.to_thread(_held_bytes, engine))
         try:
             async with asyncio.timeout_at(self._deadline):
                 await self._unless_ended(self._ask_for_a_token(engine))
+            self.note(timeline.REGISTERING)
+            await self._unless_ended(_both(serving, measuring))
+            self._memory_bytes = measuring.result()
         except TimeoutError as error:
             failure = timeout_failure(self.tail.lines(), self._config.startup_seconds)
             raise StartFailedError(failure) from error
@@ -394,18 +494,22 @@ class EngineStart:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(EXIT_SECONDS):
                     await self._unless_ended(engine.wait())
+        finally:
+            for task in (serving, measuring):
+                task.cancel()
+            await asyncio.gather(serving, measuring, return_exceptions=True)
 
     async def _ask_for_a_token(self, engine: Engine) -> None:
-        """By chat, or by completion where there is no chat template; an engine may refuse both."""
-        from pilotlight.worker.upstream import CHAT_ROUTE, COMPLETION_ROUTE  # noqa: PLC0415 - came meanwhile
+        """Pays for lazy initialisation, and learns what the models are called."""
+        from pilotlight.worker.first_token import ask_for_a_token  # noqa: PLC0415 - came meanwhile
 
-        chat = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1, "temperature": 0}
-        text = {"prompt": "Hello", "max_tokens": 1, "temperature": 0}
-        for target, body in ((CHAT_ROUTE, chat), (COMPLETION_ROUTE, text)):
-            status, _ = await engine.ask("POST", target, body=msgspec.json.encode(body))
-            if status == 200:
-                break
-        _, answer = await engine.ask("GET", "/v1/models")
+        listing = asyncio.create_task(engine.ask("GET", "/v1/models"))
+        try:
+            await ask_for_a_token(engine)
+            _, answer = await listing
+        finally:
+            listing.cancel()
+            await asyncio.gather(listing, return_exceptions=True)
         listed = msgspec.json.decode(answer).get("data", [])
         self.registration["models"] = [entry["id"] for entry in listed]
 
@@ -413,6 +517,11 @@ class EngineStart:
         self._log.line(line)
         text = line.decode("utf-8", "replace")
         self.tail.add(text, self._clock())
+        self._timeline.read(text, _now_ms())
+        if says_started(text):
+            self._server_there.set()
+        if self._rung is Rung.COLD and (reason := read_plain_start(text)) and self._ladder is not None:
+            self._ladder.step_down(reason)
         if self.engine is not None and says_drained(text):
             self.engine.note_drained()
         self._concurrency += read_concurrency(text) or 0.0
@@ -432,3 +541,16 @@ def _versions(manifest: EngineManifest | None) -> dict[str, str]:
     if manifest is not None:
         versions |= {"vllm": manifest.version, "torch": manifest.torch_version}
     return versions
+
+
+async def _both(one: asyncio.Future[None], other: asyncio.Future[int]) -> None:
+    await asyncio.gather(one, other)
+
+
+def _held_bytes(engine: Engine) -> int:
+    """What the worker program and its engine hold."""
+    return proportional_bytes((os.getpid(), *engine.processes()))
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

@@ -27,6 +27,8 @@ from pilotlight.gateway.jobs import JobService, job_routes
 from pilotlight.gateway.jobs.batch_routes import batch_routes
 from pilotlight.gateway.jobs.buckets import Buckets
 from pilotlight.gateway.jobs.http import JobRoad
+from pilotlight.gateway.jobs.openai import JobOpenAI
+from pilotlight.gateway.outlook import Outlook
 from pilotlight.gateway.protocol import GatewayProtocol
 from pilotlight.gateway.slots import SlotTable
 from pilotlight.gateway.worker_protocol import worker_routes
@@ -128,6 +130,9 @@ class RecordingFleet:
     async def resume(self, endpoint: Endpoint, worker_id: str) -> Worker:
         raise NotFoundError(worker_id)
 
+    async def thaw(self, worker_id: str) -> bool:
+        return self.living[worker_id].state is WorkerState.READY
+
     async def drain(self, worker_id: str, *, reason: str, grace_s: float = 0) -> None:
         self.drained.append((worker_id, reason))
         self.become(worker_id, WorkerState.DRAINING)
@@ -161,6 +166,8 @@ class Platform:
     records: list[RequestRecord]
     woken: list[str]
     notes: list[tuple[str, str]]
+    outlook: Outlook
+    estimates: dict[str, int]
     base: str = ""
     client: httpx.AsyncClient = field(default=None)  # type: ignore[assignment]
 
@@ -287,6 +294,11 @@ async def serving(app: JobRoad) -> AsyncIterator[str]:
         await server.shutdown(sockets=[listener])
 
 
+def job_openai(platform: Platform) -> JobOpenAI:
+    """What serves OpenAI's routes by jobs."""
+    return JobOpenAI(platform.service, platform.directory, platform.settings.limits, platform.outlook)
+
+
 def settings_with(
     home: Any, *, jobs: Mapping[str, Any] | None = None, limits: Mapping[str, Any] | None = None
 ) -> Settings:
@@ -332,6 +344,8 @@ async def build(settings: Settings, store: Store) -> Platform:
     woken: list[str] = []
     notes: list[tuple[str, str]] = []
     counter = itertools.count(1)
+    estimates: dict[str, int] = {}
+    outlook = Outlook(fleet=fleet, clock=clock, estimate=estimates.get)
     secret = InstallationSecret(bytes(32))
     uploader = S3Uploader(http=GuardedHttp(allow_private=True), clock=clock, timeout_s=30)
     service = JobService(
@@ -347,6 +361,7 @@ async def build(settings: Settings, store: Store) -> Platform:
         buckets=Buckets(secret, uploader, store),
         webhook_due=lambda: woken.append("webhooks"),
         note=lambda worker_id, text: notes.append((worker_id, text)),
+        start_s=outlook.start_s,
     )
     fleet.service = service
     slots.on_free = service.slots_freed
@@ -356,7 +371,21 @@ async def build(settings: Settings, store: Store) -> Platform:
         *batch_routes(service.batches, directory, limits=settings.limits, rates=service.rates),
     ]
     app = JobRoad(routes)
-    return Platform(store, clock, slots, fleet, directory, settings, service, app, records, woken, notes)
+    return Platform(
+        store,
+        clock,
+        slots,
+        fleet,
+        directory,
+        settings,
+        service,
+        app,
+        records,
+        woken,
+        notes,
+        outlook,
+        estimates,
+    )
 
 
 @pytest.fixture

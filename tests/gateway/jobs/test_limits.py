@@ -96,6 +96,15 @@ async def test_retry_after_comes_from_how_fast_the_queue_moves(make_platform):
         assert refused(await platform.call("POST", "/run", json={"input": 1})) == 5
 
 
+async def test_retry_after_of_a_queue_that_waits_for_a_worker_is_when_there_will_be_one(make_platform):
+    async with make_platform(limits={"queue_jobs": 1}) as platform:
+        platform.estimates[platform.endpoint.id] = 21_400
+        await platform.run()
+        assert refused(await platform.call("POST", "/run", json={"input": 1})) == 22
+        platform.fleet.add(capacity=1)
+        assert refused(await platform.call("POST", "/run", json={"input": 1})) == 5
+
+
 async def test_retry_counts_against_the_bound(make_platform):
     """§2.15: a job that is queued again is one more in the queue."""
     async with make_platform(limits={"queue_jobs": 1}) as platform:

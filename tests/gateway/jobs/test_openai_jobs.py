@@ -17,11 +17,11 @@ import openai
 import pytest
 
 from pilotlight.domain.endpoint import EndpointKind
+from pilotlight.domain.key import hash_secret
 from pilotlight.errors import StoreError
 from pilotlight.gateway.asgi import GONE
-from pilotlight.gateway.jobs.openai import JobOpenAI
 
-from .conftest import ADMIN, ENDPOINT, Platform, serving
+from .conftest import ADMIN, ENDPOINT, Platform, job_openai, serving
 
 KEY = {"authorization": f"Bearer {ADMIN}"}
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -50,7 +50,7 @@ def event(text: str) -> str:
 @pytest.fixture
 async def base(platform: Platform) -> AsyncIterator[str]:
     """Base URL of the OpenAI routes beside the platform's own."""
-    road = JobOpenAI(platform.service, platform.directory, platform.settings.limits)
+    road = job_openai(platform)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         _, _, endpoint_id, _, rest = scope["path"].split("/", 4)
@@ -320,7 +320,7 @@ async def test_a_stream_whose_worker_is_lost_for_the_last_time_fails_with_that(m
     """§2.10: `job timed out after 0 retries`, in the stream."""
     async with make_platform(jobs={"retries_max": 0}) as platform:
         platform.fleet.add(capacity=1)
-        road = JobOpenAI(platform.service, platform.directory, platform.settings.limits)
+        road = job_openai(platform)
         sent: list[dict[str, Any]] = []
         received = asyncio.Event()
         body = {"type": "http.request", "body": b'{"stream":true}', "more_body": False}
@@ -501,3 +501,117 @@ async def test_refusals(platform, base):
     elsewhere = await platform.client.get(base.replace(ENDPOINT, "nowhere") + "/models", headers=KEY)
     assert elsewhere.status_code == 404
     assert (await platform.store.demand(ENDPOINT, overdue_before_ms=0)).queued == 0
+
+
+# Comments for those who wait.
+
+STREAM = {"model": "any", "messages": MESSAGES, "stream": True}
+
+
+@pytest.fixture
+async def beating(platform: Platform, base: str) -> AsyncIterator[str]:
+    """The base URL for a key that asked for comments, with no worker there."""
+    await platform.fleet.end("w1")
+    await platform.store.delete_key("k1")
+    await platform.store.add_key(replace(platform.key, heartbeat_s=0.01))
+    await platform.directory.refresh()
+    return base
+
+
+@contextlib.asynccontextmanager
+async def commented(platform: Platform, url: str, route: str = "/chat/completions") -> AsyncIterator[Any]:
+    """A call that got two comments: (its answer, the lines that follow)."""
+    async with platform.client.stream("POST", f"{url}{route}", headers=KEY, json=STREAM) as answer:
+        assert answer.status_code == 200
+        lines = answer.aiter_lines()
+        for _ in range(2):
+            assert (await anext(lines)).startswith(": pilotlight starting stage=decision elapsed_s=")
+            await anext(lines)
+        yield answer, lines
+
+
+async def taken(platform: Platform, answer: Any) -> str:
+    """The job of a call, which a worker takes that has come now."""
+    platform.fleet.add(capacity=1)
+    job_id = (await platform.take()).json()["id"]
+    assert answer.headers["x-job-id"] == job_id
+    return str(job_id)
+
+
+async def rest(lines: Any) -> str:
+    """What follows the comments."""
+    told = [line async for line in lines]
+    while told and told[0].startswith(":"):
+        del told[:2]
+    return "\n".join(told)
+
+
+async def test_a_stream_that_waits_for_a_worker_gets_comments_and_then_its_words(platform, beating):
+    async with commented(platform, beating) as (answer, lines):
+        job_id = await taken(platform, answer)
+        await platform.chunk(job_id, event("a"))
+        await platform.done(job_id, {"output": []}, stream=True)
+        assert f"{await rest(lines)}\n" == event("a")
+
+
+async def test_openai_does_not_notice_the_comments(platform, beating, client):
+    stream = await chat(client, stream=True)
+    platform.fleet.add(capacity=1)
+    job_id = (await platform.take()).json()["id"]
+    await platform.chunk(job_id, event("a") + event("b"))
+    await platform.done(job_id, {"output": []}, stream=True)
+    assert [chunk.choices[0].delta.content async for chunk in stream] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("route", "result", "told"),
+    [
+        (
+            "/chat/completions", {"error": "it broke"},
+            'data: {"error":{"message":"it broke","type":"worker_error","code":null}}\n\ndata: [DONE]\n',
+        ),
+        (
+            "/messages", {"error": "it broke"},
+            'event: error\ndata: {"type":"error","error":{"type":"api_error","message":"it broke"}}\n',
+        ),
+        (
+            "/chat/completions", {"output": {"error": {"message": "too long", "code": 400}}},
+            'data: {"error":{"message":"too long","code":400}}\n\ndata: [DONE]\n',
+        ),
+        ("/chat/completions", {"output": {"id": "x"}}, 'data: {"id":"x"}\n\ndata: [DONE]\n'),
+    ],
+)  # fmt: skip
+async def test_what_is_no_stream_is_told_in_an_event_after_comments(platform, beating, route, result, told):
+    async with commented(platform, beating, route) as (answer, lines):
+        await platform.done(await taken(platform, answer), result)
+        assert await rest(lines) == told
+
+
+async def test_a_gateway_that_stops_says_so_after_comments(platform, beating):
+    async with commented(platform, beating) as (_, lines):
+        platform.service.begin_close()
+        assert "the gateway is stopping" in await rest(lines)
+
+
+async def test_failure_of_the_store_is_told_after_comments(platform, beating, monkeypatch):
+    fails = asyncio.Event()
+
+    async def broken(*_: Any, **__: Any) -> Any:
+        await fails.wait()
+        raise StoreError("disk full")
+
+    monkeypatch.setattr(platform.service.streams, "read", broken)
+    async with commented(platform, beating) as (_, lines):
+        fails.set()
+        assert "disk full" in await rest(lines)
+
+
+async def test_a_stream_that_workers_take_soon_begins_with_their_words(platform, beating, client):
+    """Where a worker is ready nothing is said for a while, so that a failure has its status."""
+    await platform.store.add_key(replace(platform.key, id="k9", hash=hash_secret("rpa_SLOW"), heartbeat_s=60))
+    await platform.directory.refresh()
+    platform.fleet.add(capacity=1)
+    async with asked(chat(client.with_options(api_key="rpa_SLOW"), stream=True), platform) as (call, job):
+        await platform.done(job["id"], {"error": "it broke"})
+        with pytest.raises(openai.InternalServerError, match="it broke"):
+            await call

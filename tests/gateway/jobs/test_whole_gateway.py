@@ -14,11 +14,10 @@ import pytest
 from pilotlight.domain.endpoint import RESERVED_ENDPOINT_IDS, EndpointKind
 from pilotlight.gateway.app import Gateway
 from pilotlight.gateway.asgi import send_json
-from pilotlight.gateway.jobs.openai import JobOpenAI
 from pilotlight.gateway.load_balancer import LoadBalancer
 from pilotlight.settings import LoadBalancerSettings
 
-from .conftest import ADMIN, ENDPOINT, Platform, serving
+from .conftest import ADMIN, ENDPOINT, Platform, job_openai, serving
 
 
 class NeverError(Exception):
@@ -42,7 +41,7 @@ async def whole(platform: Platform) -> AsyncIterator[Whole]:
     async def management(scope: Any, receive: Any, send: Any) -> None:
         await send_json(send, 200, msgspec.json.encode({"managed": scope["path"]}))
 
-    road = JobOpenAI(platform.service, platform.directory, platform.settings.limits)
+    road = job_openai(platform)
     app = Gateway(
         openai=lambda _: road,
         jobs=platform.app,
@@ -51,6 +50,7 @@ async def whole(platform: Platform) -> AsyncIterator[Whole]:
             directory=platform.directory,
             slots=platform.slots,
             fleet=platform.fleet,
+            outlook=platform.outlook,
             clock=platform.clock,
             settings=LoadBalancerSettings(),
             entropy=bytes,

@@ -21,8 +21,10 @@ from pilotlight.gateway.app import Gateway
 from pilotlight.gateway.directory import Directory
 from pilotlight.gateway.load_balancer import LoadBalancer
 from pilotlight.gateway.load_balancer.tunnel import WebSocketTunnel
+from pilotlight.gateway.outlook import Outlook
 from pilotlight.gateway.protocol import GatewayProtocol
 from pilotlight.gateway.slots import SlotTable
+from pilotlight.ports.fleet import Health
 from pilotlight.settings import LoadBalancerSettings
 from pilotlight.stores.memory import MemoryStore
 from pilotlight.system import SystemClock
@@ -53,9 +55,19 @@ class FakeFleet:
         self.living = {}
         self.stopped = set()
         self.resumed = []
+        self.thaw = None
 
     def worker(self, worker_id):
         return self.living.get(worker_id)
+
+    def workers(self, endpoint_id):
+        return [worker for worker in self.living.values() if worker.endpoint_id == endpoint_id]
+
+    def health(self, endpoint_id):
+        return Health()
+
+    def stages(self, worker_id):
+        return ()
 
     async def resume(self, endpoint, worker_id):
         if worker_id not in self.stopped:
@@ -75,6 +87,7 @@ class Balanced:
         self.store = MemoryStore()
         self.directory = Directory(self.store)
         self.fleet = FakeFleet()
+        self.estimate_ms = None
         self.rows = []
         self.start_failed = StartFailedError
         self.waiting = asyncio.Event()
@@ -83,6 +96,7 @@ class Balanced:
             directory=self.directory,
             slots=self.slots,
             fleet=self.fleet,
+            outlook=Outlook(fleet=self.fleet, clock=self.clock, estimate=lambda _: self.estimate_ms),
             clock=self.clock,
             settings=LoadBalancerSettings(**settings),
             entropy=bytes,
@@ -165,6 +179,23 @@ class Balanced:
     def starting(self, worker_id):
         worker = Worker(id=worker_id, endpoint_id=ID, version=1, state=WorkerState.STARTING)
         self.fleet.living[worker_id] = worker
+
+    def freeze(self, worker_id, *, comes_back):
+        """A frozen worker, which comes back or not when the fleet is asked for it."""
+        worker = self.fleet.living[worker_id]
+        self.fleet.living[worker_id] = replace(worker, state=WorkerState.FROZEN)
+        self.slots.close_worker(worker_id, for_good=False)
+
+        async def thaw(thawed):
+            assert thawed == worker_id
+            if comes_back:
+                self.fleet.living[worker_id] = worker
+                self.slots.open_worker(ID, worker_id, capacity=10, registration=None)
+            else:
+                self.drain(worker_id)
+            return comes_back
+
+        self.fleet.thaw = thaw
 
     def drain(self, worker_id):
         self.fleet.living[worker_id] = replace(self.fleet.living[worker_id], state=WorkerState.DRAINING)

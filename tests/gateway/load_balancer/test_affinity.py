@@ -99,6 +99,19 @@ async def test_a_worker_that_is_only_unhealthy_is_waited_for(balanced):
         assert await answer.text() == "w1"
 
 
+@pytest.mark.parametrize("pin", ["strict", "strict-resume"])
+@pytest.mark.parametrize("comes_back", [True, False])
+async def test_a_frozen_worker_that_a_request_is_pinned_to_is_thawed(balanced, pin, comes_back):
+    """The autoscaler would thaw any."""
+    await balanced.worker("w1", named("w1"))
+    balanced.freeze("w1", comes_back=comes_back)
+    async with balanced.ask(headers={HEADER: f"{pin} w1"}) as answer:
+        if comes_back:
+            assert await answer.text() == "w1"
+        else:
+            assert (answer.status, await answer.json()) == (404, {"error": "affinity_worker_gone"})
+
+
 async def test_strict_resume_starts_a_worker_that_was_scaled_down(balanced):
     """§3."""
     port = await balanced.worker("other", named("w1"))

@@ -236,8 +236,10 @@ async def test_an_announced_answer_over_the_limit_is_502(make_balanced):
 async def test_no_routable_worker_in_time_is_400(make_balanced):
     """§3: `no workers available`; waiting is demand, which starts one."""
     balanced = await make_balanced(wait_s=1)
+    balanced.estimate_ms = 21_400
     async with balanced.ask() as answer:
         assert (answer.status, await answer.json()) == (400, {"error": "no workers available"})
+        assert answer.headers["retry-after"] == "22"
     assert balanced.waiting.is_set()
     assert balanced.rows[-1].outcome == "expired"
 

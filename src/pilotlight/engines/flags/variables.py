@@ -325,6 +325,7 @@ _PROCESS: Final = (
     _number("DRAIN_TIMEOUT", "30", 0),
     _number("PLATFORM_LOST_TIMEOUT", "60", 1),
     _choice("WORKER_MODE", "queue", "http"),
+    _choice("FLASHBOOT_SLEEP_LEVEL", "1", "2"),
     _number("PORT", "80", 1, maximum=65_535, whole=True),
     _number("PORT_HEALTH", "80", 1, maximum=65_535, whole=True),
     _worker("HEALTH_CHECK_PATH", "/ping"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pilotlight.core.rate_limits import queue_bound, retry_after_full_s
@@ -76,12 +77,20 @@ class QueueBounds:
         store: The queue.
         clock: Time.
         limits: The bounds, and the profile that may narrow them.
+        start_s: Seconds until an endpoint has a worker; None while nobody knows.
     """
 
-    def __init__(self, store: JobStore, clock: Clock, limits: LimitSettings) -> None:
+    def __init__(
+        self,
+        store: JobStore,
+        clock: Clock,
+        limits: LimitSettings,
+        start_s: Callable[[Endpoint], int | None] = lambda _: None,
+    ) -> None:
         self._store = store
         self._clock = clock
         self._limits = limits
+        self._start_s = start_s
         self._rooms: dict[str, _Room] = {}
 
     def room(self, endpoint: Endpoint, *, jobs: int, size: int) -> _Reservation:
@@ -161,7 +170,9 @@ class QueueBounds:
         else:
             # How many jobs these bytes are is not known; at least one must leave.
             what, excess = f"{limits.queue_bytes} bytes of inputs", max(1, jobs)
+        # A queue that does not move may wait for its first worker.
+        start_s = None if ended else self._start_s(endpoint)
         return QueueFullError(
             f"rate limit exceeded: the queue of endpoint {endpoint.id} is full ({what})",
-            retry_after_s=retry_after_full_s(excess, ended=ended, window_ms=_DRAIN_MS),
+            retry_after_s=start_s or retry_after_full_s(excess, ended=ended, window_ms=_DRAIN_MS),
         )

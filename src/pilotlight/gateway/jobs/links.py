@@ -244,6 +244,27 @@ class WorkerLink:
             poll.expire()
         self.stop_changed.set()
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether it holds no job as far as we know, also none that it should have let go of."""
+        return not (self.hand_outs or self.stopping or self.avoid or self.bodies)
+
+    def thaw(self, now_ns: int) -> None:
+        """Answer what it had open while all of it stood still, and expect signs of life from now on only.
+
+        Its library may have given an open take up in the moment in which it goes on again, and a job written
+        into that would be lost (worker-protocol.md §6.6).
+        """
+        for poll in list(self.polls):
+            poll.expire()
+        if self.stop_polls:
+            self.stop_changed.set()
+        self.asked_ns, self.stop_broken_ns = now_ns, None
+        if self.pinged_ns is not None:
+            self.pinged_ns = now_ns
+        if self.stop_polled_ns is not None:
+            self.stop_polled_ns = now_ns
+
     def silent(self, now_ns: int, *, pings_missing_ns: int, since_ns: int) -> bool:
         """Whether neither heartbeats nor stop polls come any more (worker-protocol.md §6.5, §8).
 

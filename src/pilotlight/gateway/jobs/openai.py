@@ -4,7 +4,8 @@ So it is with queue endpoints, and with those of vLLM on a gateway that follows,
 reached. The latter keep the rules of the data path: the same routes, the same list of models, token counts.
 
 A bare ASGI callable like the data path, with the same refusals; each call becomes a synchronous job, whose
-stream chunks are the answer's bytes. The client's going away cancels the job.
+stream chunks are the answer's bytes. The client's going away cancels the job. Here, too, a stream that waits
+gets comments for keys that ask for them: from the beginning where no worker is ready, else after a while.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import msgspec
 import structlog
 
 from pilotlight.core.openai_jobs import (
+    Answer,
     Failure,
     failure_of,
     job_input,
@@ -24,7 +26,7 @@ from pilotlight.core.openai_jobs import (
     wants_stream,
     whole_answer,
 )
-from pilotlight.core.openai_routes import RouteDecision, RouteKind, check_route
+from pilotlight.core.openai_routes import RouteDecision, RouteKind, check_route, speaks_anthropic
 from pilotlight.domain.endpoint import Endpoint, EndpointKind
 from pilotlight.domain.job import Job, JobStatus
 from pilotlight.domain.key import ApiKey
@@ -33,13 +35,15 @@ from pilotlight.gateway.asgi import ClientGoneError, Headers, Receive, Scope, Se
 from pilotlight.gateway.body import BodyPlan, plan_body
 from pilotlight.gateway.directory import Directory
 from pilotlight.gateway.errors import RETRY_AFTER_STORE_S, QueueFullError
-from pilotlight.gateway.events import EventStream, TokenCount
+from pilotlight.gateway.events import EventStream, TokenCount, data_event, error_event, stream_end
+from pilotlight.gateway.heartbeats import STREAM_HEADERS, STREAMED_ROUTES, Heartbeats
 from pilotlight.gateway.jobs.readers import StreamPart
 from pilotlight.gateway.jobs.service import JobService
 from pilotlight.gateway.jobs.submission import NOT_FOR_QUEUES, Submission, check_readable
 from pilotlight.gateway.jobs.waiting import Gone, watched
 from pilotlight.gateway.openai_access import called_endpoint, caller_of, models_answer, route_refusal
-from pilotlight.gateway.refusal import RequestRefusedError, anthropic_body
+from pilotlight.gateway.outlook import Outlook
+from pilotlight.gateway.refusal import RequestRefusedError, error_object
 from pilotlight.settings import LimitSettings
 
 _log = structlog.get_logger()
@@ -65,12 +69,16 @@ class JobOpenAI:
         service: Jobs.
         directory: Endpoints and keys.
         limits: Bounds.
+        outlook: Asked what callers that wait are told.
     """
 
-    def __init__(self, service: JobService, directory: Directory, limits: LimitSettings) -> None:
+    def __init__(
+        self, service: JobService, directory: Directory, limits: LimitSettings, outlook: Outlook
+    ) -> None:
         self._service = service
         self._directory = directory
         self._limits = limits
+        self._outlook = outlook
 
     async def __call__(
         self, scope: Scope, receive: Receive, send: Send, *, endpoint_id: str, path: str
@@ -116,7 +124,12 @@ class JobOpenAI:
             answered = False
             try:
                 if call.streamed:
-                    await self._stream(endpoint, job, call, send, gone)
+                    heartbeats = self._heartbeats(endpoint, key, job, call, send)
+                    reply = _Reply(send, call.route, job, heartbeats)
+                    try:
+                        await self._stream(endpoint, job, call, reply, gone)
+                    finally:
+                        await reply.committed()
                 else:
                     await self._whole(endpoint, job, send, gone)
                 answered = True
@@ -169,12 +182,28 @@ class JobOpenAI:
         if done.output in {None, b"null", b"[]"}:
             chunks = (await self._service.streams.read(endpoint.id, job.id, hold_s=0)).chunks
         answer = whole_answer(done.output, chunks)
-        await send_json(send, answer.status, answer.body, [(b"x-job-id", job.id.encode())])
+        await send_json(send, answer.status, answer.body, [_names(job)])
 
-    async def _stream(self, endpoint: Endpoint, job: Job, call: _Call, send: Send, gone: Gone) -> None:
-        route = call.route
+    def _heartbeats(
+        self, endpoint: Endpoint, key: ApiKey, job: Job, call: _Call, send: Send
+    ) -> Heartbeats | None:
+        """The comments that a caller gets, under way; None where it gets none."""
+        if key.heartbeat_s is None or call.route not in STREAMED_ROUTES:
+            return None
+        now = asyncio.get_running_loop().time
+        since = now()
+
+        def comment() -> bytes:
+            current = self._directory.endpoint(endpoint.id) or endpoint
+            return self._outlook.comment(current, int((now() - since) * 1000))
+
+        heartbeats = Heartbeats(send, comment, period_s=key.heartbeat_s, headers=[_names(job)])
+        # Whether it will have to wait is not known where workers are ready: they take it soon, or are busy.
+        heartbeats.start(after_s=key.heartbeat_s if self._outlook.ready(endpoint.id) else 0)
+        return heartbeats
+
+    async def _stream(self, endpoint: Endpoint, job: Job, call: _Call, reply: _Reply, gone: Gone) -> None:
         events = EventStream(TokenCount(), hide_usage=True) if call.hide_usage else None
-        begun = False
         begun_by = 0
         deadline = asyncio.get_running_loop().time() + self._limits.data_path_s
         while not gone.done():
@@ -184,61 +213,56 @@ class JobOpenAI:
                 # Its time to live ended while it ran.
                 part = StreamPart(JobStatus.TIMED_OUT, (), begun_by)
             except StoreError as error:
-                if not begun:
+                if not await reply.committed():
                     raise
                 await self._cancel(endpoint, job)
-                await _fail(send, route, Failure(status=503, message=str(error)), begun=begun)
+                await reply.fail(Failure(status=503, message=str(error)))
                 return
-            if begun and (part.status is JobStatus.IN_QUEUE or part.attempt != begun_by):
+            if reply.begun and (part.status is JobStatus.IN_QUEUE or part.attempt != begun_by):
                 # What another worker would say does not go on from what was said.
                 await self._cancel(endpoint, job)
-                await _fail(send, route, _LOST, begun=begun)
+                await reply.fail(_LOST)
                 return
-            if part.chunks and not begun:
-                begun, begun_by = True, part.attempt
-                await _begin(send, job)
+            if part.chunks and not reply.begun:
+                begun_by = part.attempt
+                await reply.begin()
             for chunk in part.chunks:
                 data = stream_text(chunk)
                 if events is not None:
                     data = events.feed(data)
-                await send({"type": "http.response.body", "body": data, "more_body": True})
+                await reply.write(data)
             if part.status.terminal:
-                if begun and events is not None:
-                    await send({"type": "http.response.body", "body": events.rest(), "more_body": True})
-                await self._end(endpoint, job, route, send, begun=begun)
+                if reply.begun and events is not None:
+                    await reply.write(events.rest())
+                await self._end(endpoint, job, reply)
                 return
             if self._service.closing:
                 await self._cancel(endpoint, job)
-                await _fail(send, route, _STOPPING, begun=begun)
+                await reply.fail(_STOPPING)
                 return
             if asyncio.get_running_loop().time() > deadline:
                 await self._cancel(endpoint, job)
-                await _fail(
-                    send, route, Failure(status=504, message="the request took too long"), begun=begun
-                )
+                await reply.fail(Failure(status=504, message="the request took too long"))
                 return
 
-    async def _end(self, endpoint: Endpoint, job: Job, route: str, send: Send, *, begun: bool) -> None:
+    async def _end(self, endpoint: Endpoint, job: Job, reply: _Reply) -> None:
         try:
             done = await self._service.job(endpoint.id, job.id)
         except NotFoundError:
-            await _fail(
-                send, route, Failure(status=504, message="the job's time to live is over"), begun=begun
-            )
+            await reply.fail(Failure(status=504, message="the job's time to live is over"))
             return
         except StoreError as error:
-            if not begun:
+            if not await reply.committed():
                 raise
-            await _fail(send, route, Failure(status=503, message=str(error)), begun=begun)
+            await reply.fail(Failure(status=503, message=str(error)))
             return
         if done.status is not JobStatus.COMPLETED:
-            await _fail(send, route, _failure(done), begun=begun)
-        elif begun:
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            await reply.fail(_failure(done))
+        elif reply.begun:
+            await reply.end(b"")
         else:
             # It yielded nothing and returned its answer, or an error object, as a whole.
-            answer = whole_answer(done.output, ())
-            await send_json(send, answer.status, answer.body, [(b"x-job-id", job.id.encode())])
+            await reply.whole(whole_answer(done.output, ()))
 
     async def _cancel(self, endpoint: Endpoint, job: Job) -> None:
         try:
@@ -300,37 +324,80 @@ def _refusal(failure: Failure) -> RequestRefusedError:
     return RequestRefusedError(failure.status, failure.message, type="worker_error")
 
 
-async def _begin(send: Send, job: Job) -> None:
-    headers = [
-        (b"content-type", b"text/event-stream"),
-        (b"cache-control", b"no-cache"),
-        (b"x-accel-buffering", b"no"),
-        (b"x-job-id", job.id.encode()),
-    ]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
+class _Reply:
+    """The answer to a call that asked for a stream, from its head to its end.
+
+    Args:
+        send: Takes the outgoing events (ASGI).
+        route: Path of the engine's route.
+        job: What the call became.
+        heartbeats: Comments that go out until the answer begins; None for none.
+
+    Attributes:
+        begun: Whether the worker's words have begun.
+    """
+
+    __slots__ = ("_heartbeats", "_job", "_route", "_send", "begun")
+
+    def __init__(self, send: Send, route: str, job: Job, heartbeats: Heartbeats | None) -> None:
+        self._send = send
+        self._route = route
+        self._job = job
+        self._heartbeats = heartbeats
+        self.begun = False
+
+    async def committed(self) -> bool:
+        """Send no more comments; whether the status is out, and only an event can tell of a failure."""
+        if self._heartbeats is not None:
+            await self._heartbeats.stop()
+        return self.begun or (self._heartbeats is not None and self._heartbeats.begun)
+
+    async def begin(self) -> None:
+        """Send the head where it has not been sent, and be ready for the worker's words."""
+        if not await self.committed():
+            headers = [*STREAM_HEADERS, _names(self._job)]
+            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+        self.begun = True
+
+    async def write(self, data: bytes) -> None:
+        """Send a piece of the stream."""
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def end(self, data: bytes) -> None:
+        """Send the last piece of the stream."""
+        await self._send({"type": "http.response.body", "body": data, "more_body": False})
+
+    async def whole(self, answer: Answer) -> None:
+        """Send an answer that is no stream."""
+        if not await self.committed():
+            await send_json(self._send, answer.status, answer.body, [_names(self._job)])
+        elif answer.status < 400:
+            await self.end(data_event(answer.body) + stream_end(self._route))
+        else:
+            body = error_object(self._route, answer.status, answer.body)
+            await self.end(error_event(self._route, body) + stream_end(self._route))
+
+    async def fail(self, failure: Failure) -> None:
+        """Tell of a failure as the last event. RequestRefusedError while the status can tell it."""
+        refusal = _refusal(failure)
+        if not await self.committed():
+            raise refusal
+        # What was cut off does not get the end that whole streams have.
+        end = b"" if self.begun else stream_end(self._route)
+        await self.end(error_event(self._route, _body_of(refusal, self._route)) + end)
 
 
-async def _fail(send: Send, route: str, failure: Failure, *, begun: bool) -> None:
-    """Tell of a failure by the status while that can be set, else as the last event."""
-    if not begun:
-        raise _refusal(failure)
-    if route.startswith("/v1/messages"):
-        event = b"event: error\ndata: " + anthropic_body(failure.message, type="api_error") + b"\n\n"
-    else:
-        event = b"data: " + _error_body(failure.message) + b"\n\n"
-    await send({"type": "http.response.body", "body": event, "more_body": False})
+def _names(job: Job) -> tuple[bytes, bytes]:
+    """The header that says which job an answer is of."""
+    return b"x-job-id", job.id.encode()
 
 
 async def _refuse(send: Send, route: str, refusal: RequestRefusedError) -> None:
-    if route.startswith("/v1/messages"):
-        body = refusal.anthropic_body()
-    elif refusal.type == "worker_error":
-        body = _error_body(str(refusal))
-    else:
-        body = refusal.body()
-    await send_json(send, refusal.status, body, refusal.headers)
+    await send_json(send, refusal.status, _body_of(refusal, route), refusal.headers)
 
 
-def _error_body(message: str) -> bytes:
-    """The error object that §2.15 gives for a failed job."""
-    return msgspec.json.encode({"error": {"message": message, "type": "worker_error", "code": None}})
+def _body_of(refusal: RequestRefusedError, route: str) -> bytes:
+    if refusal.type == "worker_error" and not speaks_anthropic(route):
+        # The error object that §2.15 gives for a failed job.
+        return msgspec.json.encode({"error": {"message": str(refusal), "type": refusal.type, "code": None}})
+    return refusal.body_for(route)

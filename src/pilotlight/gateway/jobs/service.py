@@ -101,6 +101,7 @@ class JobService:
         buckets: Seals what only workers may see (`s3Config`), and stores results that are too large.
         webhook_due: Called when a job has ended whose webhook the store now holds.
         note: Adds a line to the log of a worker.
+        start_s: Seconds until an endpoint has a worker; None while nobody knows.
 
     Attributes:
         workers: The side that workers speak to.
@@ -125,6 +126,7 @@ class JobService:
         buckets: Buckets,
         webhook_due: Callable[[], None] = lambda: None,
         note: Callable[[str, str], object] = lambda *_: None,
+        start_s: Callable[[Endpoint], int | None] = lambda _: None,
     ) -> None:
         self._store = store
         self._fleet = fleet
@@ -135,7 +137,7 @@ class JobService:
         self._record = record
         self._wake = wake
         self._buckets = buckets
-        self.bounds = QueueBounds(store, clock, settings.limits)
+        self.bounds = QueueBounds(store, clock, settings.limits, start_s)
         self.rates = RateTable(clock, fleet) if settings.limits.profile == "runpod" else None
         self._ledger = Ledger(
             store=store,
@@ -402,6 +404,20 @@ class JobService:
         link = self._ledger.link_of(worker) if worker else self._ledger.links.get(worker_id)
         if link is not None:
             link.release()
+
+    def at_rest(self, worker_id: str) -> bool:
+        """Whether a worker holds no job as far as we know, also none that it should have let go of."""
+        link = self._ledger.links.get(worker_id)
+        return link is None or link.at_rest
+
+    def thawed(self, worker_id: str) -> None:
+        """A worker goes on that had been stopped as a whole: what it had open then is answered, with nothing.
+
+        Call it before its slots are opened.
+        """
+        link = self._ledger.links.get(worker_id)
+        if link is not None:
+            link.thaw(self._clock.monotonic_ns())
 
     async def worker_ended(self, worker_id: str, reason: str) -> None:
         """Requeue or fail what a worker had in hand; its last process is gone."""

@@ -25,6 +25,7 @@ from pilotlight.gateway.load_balancer.forward import Forwarder
 from pilotlight.gateway.load_balancer.head import Call, Framing, request_head, upgrade_head
 from pilotlight.gateway.load_balancer.refusal import Refusal
 from pilotlight.gateway.load_balancer.tunnel import TUNNEL, WebSocketTunnel
+from pilotlight.gateway.outlook import Outlook
 from pilotlight.gateway.slots import SlotTable, WorkerSlots
 from pilotlight.gateway.upstream import UpstreamError
 from pilotlight.ports.clock import Clock
@@ -41,6 +42,7 @@ class LoadBalancer:
         directory: Endpoints and keys.
         slots: Admission and the hold.
         fleet: Tells whether a worker that is asked for exists, and starts it again.
+        outlook: Asked when those who find no worker should come again.
         clock: Time.
         settings: Bounds.
         entropy: Random bytes, for ids in the request log.
@@ -57,6 +59,7 @@ class LoadBalancer:
         directory: Directory,
         slots: SlotTable,
         fleet: Fleet,
+        outlook: Outlook,
         clock: Clock,
         settings: LoadBalancerSettings,
         entropy: Callable[[int], bytes],
@@ -70,7 +73,12 @@ class LoadBalancer:
         self._entropy = entropy
         self._record = record
         self._choice = WorkerChoice(
-            directory=directory, slots=slots, fleet=fleet, settings=settings, start_failed=start_failed
+            directory=directory,
+            slots=slots,
+            fleet=fleet,
+            outlook=outlook,
+            settings=settings,
+            start_failed=start_failed,
         )
         self._forwarder = Forwarder(slots=slots, clock=clock, settings=settings)
         self.pool = self._forwarder.pool

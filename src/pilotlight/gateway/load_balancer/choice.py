@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
-from pilotlight.core.admission import Verdict
+from pilotlight.core.admission import Admission, Verdict
 from pilotlight.core.affinity import Affinity, Pin
 from pilotlight.domain.endpoint import Endpoint
 from pilotlight.domain.usage import Outcome
@@ -13,12 +13,16 @@ from pilotlight.domain.worker import WorkerState
 from pilotlight.errors import ClusterError, NotFoundError
 from pilotlight.gateway.directory import Directory
 from pilotlight.gateway.load_balancer.refusal import Refusal
+from pilotlight.gateway.outlook import Outlook
 from pilotlight.gateway.slots import HoldExpiredError, SlotTable, WorkerGoneError, WorkerSlots
 from pilotlight.ports.fleet import Fleet
 from pilotlight.settings import LoadBalancerSettings
 
 _OPEN = frozenset({WorkerState.STARTING, WorkerState.READY})
-"""States of workers that may be waited for; from any other a worker only ends."""
+"""States of workers that may be waited for."""
+
+_COMES_BACK = _OPEN | {WorkerState.FROZEN}
+"""From any other state a worker only ends."""
 
 
 class WorkerChoice:
@@ -28,6 +32,7 @@ class WorkerChoice:
         directory: Endpoints, which change while a request waits.
         slots: Admission and the hold.
         fleet: Tells whether a worker that is asked for exists, and starts it again.
+        outlook: Asked when those who find no worker should come again.
         settings: Bounds.
         start_failed: The class of errors with which held requests fail when their endpoint gives up.
     """
@@ -38,12 +43,14 @@ class WorkerChoice:
         directory: Directory,
         slots: SlotTable,
         fleet: Fleet,
+        outlook: Outlook,
         settings: LoadBalancerSettings,
         start_failed: type[Exception],
     ) -> None:
         self._directory = directory
         self._slots = slots
         self._fleet = fleet
+        self._outlook = outlook
         self._settings = settings
         self._start_failed = start_failed
 
@@ -69,11 +76,12 @@ class WorkerChoice:
         if slots is not None:
             return slots
         if admission.verdict is Verdict.SHED:
-            raise Refusal.no_workers(Outcome.SHED, retry_after_s=admission.retry_after_s)
+            raise self._shed(endpoint, admission)
         try:
             return await self._slots.hold(endpoint.id, 0, timeout_s=self._settings.wait_s)
         except HoldExpiredError as error:
-            raise Refusal.no_workers(Outcome.EXPIRED) from error
+            retry_after_s = self._outlook.start_s(endpoint)
+            raise Refusal.no_workers(Outcome.EXPIRED, retry_after_s=retry_after_s) from error
 
     async def _pinned(self, endpoint: Endpoint, affinity: Affinity) -> WorkerSlots:
         slots = self._slots.take_of(endpoint.id, affinity.worker_id)
@@ -99,7 +107,7 @@ class WorkerChoice:
     async def _resume(self, endpoint: Endpoint, worker_id: str) -> None:
         """See to it that a worker that was scaled down is started again; one that is ending first ends."""
         worker = self._fleet.worker(worker_id)
-        if worker is not None and worker.endpoint_id == endpoint.id and worker.state not in _OPEN:
+        if worker is not None and worker.endpoint_id == endpoint.id and worker.state not in _COMES_BACK:
             self._check_room(endpoint)
             await self._slots.wait_end(endpoint.id, worker_id)
             worker = self._fleet.worker(worker_id)
@@ -118,6 +126,9 @@ class WorkerChoice:
 
     async def _hold_pinned(self, endpoint: Endpoint, worker_id: str) -> WorkerSlots:
         worker = self._fleet.worker(worker_id)
+        if worker is not None and worker.endpoint_id == endpoint.id and worker.state is WorkerState.FROZEN:
+            await self._fleet.thaw(worker_id)
+            worker = self._fleet.worker(worker_id)
         if worker is None or worker.endpoint_id != endpoint.id or worker.state not in _OPEN:
             raise Refusal.worker_gone()
         self._check_room(endpoint)
@@ -129,4 +140,8 @@ class WorkerChoice:
         """Refuse a request for which there is no place to wait."""
         admission, _ = self._slots.admit(endpoint.id, 0, take=False)
         if admission.verdict is Verdict.SHED:
-            raise Refusal.no_workers(Outcome.SHED, retry_after_s=admission.retry_after_s)
+            raise self._shed(endpoint, admission)
+
+    def _shed(self, endpoint: Endpoint, admission: Admission) -> Refusal:
+        retry_after_s = self._outlook.retry_after_s(endpoint, admission)
+        return Refusal.no_workers(Outcome.SHED, retry_after_s=retry_after_s)

@@ -23,7 +23,7 @@ class MemoryRecords:
         self._workers: dict[str, Worker] = {}
         self._usage: dict[tuple[str, int], UsageInterval] = {}
         self._requests: dict[str, RequestRecord] = {}
-        self._starts: dict[str, StartRecord] = {}
+        self._starts: dict[tuple[str, int], StartRecord] = {}
 
     async def close(self) -> None:
         """Refuse everything from now on; idempotent."""
@@ -185,7 +185,7 @@ class MemoryRecords:
     async def put_start(self, record: StartRecord) -> None:
         """See `StartLog.put_start`."""
         self._check_open()
-        self._starts[record.worker_id] = record
+        self._starts[record.worker_id, record.decided_ms] = record
         if len(self._starts) > common.STARTS_KEPT:
             del self._starts[next(iter(self._starts))]
 
@@ -195,9 +195,5 @@ class MemoryRecords:
         found = [
             record for record in reversed(self._starts.values()) if endpoint_id in {None, record.endpoint_id}
         ]
-        found.sort(key=_decided_ms, reverse=True)
+        found.sort(key=lambda record: record.decided_ms, reverse=True)
         return found[: max(0, limit)]
-
-
-def _decided_ms(record: StartRecord) -> int:
-    return record.stages[0][1] if record.stages else 0

@@ -73,15 +73,19 @@ DELETE FROM requests WHERE seq IN (
 
 -- name: put_start
 -- Inserts or replaces the record of one start.
-INSERT INTO starts (worker_id, endpoint_id, version, rung, stages, outcome, decided_ms)
-VALUES ($1, $2, $3, $4, $5, $6, $7)
-ON CONFLICT (worker_id) DO UPDATE SET
+INSERT INTO starts (
+    worker_id, endpoint_id, version, rung, stages, outcome, memory_bytes, note, failure, decided_ms
+)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
+ON CONFLICT (worker_id, decided_ms) DO UPDATE SET
     endpoint_id = excluded.endpoint_id,
     version = excluded.version,
     rung = excluded.rung,
     stages = excluded.stages,
     outcome = excluded.outcome,
-    decided_ms = excluded.decided_ms;
+    memory_bytes = excluded.memory_bytes,
+    note = excluded.note,
+    failure = excluded.failure;
 
 -- name: prune_starts
 -- Forgets starts that are more than a number of insertions old.
@@ -89,13 +93,15 @@ DELETE FROM starts WHERE seq <= (SELECT max(seq) FROM starts) - $1;
 
 -- name: starts
 -- The newest starts of all endpoints.
-SELECT worker_id, endpoint_id, version, rung, stages, outcome FROM starts
+SELECT worker_id, endpoint_id, version, rung, stages, outcome, memory_bytes, note, failure
+FROM starts
 ORDER BY decided_ms DESC, seq DESC
 LIMIT $1;
 
 -- name: starts_of_endpoint
 -- The newest starts of one endpoint.
-SELECT worker_id, endpoint_id, version, rung, stages, outcome FROM starts
+SELECT worker_id, endpoint_id, version, rung, stages, outcome, memory_bytes, note, failure
+FROM starts
 WHERE endpoint_id = $1
 ORDER BY decided_ms DESC, seq DESC
 LIMIT $2;

@@ -1,0 +1,399 @@
+"""Workers that are stopped in place and go on: what the fleet asks, says and writes, and what may cross it."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from pilotlight.core.placement import Gpu
+from pilotlight.domain.endpoint import EndpointKind, Revision
+from pilotlight.domain.worker import Address, Failure, Registration, Stage, WorkerState
+from pilotlight.errors import ClusterError, StoreError
+from pilotlight.ports.door import DoorError, DoorRefusedError, Kept, Refusal
+from pilotlight.ports.fleet import StageReport
+
+from .conftest import GIB
+
+OURS = Registration(
+    engine=Address(url="unix:/engine"), listener=Address(url="unix:/listener"), max_concurrency=30
+)
+SERVER = Registration(engine=Address(url="http://127.0.0.1:1"), max_concurrency=30)
+
+
+async def ready(world, registration=OURS, **changes):
+    """A worker of our own program, ready."""
+    world.deploy(**changes)
+    worker = await world.fleet.start(world.endpoints["e"])
+    await world.fleet.reported(worker.id, StageReport(stage=Stage.READY, registration=registration))
+    return worker.id
+
+
+async def frozen(world, **changes):
+    worker_id = await ready(world, **changes)
+    assert await world.fleet.freeze(worker_id, reason="idle_timeout")
+    return worker_id
+
+
+def state(world, worker_id):
+    return world.fleet.worker(worker_id).state
+
+
+async def ended(world, worker_id):
+    await world.settle()
+    assert world.fleet.worker(worker_id) is None
+    return await world.store.worker(worker_id)
+
+
+def gpus(count):
+    return tuple(Gpu(index=index, name="x", memory_bytes=80 * GIB) for index in range(count))
+
+
+def on_gpus(count=1, **changes):
+    revision = Revision(endpoint_id="e", version=1, model="m", memory_bytes=GIB, gpu_count=count)
+    return {"revision": revision} | changes
+
+
+async def test_a_frozen_worker_has_no_slots_and_comes_back_with_them(world):
+    worker_id = await frozen(world)
+    assert state(world, worker_id) is WorkerState.FROZEN
+    assert world.slots.admit("e", 1)[1] is None
+    assert (await world.store.worker(worker_id)).state is WorkerState.FROZEN
+    assert await world.fleet.thaw(worker_id)
+    assert (state(world, worker_id), world.slots.worker(worker_id).free) == (WorkerState.READY, 2)
+    assert world.door.log == [("freeze", "unix:/listener"), ("thaw", "unix:/listener")]
+    assert [entry for entry in world.cluster.log if entry[0] in {"freeze", "thaw"}] == []
+    assert await world.fleet.thaw(worker_id), "one that is ready already"
+    assert len(world.door.log) == 2
+
+
+async def test_a_thaw_is_a_start_of_its_own_and_frozen_time_a_usage_of_its_own(world):
+    worker_id = await frozen(world)
+    world.clock.now += 7000
+    world.fleet.meter()
+    world.clock.now += 500
+    world.door.go_on.clear()
+    world.door.asked.clear()
+    thaw = asyncio.create_task(world.fleet.thaw(worker_id))
+    await world.door.asked.wait()
+    world.clock.now += 20
+    world.door.go_on.set()
+    assert await thaw
+    await world.settle()
+    starts = {start.rung: start for start in await world.store.starts()}
+    start = starts["frozen"]
+    assert [name for name, _ in start.stages] == ["decision", "ready"]
+    assert (start.stages[1][1] - start.stages[0][1], start.outcome, start.memory_bytes) == (20, "ready", GIB)
+    usage = await world.store.usage()
+    assert [(each.state, each.duration_ms) for each in usage] == [("frozen", 7000), ("frozen", 520)]
+
+
+async def test_the_slots_open_before_the_store_has_written_it_down(world, monkeypatch):
+    """Somebody waits for them, and nothing hangs on the record: after a crash a frozen worker is ended anyway."""
+    worker_id = await frozen(world)
+    put, may_write = world.store.put_worker, asyncio.Event()
+
+    async def slow(worker):
+        await may_write.wait()
+        await put(worker)
+
+    monkeypatch.setattr(world.store, "put_worker", slow)
+    held = asyncio.create_task(world.slots.hold("e", 1, timeout_s=60))
+    thaw = asyncio.create_task(world.fleet.thaw(worker_id))
+    assert (await held).worker_id == worker_id
+    assert not thaw.done()
+    may_write.set()
+    assert await thaw
+    assert (await world.store.worker(worker_id)).state is WorkerState.READY
+
+
+async def test_a_request_that_comes_in_the_middle_of_a_freeze_is_served_after_it(world):
+    worker_id = await ready(world)
+    world.door.go_on.clear()
+    freeze = asyncio.create_task(world.fleet.freeze(worker_id, reason="idle_timeout"))
+    await world.door.asked.wait()
+    held = asyncio.create_task(world.slots.hold("e", 1, timeout_s=60))
+    thaw = asyncio.create_task(world.fleet.thaw(worker_id))
+    await asyncio.sleep(0)
+    assert world.door.log == [("freeze", "unix:/listener")], "the thaw waits for the freeze"
+    assert world.fleet.frozen() == [], "nobody may end it for its memory now"
+    world.door.go_on.set()
+    assert await freeze
+    assert await thaw
+    assert (await held).worker_id == worker_id
+
+
+async def test_a_busy_worker_is_not_frozen(world):
+    worker_id = await ready(world)
+    slots = world.slots.admit("e", 1)[1]
+    assert not await world.fleet.freeze(worker_id, reason="test")
+    world.slots.release_request(slots)
+    world.listener.rest = False
+    assert not world.fleet.freezable(worker_id), "it has something that no slot counts"
+    assert (state(world, worker_id), world.door.log) == (WorkerState.READY, [])
+
+
+@pytest.mark.parametrize("refusal", list(Refusal))
+async def test_a_worker_program_that_refuses_goes_on(world, refusal):
+    worker_id = await ready(world)
+    world.door.answers["freeze"] = DoorRefusedError("not now", refusal)
+    assert not await world.fleet.freeze(worker_id, reason="test")
+    assert (state(world, worker_id), world.slots.worker(worker_id).free) == (WorkerState.READY, 2)
+    assert world.fleet.freezable(worker_id) is (refusal is Refusal.BUSY), (
+        "what cannot work is not tried again"
+    )
+
+
+async def test_a_worker_of_which_nobody_knows_whether_it_is_frozen_is_ended(world):
+    worker_id = await ready(world)
+    world.door.answers["freeze"] = DoorError("no answer")
+    assert not await world.fleet.freeze(worker_id, reason="test")
+    record = await ended(world, worker_id)
+    assert record.state is WorkerState.STOPPED
+    assert world.fleet.health("e").failures == 0
+
+
+async def test_a_worker_that_does_not_come_back_is_ended_and_does_not_count_as_a_failed_start(world):
+    worker_id = await frozen(world)
+    woken = []
+    world.fleet.on_change = woken.append
+    world.door.answers["thaw"] = DoorError("the engine does not answer")
+    assert not await world.fleet.thaw(worker_id)
+    record = await ended(world, worker_id)
+    assert (record.state, record.failure.kind) == (WorkerState.FAILED, "thaw_failed")
+    assert woken, "another rung is needed"
+    health = world.fleet.health("e")
+    assert (health.failures, health.retry_ms) == (0, None)
+    starts = {start.rung: start for start in await world.store.starts()}
+    assert (starts["frozen"].outcome, starts["frozen"].failure.kind) == ("failed", "thaw_failed")
+
+
+async def test_how_long_a_thaw_may_take(world):
+    worker_id = await frozen(world)
+    await world.fleet.thaw(worker_id)
+    assert world.door.timeout_s == pytest.approx(1.5)
+
+
+async def test_an_engine_that_slept_may_take_longer_to_bring_its_weights_back(world):
+    world.gpus = gpus(1)
+    world.door.answers["freeze"] = Kept(memory_bytes=20 * GIB, slept=True)
+    world.cluster.gpu_bytes = GIB
+    worker_id = await frozen(world, **on_gpus())
+    (view,) = world.fleet.frozen()
+    assert (view.memory_bytes, view.gpu_memory_bytes, view.devices) == (20 * GIB, GIB, (0,))
+    await world.fleet.thaw(worker_id)
+    assert world.door.timeout_s == pytest.approx(61.5)
+
+
+@pytest.mark.parametrize("way", ["drain", "kill", "dismiss", "close", "evict"])
+async def test_a_frozen_worker_that_is_told_to_end_is_killed_as_it_is(world, way):
+    """Deleted endpoints, new revisions and lowered maxima drain. It could not hear SIGTERM."""
+    worker_id = await frozen(world)
+    world.clock.now += 100
+    match way:
+        case "drain":
+            await world.fleet.drain(worker_id, reason="new_revision")
+            assert state(world, worker_id) is WorkerState.STOPPING, "nobody wakes it any more"
+        case "kill":
+            await world.fleet.kill(worker_id, reason="test")
+        case "dismiss":
+            await world.fleet.dismiss(reason="the lead is lost")
+        case "close":
+            await world.fleet.close()
+        case _:
+            await world.fleet.evict(worker_id, reason="age")
+    assert not await world.fleet.thaw(worker_id)
+    record = await ended(world, worker_id)
+    assert (record.state, record.failure) == (WorkerState.STOPPED, None)
+    assert way == "close" or ("kill", worker_id) in world.cluster.log, "the cluster closes with everything"
+    usage = await world.store.usage()
+    assert sum(each.duration_ms for each in usage if each.state is WorkerState.FROZEN) == 100
+
+
+@pytest.mark.parametrize("what", ["freeze", "thaw"])
+@pytest.mark.parametrize("end", ["drain", "kill", "dismiss", "close", "exit"])
+async def test_an_end_does_not_wait_for_a_freeze_or_thaw(world, what, end):
+    worker_id = await (ready(world) if what == "freeze" else frozen(world))
+    world.door.go_on.clear()
+    world.door.asked.clear()
+    act = world.fleet.thaw(worker_id) if what == "thaw" else world.fleet.freeze(worker_id, reason="test")
+    acting = asyncio.create_task(act)
+    await world.door.asked.wait()
+    ending = None
+    match end:
+        case "drain":
+            await world.fleet.drain(worker_id, reason="endpoint deleted")
+        case "kill":
+            await world.fleet.kill(worker_id, reason="test")
+        case "dismiss":
+            await world.fleet.dismiss(reason="the lead is lost")
+        case "close":
+            ending = asyncio.create_task(world.fleet.close())
+        case _:
+            world.cluster.end(worker_id, -9)
+    while world.fleet.worker(worker_id) is not None:
+        await asyncio.sleep(0)
+    world.door.answers[what] = DoorError("connection closed by the engine")
+    world.door.go_on.set()
+    assert not await acting
+    if ending is not None:
+        await ending
+    record = await ended(world, worker_id)
+    assert record.state is (WorkerState.FAILED if end == "exit" else WorkerState.STOPPED)
+    assert world.slots.worker(worker_id) is None
+    assert world.fleet.health("e").failures == 0
+
+
+async def test_a_freeze_or_thaw_goes_on_when_its_caller_is_cancelled(world):
+    worker_id = await ready(world)
+    world.door.go_on.clear()
+    freeze = asyncio.create_task(world.fleet.freeze(worker_id, reason="test"))
+    await world.door.asked.wait()
+    freeze.cancel()
+    await asyncio.gather(freeze, return_exceptions=True)
+    world.door.go_on.set()
+    await world.settle()
+    assert len(world.fleet.frozen()) == 1
+
+
+async def test_nothing_is_frozen_or_thawed_while_the_fleet_ends(world):
+    worker_id = await ready(world)
+    world.fleet._refusal = "the gateway is stopping"
+    assert not world.fleet.freezable(worker_id)
+    assert not await world.fleet.freeze(worker_id, reason="test")
+    assert not await world.fleet.thaw(worker_id)
+
+
+async def test_an_engine_that_dies_frozen_is_told_and_forgiven(world):
+    """Its worker program is awake and says so; a start that ended well is no reason to pause."""
+    worker_id = await frozen(world)
+    failure = Failure(kind="engine_exited", cause="killed")
+    await world.fleet.reported(worker_id, StageReport(stage=Stage.FAILED, failure=failure))
+    assert not await world.fleet.thaw(worker_id)
+    world.cluster.end(worker_id, 1)
+    record = await ended(world, worker_id)
+    assert (record.state, record.failure) == (WorkerState.FAILED, failure)
+    assert world.fleet.health("e").failures == 0
+
+
+async def test_a_worker_program_that_woke_by_itself_is_ready(world):
+    worker_id = await frozen(world)
+    report = StageReport(stage=Stage.READY, registration=OURS, detail={"thawed_by": "request"})
+    await world.fleet.reported(worker_id, report)
+    assert (state(world, worker_id), world.slots.worker(worker_id).free) == (WorkerState.READY, 2)
+    assert world.fleet.frozen() == []
+
+
+async def test_a_changed_bound_reaches_a_frozen_worker_when_it_is_thawed(world):
+    worker_id = await frozen(world)
+    world.fleet.resize(replace(world.endpoints["e"], concurrency=5))
+    assert world.slots.worker(worker_id).free == 0
+    await world.fleet.thaw(worker_id)
+    assert world.slots.worker(worker_id).free == 5
+
+
+async def test_a_store_that_cannot_write_keeps_nobody_waiting(world, monkeypatch):
+    async def refuse(_):
+        raise StoreError("disk full")
+
+    worker_id = await ready(world)
+    monkeypatch.setattr(world.store, "put_worker", refuse)
+    assert await world.fleet.freeze(worker_id, reason="test")
+    assert await world.fleet.thaw(worker_id)
+
+
+# Programs that are not ours.
+
+
+async def test_of_a_foreign_worker_all_is_stopped_and_its_polls_are_not_trusted(world):
+    """worker-protocol.md §6.6."""
+    worker_id = await ready(world, None, kind=EndpointKind.QUEUE)
+    assert await world.fleet.freeze(worker_id, reason="test")
+    assert world.cluster.log[-1] == ("freeze", worker_id)
+    assert await world.fleet.thaw(worker_id)
+    assert world.cluster.log[-1] == ("thaw", worker_id)
+    assert (world.listener.thaws, world.door.log) == ([(worker_id, True)], [])
+
+
+async def test_a_foreign_worker_that_cannot_be_stopped_goes_on_and_is_not_tried_again(world):
+    worker_id = await ready(world, None, kind=EndpointKind.QUEUE)
+    world.cluster.unstoppable = "rootless engines cannot pause"
+    assert not await world.fleet.freeze(worker_id, reason="test")
+    assert (state(world, worker_id), world.slots.worker(worker_id).free) == (WorkerState.READY, 1)
+    assert not world.fleet.freezable(worker_id)
+
+
+@pytest.mark.parametrize("answer", [None, DoorError("GET /ping was answered 500")])
+async def test_a_server_has_to_answer_its_health_check_after_a_thaw(world, answer):
+    worker_id = await ready(world, SERVER, kind=EndpointKind.LOAD_BALANCER)
+    assert await world.fleet.freeze(worker_id, reason="test")
+    world.door.answers["look"] = answer
+    assert await world.fleet.thaw(worker_id) is (answer is None)
+    assert world.door.log == [("look", "http://127.0.0.1:1")]
+    await world.settle()
+
+
+async def test_a_resumed_worker_that_is_frozen_is_thawed(world):
+    worker_id = await ready(world, SERVER, kind=EndpointKind.LOAD_BALANCER)
+    await world.fleet.freeze(worker_id, reason="test")
+    assert (await world.fleet.resume(world.endpoints["e"], worker_id)).state is WorkerState.READY
+    assert world.cluster.log.count(("start", worker_id)) == 1
+
+
+# Room.
+
+
+async def test_gpus_of_a_frozen_worker_are_given_away_and_then_it_cannot_come_back(world):
+    world.gpus = gpus(1)
+    world.door.answers["freeze"] = Kept(memory_bytes=GIB, slept=True)
+    worker_id = await frozen(world, **on_gpus())
+    other = await world.fleet.start(world.endpoints["e"])
+    assert other.devices == (0,)
+    assert not await world.fleet.thaw(worker_id)
+    assert (await ended(world, worker_id)).state is WorkerState.STOPPED
+    assert ("thaw", "unix:/listener") not in world.door.log
+
+
+async def test_gpus_of_a_worker_that_is_being_thawed_are_its_own(world):
+    world.gpus = gpus(1)
+    world.door.answers["freeze"] = Kept(memory_bytes=GIB, slept=True)
+    worker_id = await frozen(world, **on_gpus())
+    world.door.go_on.clear()
+    world.door.asked.clear()
+    thaw = asyncio.create_task(world.fleet.thaw(worker_id))
+    await world.door.asked.wait()
+    with pytest.raises(ClusterError, match="GPU"):
+        await world.fleet.start(world.endpoints["e"])
+    await world.fleet.evict(worker_id, reason="age")
+    world.door.go_on.set()
+    assert await thaw
+
+
+@pytest.mark.parametrize("registration", [OURS, SERVER])
+async def test_a_worker_that_would_keep_the_memory_of_its_gpus_is_not_kept(world, registration):
+    world.gpus = gpus(1)
+    worker_id = await ready(world, registration, **on_gpus())
+    assert world.fleet.freezable(worker_id) is (registration is OURS)
+    assert not await world.fleet.freeze(worker_id, reason="test")
+    await world.settle()
+    assert (world.fleet.worker(worker_id) is None) is (registration is OURS)
+
+
+async def test_frozen_workers_end_for_one_that_finds_no_room(world):
+    """The least recently used first, and no more than needed; the new one is started when they are gone."""
+    world.memory = 4 * GIB
+    revision = Revision(endpoint_id="e", version=1, model="m", memory_bytes=GIB)
+    first = await frozen(world, revision=revision)
+    world.clock.now += 1
+    second = await frozen(world, revision=revision)
+    world.deploy(revision=replace(revision, memory_bytes=2 * GIB))
+    worker = await world.fleet.start(world.endpoints["e"])
+    order = [entry for entry in world.cluster.log if entry in {("kill", first), ("start", worker.id)}]
+    assert order == [("kill", first), ("start", worker.id)]
+    assert state(world, second) is WorkerState.FROZEN
+    assert (await ended(world, first)).state is WorkerState.STOPPED
+    with pytest.raises(ClusterError):
+        world.deploy(revision=replace(revision, memory_bytes=4 * GIB))
+        await world.fleet.start(world.endpoints["e"])
+    assert state(world, second) is WorkerState.FROZEN, "its end would not be enough"
