@@ -160,7 +160,7 @@ async def test_a_launcher_agrees_with_the_engines_of_real_worker_programs(world,
     plan = world.plan(endpoint)
     engine = await world.engine_environment(endpoint)
     assert differences(plan.environment, engine) == ()
-    assert fingerprint(world.settings.engine_home, engine) == plan.fingerprint
+    assert fingerprint(world.settings.engine_home.resolve(), "0.32.0", engine) == plan.fingerprint
     assert plan.socket == world.folder / plan.fingerprint
 
 
@@ -188,6 +188,24 @@ def test_a_launcher_imports_the_classes_that_the_models_name(world):
     assert plan.command(["A", "B"])[-2:] == ("--preload", "A,B")
     absent = world.plan(world.endpoint({"MODEL_NAME": "nobody/has-it"}))
     assert absent.classes() == ()
+
+
+@pytest.mark.parametrize(
+    ("named", "classes"),
+    [
+        (["LlamaForCausalLM", 5, "A,B", ""], ("LlamaForCausalLM",)),
+        ("LlamaForCausalLM", ()),
+        (5, ()),
+        (None, ()),
+    ],
+)
+def test_what_a_model_names_that_is_no_class_is_left_out(world, named, classes):
+    """Configurations come from strangers, and a launcher is there for all endpoints."""
+    folder = world.folder / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"architectures": named}))
+    (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    assert world.plan(world.endpoint({"MODEL_NAME": str(folder)})).classes() == classes
 
 
 @pytest.mark.parametrize(

@@ -122,9 +122,9 @@ class Installation:
         self.variables.launcher = self.launchers.socket
         self.fleet = self._fleet()
         self.recorder.on_answer = self.fleet.answered
+        self.roster = FleetElsewhere(self.fleet, store, leads=lambda: self.leadership.leading)
         self.estimates = self._estimates()
         self.fleet.on_start = self.estimates.note
-        self.roster = FleetElsewhere(self.fleet, store, leads=lambda: self.leadership.leading)
         estimates = self.estimates
         self.outlook = Outlook(
             fleet=self.roster, clock=self.clock, estimate=estimates.next_ms, rung=estimates.next_rung
@@ -395,7 +395,7 @@ class Installation:
         return Estimates(
             endpoint=self.directory.endpoint,
             store=self.store,
-            workers=self.fleet.workers,
+            workers=self.roster.workers,
             launchable=self.launchers.launchable,
         )
 

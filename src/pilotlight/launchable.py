@@ -80,7 +80,7 @@ class Launchable:
             offline=not may_ask_hub(config.environment),
             platform=manifest.platform,
         )
-        name = fingerprint(config.engine_home, environment)
+        name = fingerprint(config.engine_home.resolve(), manifest.version, environment)
         socket = self._socket(name)
         need = resources_of(endpoint, memory_default_bytes=self._settings.workers.memory_default_bytes)
         return LauncherPlan(
@@ -146,4 +146,6 @@ def model_classes(config: WorkerConfig) -> tuple[str, ...]:
     except (PilotlightError, ModelMissingError, OSError):
         # The start of a worker will say more of it.
         return ()
-    return tuple(name for name in named or () if isinstance(name, str) and name.isidentifier())
+    if not isinstance(named, list):
+        return ()
+    return tuple(name for name in named if isinstance(name, str) and name.isidentifier())

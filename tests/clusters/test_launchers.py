@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,12 +36,30 @@ print("imports now", file=sys.stderr, flush=True)
 print(json.dumps({"event": "ready", "seconds": 0.5, "memory_bytes": 7, "vllm": "0.32.0"}), flush=True)
 sys.stdin.read()
 """
+TALKING = READY.replace(
+    "sys.stdin.read()",
+    """
+import select
+while not select.select([0], [], [], 0.05)[0]:
+    print(json.dumps({"event": "alive"}), flush=True)
+""",
+)
 STUBBORN = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n{READY}\nsignal.pause()"
 IMPORTING = "import sys; sys.stdin.read()"
 BROKEN = "import sys; sys.exit('no module named vllm')"
 REFUSING = """
 import json, sys
 print(json.dumps({"event": "problem", "text": "CUDA was touched"}), flush=True)
+sys.stdin.read()
+"""
+
+COMPLAINING = """
+import json, sys
+ready = {"event": "ready", "seconds": 0.5, "memory_bytes": 7, "vllm": "0.32.0"}
+launched = {"event": "launched", "pid": 1, "worker_id": "w"}
+problem = {"event": "problem", "text": "it computed"}
+for event in [ready, problem, problem, launched, problem, problem, *[problem] * MORE]:
+    print(json.dumps(event), flush=True)
 sys.stdin.read()
 """
 
@@ -60,6 +79,7 @@ class World:
         self.folder = folder
         self.logs = cluster.logs
         self.scripts: dict[str, str] = {}
+        self.lives: list[str] = []
         self.names: dict[str, str] = {}
         self.asked: list[list[str]] = []
         self.classes: dict[str, tuple[str, ...]] = {}
@@ -80,11 +100,14 @@ class World:
     def plan(self, endpoint: Endpoint) -> LauncherPlan | str:
         if endpoint.revision.model == "foreign":
             return "its workers are not our own program"
+        if endpoint.revision.model == "beyond":
+            raise ValueError(endpoint.revision.model)
         name = self.names.get(endpoint.id, endpoint.id)
 
         def command(classes):
             self.asked.append(list(classes))
-            return [sys.executable, "-I", "-S", "-c", self.scripts.get(name, READY)]
+            script = self.lives.pop(0) if self.lives else self.scripts.get(name, READY)
+            return [sys.executable, "-I", "-S", "-c", script]
 
         return LauncherPlan(
             fingerprint=name,
@@ -195,6 +218,48 @@ async def test_the_one_that_was_wanted_least_recently_makes_room_for_another(wor
     assert {info.fingerprint for info in await world.launchers.infos()} == {"b", "c"}
 
 
+async def test_a_gateway_that_starts_keeps_those_whose_endpoints_were_changed_last(world):
+    """It tells of every endpoint then, and none of them has changed."""
+    endpoints = [world.endpoint(name, updated_ms=at_ms) for name, at_ms in (("a", 3), ("b", 2), ("c", 1))]
+    world.launchers.begin(endpoints)
+    launchers = [await world.ready(name) for name in "ab"]
+    for endpoint in endpoints:
+        world.launchers.changed(endpoint)
+    await asyncio.sleep(0)
+    assert [world.find(name) for name in "abc"] == [*launchers, None]
+    world.launchers.changed(replace(endpoints[2], updated_ms=4))
+    await world.ready("c")
+    assert {info.fingerprint for info in await world.launchers.infos()} == {"a", "c"}
+
+
+async def test_a_fault_in_a_plan_keeps_nobody_from_starting(world):
+    with structlog.testing.capture_logs() as lines:
+        endpoint = world.add("a", model="beyond")
+        assert world.launchers.socket(endpoint) is None
+    assert {line["event"] for line in lines if line["log_level"] == "error"} == {"launcher_not_planned"}
+
+
+async def test_a_model_that_cannot_be_read_does_other_endpoints_no_harm(world):
+    world.names = {"a": "same", "b": "same"}
+    world.classes = {"a": None, "b": ("LlamaForCausalLM",)}
+    with structlog.testing.capture_logs() as lines:
+        world.add("a")
+        world.add("b")
+        await world.ready("same")
+    assert world.asked == [["LlamaForCausalLM"]]
+    assert [line["event"] for line in lines if line["log_level"] == "error"] == ["launcher_classes_unknown"]
+
+
+async def test_a_fault_in_a_life_is_a_life_that_failed(world):
+    """Else workers would be sent to a launcher that nobody starts."""
+    world.asked = None
+    with structlog.testing.capture_logs() as lines:
+        endpoint = world.add("a")
+        await until(lambda: any(line["event"] == "launcher_given_up" for line in lines))
+    assert "AttributeError" in lines[-1]["problem"]
+    assert world.launchers.socket(endpoint) is None
+
+
 async def test_one_that_ends_comes_again_and_is_given_up_after_some_lives(world):
     world.scripts["a"] = BROKEN
     with structlog.testing.capture_logs() as lines:
@@ -215,12 +280,46 @@ async def test_one_that_ends_comes_again_and_is_given_up_after_some_lives(world)
     await world.ready("a")
 
 
+async def test_nobody_waits_for_one_that_did_not_become_ready_before(world):
+    world.lives = [BROKEN, IMPORTING, READY, IMPORTING]
+    endpoint = world.add("a")
+    assert world.launchers.socket(endpoint) is not None
+    launcher = world.find("a")
+    launcher._pauses_s = (0, 0, 0)
+    second = await until(lambda: launcher._failures == 1 and launcher.pid)
+    assert launcher.state is LauncherState.IMPORTING
+    assert world.launchers.socket(endpoint) is None
+    os.kill(second, signal.SIGKILL)
+    third = (await world.ready("a")).pid
+    # Once it was, it is waited for.
+    os.kill(third, signal.SIGKILL)
+    await until(lambda: launcher.pid not in {None, third})
+    assert launcher.state is LauncherState.IMPORTING
+    assert world.launchers.socket(endpoint) is not None
+
+
 async def test_one_that_can_launch_nothing_is_ended_and_says_why(world):
     world.scripts["a"] = REFUSING
     world.add("a")
     await until(lambda: (it := world.find("a")) and it._failures == 3)
     (info,) = await world.launchers.infos()
     assert (info.problem, info.pid) == ("CUDA was touched", None)
+
+
+@pytest.mark.parametrize(("more", "state"), [(0, "ready"), (1, "failed")])
+async def test_one_that_refuses_three_engines_in_a_row_is_begun_anew(world, more, state):
+    """It would refuse all that follow; a single refusal may be that engine's fault."""
+    world.scripts["a"] = COMPLAINING.replace("MORE", str(more))
+    world.add("a")
+    expected = (1, 2, 0) if state == "ready" else (3, 3, 3)
+
+    def reached():
+        launcher = world.find("a")
+        return launcher and (launcher.launches, launcher._complaints, launcher._failures) == expected
+
+    await until(reached)
+    (info,) = await world.launchers.infos()
+    assert (info.state, info.problem) == (state, "it computed")
 
 
 async def test_one_that_was_ready_and_dies_comes_again(world):
@@ -231,6 +330,25 @@ async def test_one_that_was_ready_and_dies_comes_again(world):
     await until(lambda: launcher.pid not in {None, first} and launcher.state is LauncherState.READY)
     assert world.launchers.socket(endpoint) is not None
     assert processes.identify(first) is None, "it was reaped"
+
+
+async def test_one_that_was_stopped_is_replaced_and_one_that_says_that_it_is_there_is_not(world, monkeypatch):
+    """Connections to one that was stopped would be taken by the kernel and never be answered."""
+    monkeypatch.setattr("pilotlight.clusters.launcher.SILENCE_S", 0.8)
+    monkeypatch.setattr("pilotlight.clusters.launcher._END_S", 0.0)
+    world.scripts["a"] = TALKING
+    with structlog.testing.capture_logs() as lines:
+        world.add("a")
+        launcher = await world.ready("a")
+        first, loop = launcher.pid, asyncio.get_running_loop()
+        longer = loop.time() + 1.0
+        await until(lambda: loop.time() > longer)
+        assert launcher.pid == first
+        os.kill(first, signal.SIGSTOP)
+        await until(lambda: launcher.pid not in {None, first})
+    (said,) = [line for line in lines if line["event"] == "launcher_failed"]
+    assert said["problem"] == "it has said nothing for 0.8 s"
+    assert processes.identify(first) is None
 
 
 async def test_none_is_started_where_it_would_take_the_place_of_a_worker(world):

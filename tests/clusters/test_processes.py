@@ -16,7 +16,7 @@ import pytest
 from pilotlight.clusters import processes
 from pilotlight.domain.worker import WORKER_COOKIE
 from pilotlight.errors import ClusterError
-from pilotlight.processes import read_process
+from pilotlight.processes import read_process, stop_found
 
 
 @pytest.fixture
@@ -163,3 +163,18 @@ def test_what_cannot_be_stopped_in_time_goes_on(sleeper):
     with pytest.raises(ClusterError, match=rf"process {sleeper.pid} .* still runs 0 s after SIGSTOP"):
         processes.stop_all({worker_id: identity}, timeout_s=0)
     assert read_process(sleeper.pid).state in {"R", "S"}, "it runs, or sleeps as before"
+
+
+def test_a_look_that_breaks_leaves_nothing_stopped(sleeper):
+    states = []
+
+    def find():
+        states.append(read_process(sleeper.pid).state)
+        if len(states) == 2:
+            raise OSError("too many open files")
+        return [processes.identify(sleeper.pid)]
+
+    with pytest.raises(OSError, match="too many"):
+        stop_found(find, "w")
+    assert states[1] == "T"
+    assert read_process(sleeper.pid).state != "T"

@@ -96,6 +96,19 @@ def test_a_back_off_holds_up_starts_but_no_thaw():
     assert (none.thaw, none.start, none.reason) == ((), 0, ScaleReason.BACKING_OFF)
 
 
+def test_who_waits_for_a_start_is_served_by_a_thaw():
+    """A start takes seconds. One that is being thawed takes none, and one that is ready is only busy."""
+    decision = decide(starting("new", for_ms=100), frozen("a"), waiting=1)
+    assert (decision.thaw, decision.start, decision.reason) == (("a",), 0, ScaleReason.FIRST_REQUEST)
+    assert decision.desired == 2
+    for other in (starting("b", for_ms=1, waking=True), idle("b", for_ms=0)):
+        assert decide(starting("new", for_ms=100), other, frozen("a"), waiting=1).thaw == ()
+    assert decide(starting("new", for_ms=100), frozen("a")).thaw == ()
+    taken = decide(starting("new", for_ms=100), frozen("a", devices=(0,)), waiting=1, devices_in_use={0})
+    assert (taken.thaw, taken.start) == ((), 0)
+    assert taken.desired == 1
+
+
 def test_low_priority_jobs_thaw_nothing():
     """serverless-api.md §2.3: `policy.lowPriority` never triggers scale-up."""
     assert decide(frozen("a"), waiting_low=3) == decide(frozen("a"))
@@ -172,6 +185,7 @@ def views(draw, name):
         idle_since_ms=NOW - draw(st.integers(0, 100_000)) if ready and not occupied else None,
         healthy=not ready or draw(st.booleans()),
         since_ms=NOW - draw(st.integers(0, 100_000)),
+        waking=state is WorkerState.STARTING and draw(st.booleans()),
         fetching=draw(st.booleans()),
         freezable=ready and draw(st.booleans()),
         devices=draw(st.sampled_from([(), (), (0,), (1,), (0, 1)])),
@@ -244,8 +258,11 @@ def test_what_is_missing_is_thawed_first_and_started_then(snapshot, chosen):
     decision = decide_scale(snapshot, NOW, chosen)
     others = tuple(each for each in snapshot.workers if each.state is not WorkerState.FROZEN)
     without = decide_scale(replace(snapshot, workers=others), NOW, chosen)
-    assert len(decision.thaw) + decision.start == without.start
-    assert decision.desired == without.desired
+    # Where all others are still starting, one more than those is thawed.
+    beside = len(decision.thaw) if not without.start else 0
+    assert beside <= 1
+    assert len(decision.thaw) + decision.start == without.start + beside
+    assert decision.desired == without.desired + beside
     assert decision.freeze == without.freeze
     by_id = {each.id: each for each in snapshot.workers}
     if decision.start and chosen.flashboot:

@@ -14,6 +14,7 @@ from pilotlight.core.freezing import (
     FreezeSettings,
     FrozenView,
     HostMemory,
+    clear_gpus,
     decide_evictions,
     make_room,
 )
@@ -131,6 +132,19 @@ def test_gpus_of_frozen_workers_need_nobody_to_end():
     need = Resources(gpu_count=1, memory_bytes=GIB)
     assert make_room(need, host, [view("a", devices=(0,))], []) == ()
     assert make_room(need, host, [view("a")], [Reservation(devices=(0,))]) is None
+
+
+def test_gpus_are_cleared_of_what_an_engine_would_miss():
+    """A twentieth may be left, on each of those that are given."""
+    gpus = [Gpu(index=index, name="L4", memory_bytes=20 * GIB) for index in (0, 1)]
+    old = view("old", for_ms=9, gpu=0.75, devices=(0,))
+    new = view("new", for_ms=1, gpu=0.75, devices=(0, 1))
+    assert clear_gpus((0,), gpus, [new, old]) == ("old",)
+    assert clear_gpus((0, 1), gpus, [new, old]) == ("old",)
+    assert clear_gpus((1,), gpus, [new, old]) == ()
+    assert clear_gpus((0,), gpus, [new]) == ()
+    assert clear_gpus((), gpus, [view("big", gpu=9, devices=(0,))]) == ()
+    assert clear_gpus((0, 1), gpus, [old, view("big", gpu=9, devices=(0, 1))]) == ("big",)
 
 
 sizes = st.integers(0, 6).map(lambda half_gib: half_gib * GIB // 2)

@@ -45,7 +45,9 @@ class PaperCluster:
     log: list = field(default_factory=list)
     leftovers: set = field(default_factory=set)
     refuse: str | None = None
-    unstoppable: str | None = None
+    unstoppable: Exception | None = None
+    unkillable: set = field(default_factory=set)
+    kept_bytes: int = GIB
     gpu_bytes: int = 0
 
     async def start(self, spec, on_exit):
@@ -64,19 +66,21 @@ class PaperCluster:
 
     async def kill(self, worker_id):
         self.log.append(("kill", worker_id))
+        while worker_id in self.unkillable:
+            await asyncio.sleep(0.001)
         if worker_id in self.running:
             self.end(worker_id, -9)
 
     async def freeze(self, worker_id):
         self.log.append(("freeze", worker_id))
         if self.unstoppable:
-            raise ClusterError(self.unstoppable)
-        return GIB
+            raise self.unstoppable
+        return self.kept_bytes
 
     async def thaw(self, worker_id):
         self.log.append(("thaw", worker_id))
         if self.unstoppable:
-            raise ClusterError(self.unstoppable)
+            raise self.unstoppable
 
     async def gpu_memory(self, worker_id, devices):
         return self.gpu_bytes
@@ -86,6 +90,7 @@ class PaperCluster:
         return [worker_id for worker_id in workers if worker_id in self.leftovers]
 
     async def close(self):
+        self.unkillable.clear()
         for worker_id in list(self.running):
             self.end(worker_id, 0)
 
@@ -113,6 +118,7 @@ class PaperDoor:
         return answer
 
     async def freeze(self, listener, *, timeout_s):
+        self.timeout_s = timeout_s
         return await self._ask("freeze", listener)
 
     async def thaw(self, listener, *, answers_s, timeout_s):

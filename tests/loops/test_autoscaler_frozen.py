@@ -45,6 +45,7 @@ class PaperFleet:
         self.called = asyncio.Condition()
         self.can_freeze = True
         self.start_stages = []
+        self.well = Health()
 
     def add(self, worker_id, state, *, endpoint_id="e", devices=()):
         worker = Worker(
@@ -129,7 +130,7 @@ class PaperFleet:
         return slots.capacity if slots else 0
 
     def health(self, endpoint_id):
-        return Health()
+        return self.well
 
 
 class World:
@@ -140,13 +141,14 @@ class World:
         self.fleet = PaperFleet(self.clock, self.slots)
         self.endpoints = {}
         self.estimate_ms = None
+        self.given_up = []
         self.autoscaler = Autoscaler(
             endpoint=self.endpoints.get,
             store=self.store,
             traffic=self.slots,
             fleet=self.fleet,
             clock=self.clock,
-            on_give_up=lambda *_: None,
+            on_give_up=lambda endpoint, retry_ms: self.given_up.append((endpoint.id, retry_ms)),
             estimate=lambda _: self.estimate_ms,
         )
         self.slots.on_demand = self.autoscaler.note_held
@@ -209,6 +211,22 @@ async def test_a_slow_thaw_delays_nobody_and_is_not_asked_for_twice(world):
     for request in requests[:2]:
         await world.served(request)
     assert world.fleet.log.count(("thaw", "slow")) == 1
+
+
+async def test_a_held_request_does_not_wait_for_a_start_while_a_worker_is_frozen(world):
+    """After a burst, say: one was started for it, and before it was ready the other had been idle for long enough."""
+    world.fleet.add("colder", WorkerState.FROZEN)
+    world.clock.now += 1
+    world.fleet.add("new", WorkerState.STARTING)
+    world.fleet.add("cold", WorkerState.FROZEN)
+    world.autoscaler.start()
+    requests = [world.request(), world.request()]
+    await world.fleet.until("thaw", "cold")
+    await world.looked()
+    await world.fleet.answer("thaw", "cold")
+    for request in requests:
+        await world.served(request)
+    assert world.fleet.log == [("thaw", "cold")]
 
 
 @pytest.mark.parametrize("outcome", [False, RuntimeError("no answer")])
@@ -321,6 +339,24 @@ async def test_a_frozen_worker_whose_gpu_another_endpoint_uses_is_left_alone(wor
     assert ("thaw", "w") not in world.fleet.log
 
 
+async def test_who_waits_for_starts_that_may_not_be_is_told_so_although_a_worker_is_frozen(world):
+    """It cannot go on: its GPU is in use."""
+    world.fleet.add("theirs", WorkerState.READY, endpoint_id="other", devices=(0,))
+    world.fleet.add("w", WorkerState.FROZEN, devices=(0,))
+    retry_ms = world.clock.now + 30_000
+    world.fleet.well = Health(failures=3, retry_ms=retry_ms)
+    request = world.request()
+    await asyncio.sleep(0)
+    await world.autoscaler.look("e")
+    assert world.given_up == [("e", retry_ms)]
+    world.given_up.clear()
+    world.fleet.set("theirs", WorkerState.FROZEN)
+    await world.autoscaler.look("e")
+    assert world.given_up == []
+    await world.fleet.answer("thaw", "w")
+    await world.served(request)
+
+
 async def test_a_start_that_takes_far_longer_than_others_gets_company(world):
     world.fleet.add("slow", WorkerState.STARTING)
     request = world.request()
@@ -355,6 +391,18 @@ async def test_the_time_for_a_model_does_not_make_a_start_late(world):
     await world.served(request)
 
 
+async def test_what_had_not_begun_before_a_stop_is_not_believed_to_go_on(world):
+    """The same autoscaler works on when the gateway leads again, and an id may be used again."""
+    world.fleet.add("w", WorkerState.FROZEN)
+    request = world.request()
+    await asyncio.sleep(0)
+    assert (await world.autoscaler.look("e")).thaw == ("w",)
+    await world.autoscaler.stop()
+    assert world.fleet.log == []
+    assert world.autoscaler._moves.seen(world.fleet.worker("w"))[0] is WorkerState.FROZEN
+    request.cancel()
+
+
 async def test_a_stop_leaves_no_thaw_or_freeze_under_way(world):
     world.deploy("other")
     world.fleet.add("cold", WorkerState.FROZEN)
@@ -368,6 +416,7 @@ async def test_a_stop_leaves_no_thaw_or_freeze_under_way(world):
     calls = list(world.fleet.answers.values())
     await world.autoscaler.stop()
     assert all(call.cancelled() for call in calls)
+    assert world.autoscaler._moves.seen(world.fleet.worker("cold"))[0] is WorkerState.FROZEN
     world.autoscaler.note_held("e")
     await asyncio.sleep(0)
     assert world.fleet.log.count(("thaw", "cold")) == 1

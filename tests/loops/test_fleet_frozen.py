@@ -59,6 +59,7 @@ async def test_a_frozen_worker_has_no_slots_and_comes_back_with_them(world):
     worker_id = await frozen(world)
     assert state(world, worker_id) is WorkerState.FROZEN
     assert world.slots.admit("e", 1)[1] is None
+    await world.settle()
     assert (await world.store.worker(worker_id)).state is WorkerState.FROZEN
     assert await world.fleet.thaw(worker_id)
     assert (state(world, worker_id), world.slots.worker(worker_id).free) == (WorkerState.READY, 2)
@@ -89,23 +90,47 @@ async def test_a_thaw_is_a_start_of_its_own_and_frozen_time_a_usage_of_its_own(w
     assert [(each.state, each.duration_ms) for each in usage] == [("frozen", 7000), ("frozen", 520)]
 
 
-async def test_the_slots_open_before_the_store_has_written_it_down(world, monkeypatch):
-    """Somebody waits for them, and nothing hangs on the record: after a crash a frozen worker is ended anyway."""
-    worker_id = await frozen(world)
-    put, may_write = world.store.put_worker, asyncio.Event()
+async def test_neither_a_freeze_nor_a_thaw_waits_for_the_store(world, monkeypatch):
+    """Somebody waits, and nothing hangs on the record: after a crash a frozen worker is ended anyway. What is
+    written in the end is what is true then."""
+    worker_id = await ready(world)
+    put, may_write, written = world.store.put_worker, asyncio.Event(), []
 
     async def slow(worker):
         await may_write.wait()
+        written.append(worker.state)
         await put(worker)
 
     monkeypatch.setattr(world.store, "put_worker", slow)
+    assert await world.fleet.freeze(worker_id, reason="test")
     held = asyncio.create_task(world.slots.hold("e", 1, timeout_s=60))
-    thaw = asyncio.create_task(world.fleet.thaw(worker_id))
+    assert await world.fleet.thaw(worker_id)
     assert (await held).worker_id == worker_id
-    assert not thaw.done()
+    assert written == []
     may_write.set()
-    assert await thaw
+    await world.settle()
+    assert written[-1] is WorkerState.READY
     assert (await world.store.worker(worker_id)).state is WorkerState.READY
+
+
+async def test_what_is_written_late_does_not_undo_the_end(world, monkeypatch):
+    """An id may even be in use again by then."""
+    worker_id = await ready(world)
+    put, may_write = world.store.put_worker, asyncio.Event()
+
+    async def slow(worker):
+        if worker.state is WorkerState.FROZEN:
+            await may_write.wait()
+        await put(worker)
+
+    monkeypatch.setattr(world.store, "put_worker", slow)
+    await world.fleet.freeze(worker_id, reason="test")
+    await asyncio.sleep(0)
+    await world.fleet.kill(worker_id, reason="test")
+    await asyncio.sleep(0)
+    may_write.set()
+    await world.settle()
+    assert (await world.store.worker(worker_id)).state is WorkerState.STOPPED
 
 
 async def test_a_request_that_comes_in_the_middle_of_a_freeze_is_served_after_it(world):
@@ -169,10 +194,29 @@ async def test_a_worker_that_does_not_come_back_is_ended_and_does_not_count_as_a
     assert (starts["frozen"].outcome, starts["frozen"].failure.kind) == ("failed", "thaw_failed")
 
 
-async def test_how_long_a_thaw_may_take(world):
+async def test_how_long_a_freeze_and_a_thaw_may_take(world):
     worker_id = await frozen(world)
+    assert world.door.timeout_s == pytest.approx(10), "whoever waits for a thaw waits for that, too"
     await world.fleet.thaw(worker_id)
     assert world.door.timeout_s == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("registration", [OURS, None])
+async def test_a_freeze_that_breaks_leaves_no_worker_that_nobody_wakes_or_ends(world, registration):
+    """For instance: no descriptor is left to look into /proc with."""
+    kind = EndpointKind.QUEUE if registration is None else EndpointKind.VLLM
+    worker_id = await ready(world, registration, kind=kind)
+    world.cluster.unstoppable = world.door.answers["freeze"] = OSError("too many open files")
+    assert not await world.fleet.freeze(worker_id, reason="test")
+    assert (await ended(world, worker_id)).state is WorkerState.STOPPED
+
+
+async def test_neither_does_a_thaw_that_breaks(world):
+    worker_id = await frozen(world)
+    world.door.answers["thaw"] = OSError("too many open files")
+    assert not await world.fleet.thaw(worker_id)
+    record = await ended(world, worker_id)
+    assert (record.state, record.failure.kind) == (WorkerState.FAILED, "thaw_failed")
 
 
 async def test_an_engine_that_slept_may_take_longer_to_bring_its_weights_back(world):
@@ -180,6 +224,7 @@ async def test_an_engine_that_slept_may_take_longer_to_bring_its_weights_back(wo
     world.door.answers["freeze"] = Kept(memory_bytes=20 * GIB, slept=True)
     world.cluster.gpu_bytes = GIB
     worker_id = await frozen(world, **on_gpus())
+    assert world.door.timeout_s == pytest.approx(70)
     (view,) = world.fleet.frozen()
     assert (view.memory_bytes, view.gpu_memory_bytes, view.devices) == (20 * GIB, GIB, (0,))
     await world.fleet.thaw(worker_id)
@@ -285,6 +330,13 @@ async def test_a_worker_program_that_woke_by_itself_is_ready(world):
     assert world.fleet.frozen() == []
 
 
+async def test_a_worker_program_that_says_again_that_it_is_ready_stays_frozen(world):
+    """It does so whenever it had not reached us for a while."""
+    worker_id = await frozen(world)
+    await world.fleet.reported(worker_id, StageReport(stage=Stage.READY, registration=OURS))
+    assert (state(world, worker_id), world.slots.worker(worker_id).free) == (WorkerState.FROZEN, 0)
+
+
 async def test_a_changed_bound_reaches_a_frozen_worker_when_it_is_thawed(world):
     worker_id = await frozen(world)
     world.fleet.resize(replace(world.endpoints["e"], concurrency=5))
@@ -318,7 +370,7 @@ async def test_of_a_foreign_worker_all_is_stopped_and_its_polls_are_not_trusted(
 
 async def test_a_foreign_worker_that_cannot_be_stopped_goes_on_and_is_not_tried_again(world):
     worker_id = await ready(world, None, kind=EndpointKind.QUEUE)
-    world.cluster.unstoppable = "rootless engines cannot pause"
+    world.cluster.unstoppable = ClusterError("rootless engines cannot pause")
     assert not await world.fleet.freeze(worker_id, reason="test")
     assert (state(world, worker_id), world.slots.worker(worker_id).free) == (WorkerState.READY, 1)
     assert not world.fleet.freezable(worker_id)
@@ -341,7 +393,76 @@ async def test_a_resumed_worker_that_is_frozen_is_thawed(world):
     assert world.cluster.log.count(("start", worker_id)) == 1
 
 
+async def test_a_frozen_worker_is_no_obstacle_to_resuming_another_one(world):
+    """It does not count as a worker; the autoscaler ends it when the maximum is passed."""
+    endpoint = world.deploy(kind=EndpointKind.LOAD_BALANCER, workers_max=1)
+    first = await ready(world, SERVER, kind=EndpointKind.LOAD_BALANCER, workers_max=1)
+    await world.fleet.drain(first, reason="idle_timeout")
+    world.cluster.end(first)
+    await world.settle()
+    second = await ready(world, SERVER, kind=EndpointKind.LOAD_BALANCER, workers_max=1)
+    with pytest.raises(ClusterError, match="may have 1 workers"):
+        await world.fleet.resume(endpoint, first)
+    await world.fleet.freeze(second, reason="test")
+    assert (await world.fleet.resume(endpoint, first)).id == first
+    assert (await world.autoscaler.look("e")).drain == (second,)
+
+
+async def test_memory_that_nobody_can_look_into_counts_as_promised(world):
+    """Containers of another user, say; else no budget would ever end them."""
+    world.cluster.kept_bytes = 0
+    revision = Revision(endpoint_id="e", version=1, model="m", memory_bytes=3 * GIB)
+    worker_id = await ready(world, None, kind=EndpointKind.QUEUE, revision=revision)
+    await world.fleet.freeze(worker_id, reason="test")
+    assert [view.memory_bytes for view in world.fleet.frozen()] == [3 * GIB]
+
+
 # Room.
+
+
+async def test_one_that_cannot_be_ended_holds_up_neither_other_ends_nor_starts(world, monkeypatch):
+    """A container whose engine does not answer, say."""
+    monkeypatch.setattr("pilotlight.loops.fleet._GONE_S", 0.01)
+    stuck, other = await frozen(world), await frozen(world)
+    world.cluster.unkillable = {stuck}
+    async with asyncio.timeout(10):
+        await world.fleet.evict(stuck, reason="age")
+        await world.fleet.evict(other, reason="age")
+    assert state(world, stuck) is WorkerState.STOPPING
+    assert world.fleet.worker(other) is None
+    assert world.fleet.frozen() == []
+    world.memory = 4 * GIB
+    world.cluster.unkillable = set()
+    await ended(world, stuck)
+    needed = await frozen(world)
+    world.cluster.unkillable = {needed}
+    world.deploy(revision=Revision(endpoint_id="e", version=1, model="m", memory_bytes=int(2.5 * GIB)))
+    async with asyncio.timeout(10):
+        worker = await world.fleet.start(world.endpoints["e"])
+    assert worker.id in world.cluster.running
+
+
+async def test_a_frozen_worker_that_is_being_ended_needs_no_more_room_than_before(world):
+    """Others would be refused what was theirs a moment ago, and would be tried again seconds later."""
+    world.memory = 6 * GIB
+    revision = Revision(endpoint_id="e", version=1, model="m", memory_bytes=3 * GIB)
+    worker_id = await frozen(world, revision=revision)
+    world.cluster.unkillable = {worker_id}
+    await world.fleet.drain(worker_id, reason="test")
+    assert state(world, worker_id) is WorkerState.STOPPING
+    await world.fleet.start(world.endpoints["e"])
+
+
+async def test_a_thaw_ends_what_is_said_of_missing_room(world):
+    world.gpus = gpus(1)
+    world.door.answers["freeze"] = Kept(memory_bytes=GIB, slept=True)
+    worker_id = await frozen(world, **on_gpus())
+    with pytest.raises(ClusterError):
+        world.deploy(**on_gpus(2))
+        await world.fleet.start(world.endpoints["e"])
+    assert world.fleet.health("e").throttled
+    await world.fleet.thaw(worker_id)
+    assert world.fleet.health("e").throttled is None
 
 
 async def test_gpus_of_a_frozen_worker_are_given_away_and_then_it_cannot_come_back(world):
@@ -353,6 +474,16 @@ async def test_gpus_of_a_frozen_worker_are_given_away_and_then_it_cannot_come_ba
     assert not await world.fleet.thaw(worker_id)
     assert (await ended(world, worker_id)).state is WorkerState.STOPPED
     assert ("thaw", "unix:/listener") not in world.door.log
+
+
+async def test_a_frozen_worker_that_left_too_much_on_a_gpu_ends_when_it_is_given_away(world):
+    """The new engine would find it too full, end, and be tried again in vain."""
+    world.gpus = gpus(1)
+    world.door.answers["freeze"] = Kept(memory_bytes=GIB, slept=True)
+    world.cluster.gpu_bytes = 5 * GIB
+    worker_id = await frozen(world, **on_gpus())
+    other = await world.fleet.start(world.endpoints["e"])
+    assert world.cluster.log[-2:] == [("kill", worker_id), ("start", other.id)]
 
 
 async def test_gpus_of_a_worker_that_is_being_thawed_are_its_own(world):

@@ -19,6 +19,8 @@ QUESTION = {
     "temperature": 0,
     "max_tokens": 32,
 }
+ENGINE_PROCESSES = 3
+"""API server, engine core, worker of the engine; more where Python's resource tracker runs."""
 ANSWER = "The capital of France is Paris."
 
 
@@ -71,9 +73,11 @@ class Sleeper:
         return worker["id"]
 
     def await_frozen(self) -> str:
-        """The id of its worker once that is frozen."""
+        """The id of its worker once that is frozen, and its engine stands still."""
         until(lambda: self.counts() == {"frozen": 1})
-        return self.worker_id()
+        worker_id = self.worker_id()
+        until(lambda: len(engine_of(worker_id)) >= ENGINE_PROCESSES)
+        return worker_id
 
     def await_none(self) -> None:
         """Return when it has no workers."""

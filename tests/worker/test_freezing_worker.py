@@ -17,7 +17,7 @@ import aiohttp
 import pytest
 
 from pilotlight.engines.manifest import MANIFEST_FORMAT, MANIFEST_NAME
-from pilotlight.testing.protocol_server import PlatformStub
+from pilotlight.testing.protocol_server import PlatformStub, Refusal
 
 Start = Callable[..., Any]
 
@@ -266,22 +266,37 @@ async def test_a_frozen_worker_whose_platform_vanished_ends_itself(
     assert worker.recorded("sigterm") == []
 
 
-async def test_a_platform_that_was_away_is_not_told_that_a_frozen_worker_is_ready(
+async def test_a_platform_that_comes_back_may_say_that_a_frozen_worker_is_not_wanted(
     start_worker: Start, platform: PlatformStub, door: Callable[..., Door]
 ) -> None:
+    """1. It hears what it had heard before, but not once more that work thawed the worker, which stays frozen.
+    2. One that has forgotten the worker answers 410, or the worker would stand still for ever."""
     worker = await start_worker()
     listener = door(worker, await worker.ready())
-    await platform.until(lambda: bool(platform.pings))
     assert (await listener.freeze())[0] == 200
+    await platform.submit("j", {"prompt": "one two"})
+    await platform.until(lambda: platform.states[-1]["detail"].get("thawed_by") == "job")
+    async with asyncio.timeout(20):
+        while (await listener.freeze())[0] != 200:
+            await asyncio.sleep(0.01)
     reports = len(platform.states)
     await platform.stop()
     await worker.until_event("platform.unreachable")
     await platform.start()
-    await worker.until_event("platform.recovered")
-    pings = len(platform.pings)
-    await platform.until(lambda: len(platform.pings) >= pings + 3)
-    assert len(platform.states) == reports
-    assert (await listener.thaw())[0] == 200
+    await platform.until(lambda: len(platform.states) > reports)
+    repeated = platform.states[-1]
+    assert (repeated["stage"], "thawed_by" in repeated["detail"]) == ("ready", False)
+    assert (await listener.info())["frozen"] is True
+    await platform.stop()
+    async with asyncio.timeout(20):
+        while len(worker.events("platform.unreachable")) < 2:
+            await asyncio.sleep(0.01)
+    platform.refusals["state"] = Refusal(410, times=1)
+    await platform.start()
+    assert await worker.exit_code() == 0
+    assert worker.events("worker.ending")[-1]["reason"] == "unwanted"
+    assert worker.engine_processes() == {}
+    assert worker.recorded("sigterm") == []
 
 
 async def test_an_engine_killed_while_frozen_ends_the_worker_at_once(

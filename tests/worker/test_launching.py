@@ -210,8 +210,12 @@ async def test_an_engine_without_launcher_is_ended_whole(launchers: Launchers, s
     assert not alive(child)
 
 
-async def test_who_hangs_up_ends_the_engine(launchers: Launchers, start: Launch) -> None:
+async def test_who_hangs_up_ends_the_engine(
+    launchers: Launchers, start: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """That is how a launcher learns that a worker program was killed."""
+    # How the engine ended will be told to nobody.
+    monkeypatch.setattr(launching, "STATUS_SECONDS", 0.0)
     launcher = await launchers.start()
     it = await start(launcher.path, "child")
     child = int((await it.until_said("child")).split()[1])
@@ -265,7 +269,8 @@ async def test_a_launcher_that_ends_in_the_middle_of_a_fork_leaves_nothing(launc
     assert "ended before it had forked" in await refusal(launcher.path, request_for(launchers))
 
 
-async def test_what_a_launcher_refuses_is_told(launchers: Launchers) -> None:
+async def test_what_a_launcher_refuses_is_told(launchers: Launchers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "LISTEN_SECONDS", 0.1)
     launcher = await launchers.start()
     request = request_for(launchers)
     assert "no launcher at" in await refusal(launchers.folder / "nothing.sock", request)
@@ -273,6 +278,9 @@ async def test_what_a_launcher_refuses_is_told(launchers: Launchers) -> None:
     short = {**request.environment, "VLLM_API_KEY": "k" * 44}
     reason = await refusal(launcher.path, replace(request, environment=short, key="k" * 44))
     assert "VLLM_API_KEY must have 1 to 43 bytes" in reason
+    odd = {**request.environment, "COLOUR": os.fsdecode(b"gr\xfcn")}
+    reason = await refusal(launcher.path, replace(request, environment=odd))
+    assert reason == "arguments or variables hold bytes that are not UTF-8"
     threads = await launchers.start(with_thread=True)
     assert "refuses: 1 threads run beside the first" in await refusal(threads.path, request)
 
@@ -367,6 +375,17 @@ async def test_a_launcher_that_makes_no_sense_is_left_alone(
     async with server:
         silent = b"" in {says, answers} if not isinstance(says, dict) else answers == b""
         assert reason in await refusal(short / "l.sock", request, 0.3 if silent else 20.0)
+
+
+async def test_a_launcher_for_which_too_many_wait_is_passed_over(short: Path) -> None:
+    with contextlib.ExitStack() as sockets:
+        listener = sockets.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(str(short / "l.sock"))
+        listener.listen(0)
+        waiting = sockets.enter_context(socket.socket(socket.AF_UNIX))
+        waiting.connect(str(short / "l.sock"))
+        with pytest.raises(LaunchRefusedError, match="too many wait for the launcher"):
+            await launching._connect(short / "l.sock")
 
 
 async def test_a_launcher_of_another_user_is_not_trusted(

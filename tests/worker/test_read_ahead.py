@@ -55,6 +55,7 @@ def test_weights_that_do_not_fit_or_are_not_there_are_left_alone(tmp_path: Path)
     assert read_ahead(folder, available_bytes=199, given_up=Event()) == 0
     assert read_ahead(folder / "nowhere", available_bytes=PLENTY, given_up=Event()) == 0
     assert read_ahead(Path("s3://bucket/model"), available_bytes=PLENTY, given_up=Event()) == 0
+    assert read_ahead(folder / ("x" * 300), available_bytes=PLENTY, given_up=Event()) == 0
     (folder / "b.safetensors").symlink_to("nothing")
     assert read_ahead(folder, available_bytes=PLENTY, given_up=Event()) == 0
     assert weight_files(folder / "nowhere") == ()

@@ -31,6 +31,10 @@ _log = structlog.get_logger(__name__)
 READY_TIMEOUT_S = 300.0
 """A launcher that has not imported everything by then never will; cold disks take a minute."""
 
+SILENCE_S = 120.0
+"""One that was ready and then says nothing for so long was stopped or hangs: it says every 20 s that it is
+there, unless it is just importing a class of models."""
+
 ROOM_PAUSE_S = 30.0
 """Between two looks whether there is room by now."""
 
@@ -129,6 +133,7 @@ class Launcher:
         self._classes = classes
         self._pauses_s = pauses_s
         self._failures = 0
+        self._doubtful = False
         self._ready_at = 0.0
         self._refused = ""
         self._complaints = 0
@@ -142,8 +147,13 @@ class Launcher:
 
     @property
     def usable(self) -> bool:
-        """Whether a worker should ask it: it forks at once, or as soon as it has imported everything."""
-        return self.state is not LauncherState.FAILED
+        """Whether a worker should ask it: it forks at once, or as soon as it has imported everything.
+
+        One that did not come so far in its last life would mostly be waited for in vain.
+        """
+        return self.state is LauncherState.READY or (
+            self.state is LauncherState.IMPORTING and not self._doubtful
+        )
 
     def start(self, after: asyncio.Task[None] | None = None) -> None:
         """Begin; call it once.
@@ -168,10 +178,15 @@ class Launcher:
             if not self._look_for_room():
                 await asyncio.sleep(ROOM_PAUSE_S)
                 continue
-            ended = await self._live()
+            try:
+                ended = await self._live()
+            except Exception as error:  # noqa: BLE001 - workers must not wait for one that nobody starts
+                _log.exception("launcher_broken", launcher=self.plan.fingerprint)
+                ended = repr(error)
             now = asyncio.get_running_loop().time()
             steady = self.state is LauncherState.READY and now - self._ready_at >= STEADY_S
             self._failures = 1 if steady else self._failures + 1
+            self._doubtful = self.state is not LauncherState.READY
             self.state, self.problem = LauncherState.FAILED, self._refused or ended
             pause_s = decide_pause(self._failures, self._pauses_s)
             facts = {"launcher": self.plan.fingerprint, "failures": self._failures, "log": self.log_id}
@@ -245,8 +260,10 @@ class Launcher:
                     if self._refused:
                         return self._refused
                     if self.state is LauncherState.READY:
-                        deadline.reschedule(None)
+                        deadline.reschedule(asyncio.get_running_loop().time() + SILENCE_S)
         except TimeoutError:
+            if self.state is LauncherState.READY:
+                return f"it has said nothing for {SILENCE_S:g} s"
             return f"it has not imported everything after {READY_TIMEOUT_S:g} s"
         except ValueError:
             return f"it wrote a line of more than {_EVENT_BYTES_MAX} bytes"

@@ -89,6 +89,7 @@ class Launchers:
         self._pauses_s = pauses_s
         self._active = False
         self._numbers = itertools.count()
+        # With the moment of each endpoint's last change.
         self._endpoints: dict[str, tuple[int, LauncherPlan]] = {}
         self._wanted: dict[str, int] = {}
         self._launchers: dict[str, Launcher] = {}
@@ -112,7 +113,9 @@ class Launchers:
         """Follow an endpoint that was made or changed; what was given up is tried again for it."""
         if not self._active:
             return
-        plan = self._note(endpoint, anew=True)
+        known = self._endpoints.get(endpoint.id)
+        # A gateway that has just started says so of all endpoints, none of which was changed.
+        plan = self._note(endpoint, wanted=known is None or known[0] != endpoint.updated_ms)
         if plan is not None:
             failed = self._launchers.get(plan.fingerprint)
             if failed is not None and not failed.usable:
@@ -173,18 +176,31 @@ class Launchers:
             await asyncio.sleep(0)
         self._follow()
 
-    def _note(self, endpoint: Endpoint, *, anew: bool = False) -> LauncherPlan | None:
-        """What the endpoint wants, as of now; None for nothing."""
-        version, known = endpoint.revision.version, self._endpoints.get(endpoint.id)
-        if known is None or known[0] != version or anew:
-            plan = self._plan(endpoint) if endpoint.workers_max else "it may have no worker"
-            if isinstance(plan, str):
-                _log.debug("not_launchable", endpoint=endpoint.id, reason=plan)
-                self._endpoints.pop(endpoint.id, None)
-                return None
-            known = self._endpoints[endpoint.id] = (version, plan)
-        self._wanted[known[1].fingerprint] = next(self._numbers)
-        return known[1]
+    def _note(self, endpoint: Endpoint, *, wanted: bool = True) -> LauncherPlan | None:
+        """What the endpoint can use, as of now; None for nothing. Looks each time: engines are exchanged.
+
+        Args:
+            endpoint: Whose.
+            wanted: Whether it wants that now, which keeps others from taking its place.
+        """
+        plan = self._planned(endpoint)
+        if isinstance(plan, str):
+            _log.debug("not_launchable", endpoint=endpoint.id, reason=plan)
+            self._endpoints.pop(endpoint.id, None)
+            return None
+        self._endpoints[endpoint.id] = (endpoint.updated_ms, plan)
+        if wanted or plan.fingerprint not in self._wanted:
+            self._wanted[plan.fingerprint] = next(self._numbers)
+        return plan
+
+    def _planned(self, endpoint: Endpoint) -> LauncherPlan | str:
+        if not endpoint.workers_max:
+            return "it may have no worker"
+        try:
+            return self._plan(endpoint)
+        except Exception as error:  # noqa: BLE001 - its workers, and the gateway, start without a launcher, too
+            _log.exception("launcher_not_planned", endpoint=endpoint.id)
+            return repr(error)
 
     def _follow_soon(self) -> None:
         """Once for all changes of this moment: at a start every endpoint is one."""
@@ -242,7 +258,7 @@ class Launchers:
 
     async def _classes(self, fingerprint: str) -> Sequence[str]:
         plans = list(self._sharing(fingerprint).values())[:CLASSES_MAX]
-        own = await asyncio.to_thread(lambda: [name for plan in plans for name in plan.classes()])
+        own = await asyncio.to_thread(lambda: [name for plan in plans for name in _classes_of(plan)])
         return list(dict.fromkeys([*self._settings.preload, *own]))[:CLASSES_MAX]
 
     def _info(self, launcher: Launcher, memory_bytes: int | None) -> LauncherInfo:
@@ -260,6 +276,14 @@ class Launchers:
             endpoints=tuple(self._sharing(fingerprint)),
             log=launcher.log_id,
         )
+
+
+def _classes_of(plan: LauncherPlan) -> Sequence[str]:
+    try:
+        return tuple(plan.classes())
+    except Exception:  # noqa: BLE001 - one model that cannot be read does the other endpoints no harm
+        _log.exception("launcher_classes_unknown", launcher=plan.fingerprint)
+        return ()
 
 
 async def _stop(launcher: Launcher, before: asyncio.Task[None] | None) -> None:

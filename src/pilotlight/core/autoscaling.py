@@ -15,7 +15,8 @@ jobs start nothing but keep a ready worker from ending.
 
 With FlashBoot that worker is frozen instead where it can be, and what is missing later is thawed before
 anything is started, the most recently frozen first. Frozen workers do not count towards W, but W and they
-together are no more than the maximum. A thaw is no start: it is not held up by a back-off.
+together are no more than the maximum. A thaw is no start: it is not held up by a back-off, and where somebody
+waits for workers that are all still starting, one is thawed beside them.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class WorkerView:
         idle_since_ms: Since when no slot is in use; None while one is, or before it was ready.
         healthy: Whether health checks leave it in rotation; only load-balancing workers have any.
         since_ms: Since when it is in its state; of one that is starting, without the time for its model.
+        waking: Whether it is being thawed; it counts as starting then.
         fetching: Whether it is starting and fetches its model, which no estimate knows the length of.
         freezable: Whether it could be frozen; of a ready one.
         devices: Indices of its GPUs.
@@ -76,6 +78,7 @@ class WorkerView:
     idle_since_ms: int | None
     healthy: bool = True
     since_ms: int = 0
+    waking: bool = False
     fetching: bool = False
     freezable: bool = False
     devices: tuple[int, ...] = ()
@@ -171,8 +174,12 @@ def decide_scale(snapshot: ScaleSnapshot, now_ms: int, settings: ScaleSettings) 
     # The most recently frozen first; those at the end of the list are ended when they are too many.
     frozen = [worker for worker in snapshot.workers if worker.current and worker.state is WorkerState.FROZEN]
     frozen.sort(key=lambda worker: worker.since_ms, reverse=True)
-    thaw = _thawed(frozen, missing, snapshot.devices_in_use) if settings.flashboot else []
-    start = missing - len(thaw)
+    # A start takes seconds, and a thaw next to none.
+    beside = int(not missing and bool(snapshot.waiting) and _only_starting(alive, bounds))
+    thaw = _thawed(frozen, missing + beside, snapshot.devices_in_use) if settings.flashboot else []
+    if beside and thaw:
+        desired, reason = len(alive) + 1, ScaleReason.FIRST_REQUEST
+    start = max(0, missing - len(thaw))
     if start and snapshot.retry_ms is not None and snapshot.retry_ms > now_ms:
         start, reason = 0, reason if thaw else ScaleReason.BACKING_OFF
     can_freeze = settings.flashboot and surplus_reason is ScaleReason.IDLE_TIMEOUT
@@ -193,6 +200,12 @@ def decide_scale(snapshot: ScaleSnapshot, now_ms: int, settings: ScaleSettings) 
         reason=reason,
         next_ms=_next_look(snapshot, now_ms, bounds, alive),
     )
+
+
+def _only_starting(alive: list[WorkerView], settings: ScaleSettings) -> bool:
+    """Whether there are only workers that are far from serving anybody, and room for one more."""
+    starting = all(worker.state is WorkerState.STARTING and not worker.waking for worker in alive)
+    return starting and len(alive) < settings.workers_max
 
 
 def _thawed(frozen: list[WorkerView], missing: int, devices_in_use: frozenset[int]) -> list[str]:

@@ -2,20 +2,23 @@
 
 A frozen worker costs no CPU but keeps its memory, so that it is a cache and is treated like one: what was
 used least recently goes first, and no more than is needed. `loops/freezer.py` asks `decide_evictions` from
-time to time, the fleet asks `make_room` when a worker finds no room.
+time to time; the fleet asks `make_room` when a worker finds no room, and `clear_gpus` for the GPUs it gets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from pilotlight.core.placement import HostResources, Placed, Reservation, Resources, decide_placement
+from pilotlight.core.placement import Gpu, HostResources, Placed, Reservation, Resources, decide_placement
 
 LOOK_MS = 2_000
 """While something is frozen, look this often: pressure and available memory come without an event. Pressure
 is an average over 10 s and falls slowly, so one look ends one worker for it and the next sees the effect."""
+
+_LEFT_SHARE = 20
+"""An engine that starts on a GPU finds all but a twentieth of it free: it wants nine tenths, or ends."""
 
 
 class EvictionReason(StrEnum):
@@ -168,11 +171,14 @@ def make_room(
     """
     ordered = _least_recent_first(frozen)
 
+    reservations = {view.id: view.reservation for view in ordered}
+
     def enough(ended: Sequence[FrozenView]) -> bool:
+        gone = {view.id for view in ended}
         placement = decide_placement(
             need,
             replace(host, memory_bytes_available=host.memory_bytes_available + _held(ended)),
-            [*others, *(view.reservation for view in ordered if view not in ended)],
+            [*others, *(kept for view_id, kept in reservations.items() if view_id not in gone)],
             memory_reserve_bytes=memory_reserve_bytes,
         )
         return isinstance(placement, Placed)
@@ -180,6 +186,24 @@ def make_room(
     if not enough(ordered):
         return None
     return tuple(view.id for view in _spare(ordered, enough))
+
+
+def clear_gpus(
+    devices: Collection[int], gpus: Sequence[Gpu], frozen: Sequence[FrozenView]
+) -> tuple[str, ...]:
+    """The frozen workers to end so that one more worker finds its GPUs all but empty.
+
+    Args:
+        devices: Indices of the GPUs that it gets.
+        gpus: Those of the host.
+        frozen: All frozen workers of the host, in any order.
+    """
+    kept, ended = _least_recent_first(frozen), list[FrozenView]()
+    for gpu in gpus:
+        there = [view for view in kept if gpu.index in view.devices] if gpu.index in devices else []
+        ended += _fewest(there, _held_on_gpu, _held_on_gpu(there) - gpu.memory_bytes // _LEFT_SHARE)
+        kept = [view for view in kept if view not in ended]
+    return tuple(view.id for view in ended)
 
 
 def _fewest(

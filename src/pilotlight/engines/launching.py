@@ -66,7 +66,6 @@ _FAMILIES: Final[tuple[tuple[str, str], ...]] = (
     ("GLIBC_", "glibc, at the start of a program"),
     ("TCMALLOC_", "tcmalloc, at load"),
     ("PYTHON", "the interpreter, at its start"),
-    ("LANG", "the interpreter's encoding, messages"),
     ("LC_", "the interpreter's encoding, messages"),
     ("XDG_", "caches of several libraries"),
     ("LOGURU_", "loguru configures itself"),
@@ -92,7 +91,11 @@ _FAMILIES: Final[tuple[tuple[str, str], ...]] = (
     ("XLA_", "transformers and torch on TPUs"),
     ("NPU_", "transformers on NPUs"),
     ("COMPILE_", "torch: profiling of its compiler"),
-    ("ENABLE_", "torch: kernels of its compiler"),
+    # Not all that begins so: many options of vLLM's do.
+    ("ENABLE_PERSISTENT_", "torch: kernels of its compiler"),
+    ("ENABLE_PYTORCH_", "torch: traces of its execution"),
+    ("ENABLE_TEMPLATE_", "torch: kernels of its compiler"),
+    ("ENABLE_TMA_", "torch: kernels of its compiler"),
     ("PARTITIONER_", "torch: its compiler"),
     ("FX_", "torch: its compiler"),
     ("PT2_", "torch: its compiler"),
@@ -119,9 +122,9 @@ vain costs one start its speed, a difference overlooked changes what an engine d
 
 _NAMES: Final[frozenset[str]] = frozenset(
     {
-        "HOME", "TZ", "TMPDIR", "TEMP", "TMP", "CI", "CXX", "NO_COLOR", "FORCE_COLOR", "JAX_PLATFORMS",
-        "DO_NOT_TRACK", "DISABLE_TELEMETRY", "SPT_NOENV", "EAGER_IMPORT", "DEFER_PYDANTIC_BUILD",
-        "DUMP_AOTI_MINIFIER", "FAKE_ALLOW_META", "KINETO_USE_DAEMON", "PSUTIL_DEBUG",
+        "HOME", "LANG", "LANGUAGE", "TZ", "TMPDIR", "TEMP", "TMP", "CI", "CXX", "NO_COLOR", "FORCE_COLOR",
+        "JAX_PLATFORMS", "DO_NOT_TRACK", "DISABLE_TELEMETRY", "SPT_NOENV", "EAGER_IMPORT",
+        "DEFER_PYDANTIC_BUILD", "DUMP_AOTI_MINIFIER", "FAKE_ALLOW_META", "KINETO_USE_DAEMON", "PSUTIL_DEBUG",
         "TEMPORARILY_DISABLE_PROTOBUF_VERSION_CHECK", "UNSAFE_SKIP_FSDP_MODULE_GUARDS", "WINDOWS_CUDA_HOME",
     }
 )  # fmt: skip
@@ -139,6 +142,12 @@ _READ_AT_USE: Final[Mapping[str, str]] = {
     "HF_TOKEN": "read with every request to the hub",
     "HUGGING_FACE_HUB_TOKEN": "read with every request to the hub",
     "TORCHINDUCTOR_CACHE_DIR": "read whenever something is compiled, but for an experiment that is off",
+    "HF_CONFIG_PATH": "an option of vLLM's",
+    "HF_OVERRIDES": "an option of vLLM's",
+    "LOG_ERROR_STACK": "an option of vLLM's",
+    "OPENAI_RESPONSE_ROLE": "an option of vLLM's",
+    "OPENAI_SERVED_MODEL_NAME_OVERRIDE": "an option of vLLM's",
+    "OPENAI_STRICT_PASSTHROUGH": "the worker program's own",
 }
 """Variables of these families that are read when they are needed, hence may differ, and by what."""
 
@@ -169,14 +178,15 @@ def differences(launcher: Mapping[str, str], engine: Mapping[str, str]) -> tuple
     return tuple(sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)))
 
 
-def fingerprint(home: Path, env: Mapping[str, str]) -> str:
+def fingerprint(home: Path, version: str, env: Mapping[str, str]) -> str:
     """What one launcher can serve: the same for all engines of one environment and import-time variables.
 
     Args:
-        home: The engine's virtual environment.
+        home: The engine's virtual environment, links resolved: they may come to mean another one.
+        version: Of the engine there, which may be exchanged in place.
         env: The environment of an engine, or of a launcher for it.
     """
-    facts = [str(home), import_environment(_as_given(env))]
+    facts = [str(home), version, import_environment(_as_given(env))]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
 
 

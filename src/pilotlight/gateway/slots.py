@@ -8,8 +8,9 @@ and is not shared between threads; loops read it through the `TrafficReader` por
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from pilotlight.core.admission import (
@@ -76,7 +77,7 @@ class _EndpointSlots:
     workers: OrderedDict[str, WorkerSlots] = field(default_factory=OrderedDict)
     held: OrderedDict[int, _Held] = field(default_factory=OrderedDict)
     held_bytes: int = 0
-    awaiting_ends: int = 0
+    aside: int = 0
     retry_ms: int | None = None
 
 
@@ -167,7 +168,7 @@ class SlotTable:
             slots.open = False
             endpoint = self._endpoint(slots.endpoint_id)
             endpoint.workers.pop(worker_id, None)
-            unused = not endpoint.workers and not endpoint.held and not endpoint.awaiting_ends
+            unused = not endpoint.workers and not endpoint.held and not endpoint.aside
             if unused and endpoint.retry_ms is None:
                 del self._endpoints[slots.endpoint_id]
 
@@ -191,7 +192,7 @@ class SlotTable:
             AdmissionSnapshot(
                 ready_workers=len(candidates),
                 free_slots=sum(slots.free for slots in candidates),
-                held=endpoint.awaiting_ends + sum(not held.future.done() for held in endpoint.held.values()),
+                held=endpoint.aside + sum(not held.future.done() for held in endpoint.held.values()),
                 held_bytes=endpoint.held_bytes,
                 body_bytes=body_bytes,
                 retry_ms=endpoint.retry_ms,
@@ -255,17 +256,23 @@ class SlotTable:
                 self._unpin(worker_id, ticket)
 
     async def wait_end(self, endpoint_id: str, worker_id: str) -> None:
-        """Wait until a worker that is going to end has ended, for a request that wants it started again.
-
-        The request has its place in the hold meanwhile, but is no demand: no other worker would do.
-        """
+        """Wait until a worker that is going to end has ended, for a request that wants it started again."""
         end = self._ends.setdefault(worker_id, asyncio.Event())
-        endpoint = self._endpoint(endpoint_id)
-        endpoint.awaiting_ends += 1
-        try:
+        with self.aside(endpoint_id):
             await end.wait()
+
+    @contextlib.contextmanager
+    def aside(self, endpoint_id: str) -> Iterator[None]:
+        """Give a request its place in the hold while it waits for something else than a slot.
+
+        It is no demand: no other worker would do.
+        """
+        endpoint = self._endpoint(endpoint_id)
+        endpoint.aside += 1
+        try:
+            yield
         finally:
-            endpoint.awaiting_ends -= 1
+            endpoint.aside -= 1
 
     def fail_held(self, endpoint_id: str, error: Exception, *, retry_ms: int | None = None) -> None:
         """Give all held requests of an endpoint an error; shed new ones until `retry_ms` if given."""

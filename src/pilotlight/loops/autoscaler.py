@@ -211,7 +211,9 @@ class Autoscaler:
         for worker_id in decision.drain:
             await self._fleet.drain(worker_id, reason=decision.reason)
         retry_ms = await self._start(endpoint, decision)
-        if decision.reason is ScaleReason.BACKING_OFF and not snapshot.workers and snapshot.retry_ms:
+        # Frozen ones that could go on would be thawed.
+        left = any(worker.state is not WorkerState.FROZEN for worker in snapshot.workers)
+        if decision.reason is ScaleReason.BACKING_OFF and not left and snapshot.retry_ms:
             self._on_give_up(endpoint, snapshot.retry_ms)
         moments = [moment for moment in (decision.next_ms, retry_ms) if moment is not None]
         self._look_again(endpoint_id, min(moments, default=None))
@@ -285,6 +287,7 @@ class Autoscaler:
             idle_since_ms=idle_since_ms,
             healthy=not worker.out_of_rotation,
             since_ms=since_ms,
+            waking=self._moves.wakes(worker.id),
             fetching=worker.stage is Stage.DOWNLOADING,
             freezable=endpoint.flashboot and refused is None and self._fleet.freezable(worker.id),
             devices=worker.devices,
@@ -375,6 +378,10 @@ class _Moves:
             return WorkerState.STOPPING, worker.state_ms
         return worker.state, worker.state_ms
 
+    def wakes(self, worker_id: str) -> bool:
+        """Whether a worker is being thawed."""
+        return worker_id in self._thaws
+
     def refusal(self, worker_id: str, idle_since_ms: int | None) -> _Refusal | None:
         """How a worker without work refused to be frozen; None when it did not, or has worked since then.
 
@@ -386,9 +393,11 @@ class _Moves:
         return refusal
 
     def hurry(self, endpoint_id: str, decide: Callable[[str], Coroutine[object, object, None]]) -> None:
-        """Have it decided on thaws now, if a worker of the endpoint is frozen and none is ready or coming."""
-        states = {self.seen(worker)[0] for worker in self._fleet.workers(endpoint_id)}
-        if WorkerState.FROZEN not in states or states & {WorkerState.STARTING, WorkerState.READY}:
+        """Have it decided on thaws now, if one of its workers is frozen and none is ready or being thawed."""
+        workers = self._fleet.workers(endpoint_id)
+        states = {self.seen(worker)[0] for worker in workers}
+        coming = WorkerState.READY in states or any(self.wakes(worker.id) for worker in workers)
+        if coming or WorkerState.FROZEN not in states:
             return
         if endpoint_id not in self._hurried:
             self._hurried.add(endpoint_id)
@@ -413,6 +422,9 @@ class _Moves:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        # One that had not begun yet has tidied up nothing.
+        self._thaws.clear()
+        self._freezes.clear()
 
     async def _thaw(self, endpoint_id: str, worker_id: str) -> None:
         worker = self._fleet.worker(worker_id)

@@ -52,6 +52,9 @@ _log = structlog.get_logger()
 
 _OPEN_STATES = frozenset({WorkerState.STARTING, WorkerState.READY})
 
+_GONE_S = 15.0
+"""How long the end of a frozen worker is waited for: one that cannot be ended holds up nothing else."""
+
 
 class FleetStore(WorkerStore, UsageStore, StartLog, Protocol):
     """What the fleet remembers."""
@@ -124,7 +127,7 @@ class WorkerFleet:
                 change=self._change,
                 reopen=lambda live: self._open(live, live.asked),
                 started=self._started,
-                put=self._records.put,
+                record=lambda live: self._tasks.spawn(self._records.put_current(live), "put-worker"),
                 put_start=self._records.put_start,
                 end=self._end,
             ),
@@ -248,7 +251,7 @@ class WorkerFleet:
         # On disk before there is a process, so that a later life of ours looks for it.
         await self._store.put_worker(worker)
         if evicted:
-            await asyncio.wait(evicted)
+            await asyncio.wait(evicted, timeout=_GONE_S)
         if live.killed or self._refusal is not None:
             raise ClusterError(self._refusal or f"worker {worker.id} was told to end before it had started")
         env = self._environment(endpoint, worker.id, secret)
@@ -384,6 +387,8 @@ class WorkerFleet:
     def _started(self, live: Living) -> None:
         """A start has succeeded, of whatever kind."""
         start = live.finish_start("ready", live.worker.state_ms)
+        # What is still missing will be looked for again, and nothing is while a thaw was enough.
+        self._failures.throttle(live.worker.endpoint_id, None)
         self.on_start(start)
         self._tasks.spawn(self._records.put_start(start), "put-start")
 
@@ -432,10 +437,10 @@ class WorkerFleet:
         return frozen_views(self._live.values())
 
     async def evict(self, worker_id: str, *, reason: str) -> None:
-        """End a frozen worker, unless somebody is waking it by now; returns when it is gone."""
+        """End a frozen worker, unless somebody is waking it; returns when it is gone, or after a while."""
         live = self._live.get(worker_id)
         if live is not None and live.asleep:
-            await self.kill(worker_id, reason=reason)
+            await asyncio.wait({self._end(live, reason)}, timeout=_GONE_S)
 
     def _end(self, live: Living, reason: str) -> asyncio.Task[None]:
         """End a worker as it is, in the background; from now on it counts as leaving."""
@@ -543,7 +548,7 @@ class WorkerFleet:
             self._failures.note(worker.endpoint_id, failed, started=was_ready)
         try:
             await self._listener.ended(live.worker, reason)
-            await self._records.put(live.worker)
+            await self._records.put_current(live)
             if not live.start_outcome:
                 outcome = "failed" if failed else "stopped"
                 await self._records.put_start(live.finish_start(outcome, live.worker.state_ms))

@@ -24,7 +24,7 @@ import structlog
 from pilotlight.core.health_check import health_path
 from pilotlight.domain.endpoint import EndpointKind
 from pilotlight.domain.usage import StartRecord
-from pilotlight.domain.worker import Address, Failure, Rung, Worker, WorkerState
+from pilotlight.domain.worker import Address, Failure, Rung, WorkerState
 from pilotlight.errors import ClusterError
 from pilotlight.loops.living import Frozen, Living
 from pilotlight.ports.clock import Clock
@@ -35,15 +35,15 @@ from pilotlight.settings import WorkerSettings
 
 _log = structlog.get_logger()
 
-FREEZE_S = 60.0
-"""How long a worker program may take to freeze its engine: with GPUs it moves the weights out of them."""
+_FREEZE_S = 10.0
+"""How long a worker program may take to freeze its engine. Requests that come meanwhile wait for it, too."""
 
 _MARGIN_S = 0.5
 """Beyond the time that an engine has for its answer: the way there and back on a busy machine."""
 
-_WAKE_S = 60.0
-"""How much longer an engine that slept may take: its weights go back to its GPUs, or are read again. Whether
-it lives at all its worker program has found out before."""
+_WEIGHTS_S = 60.0
+"""How much longer an engine may take that sleeps first: its weights leave its GPUs, and go back, or are read
+again. Before that its worker program has found out whether it lives at all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +54,7 @@ class Owner:
         change: Changes its state.
         reopen: Opens the slots that it had.
         started: Takes note that a start of it has succeeded.
-        put: Records it.
+        record: Has it written down, without waiting for that.
         put_start: Records how a start of it ended.
         end: Ends it as it is, for a reason, without waiting for that.
     """
@@ -62,7 +62,7 @@ class Owner:
     change: Callable[[Living, WorkerState], None]
     reopen: Callable[[Living], None]
     started: Callable[[Living], None]
-    put: Callable[[Worker], Awaitable[None]]
+    record: Callable[[Living], object]
     put_start: Callable[[StartRecord], Awaitable[None]]
     end: Callable[[Living, str], object]
 
@@ -116,35 +116,7 @@ class Freezing:
         async with live.changing:
             if not self.freezable(live) or self._listener.occupied(live.worker.id):
                 return False
-            begun_ms = self._clock.now_ms()
-            self._owner.change(live, WorkerState.FROZEN)
-            # From here on requests are held, and jobs stay queued: they ask for a thaw, which waits for us.
-            self._listener.frozen(live.worker)
-            try:
-                frozen = await self._stop(live)
-            except DoorRefusedError as error:
-                live.unfreezable = error.refusal is Refusal.UNABLE
-                return self._go_on(live, str(error))
-            except ClusterError as error:
-                # All of it runs as before, so it may end like any other that is idle.
-                live.unfreezable = True
-                return self._go_on(live, str(error))
-            except DoorError as error:
-                return self._give_up(live, f"it could not be frozen: {error}")
-            if live.worker.state is not WorkerState.FROZEN:
-                return False
-            if live.worker.devices and not frozen.slept:
-                return self._give_up(
-                    live, "its engine does not sleep, so it would keep the memory of its GPUs"
-                )
-            live.frozen = frozen
-            worker = live.worker
-            _log.info(
-                "worker_frozen", endpoint=worker.endpoint_id, worker=worker.id, reason=reason,
-                memory_bytes=frozen.memory_bytes, took_ms=self._clock.now_ms() - begun_ms,
-            )  # fmt: skip
-            await self._owner.put(worker)
-            return True
+            return await self._freeze(live, reason)
 
     async def thaw(self, live: Living) -> bool:
         """Let a worker go on; True when it is ready then, False when it had to be ended."""
@@ -163,12 +135,48 @@ class Freezing:
             live.begin_start(self._clock.now_ms(), Rung.FROZEN)
             self._ready(live)
 
+    async def _freeze(self, live: Living, reason: str) -> bool:
+        begun_ms = self._clock.now_ms()
+        self._owner.change(live, WorkerState.FROZEN)
+        # From here on requests are held, and jobs stay queued: they ask for a thaw, which waits for us.
+        self._listener.frozen(live.worker)
+        try:
+            frozen = await self._stop(live)
+        except DoorRefusedError as error:
+            live.unfreezable = error.refusal is Refusal.UNABLE
+            return self._go_on(live, str(error))
+        except ClusterError as error:
+            # All of it runs as before, so it may end like any other that is idle.
+            live.unfreezable = True
+            return self._go_on(live, str(error))
+        except DoorError as error:
+            return self._give_up(live, f"it could not be frozen: {error}")
+        except Exception as error:  # noqa: BLE001 - nobody would wake it, and no budget would count it
+            _log.exception("freeze_failed", worker=live.worker.id)
+            return self._give_up(live, f"it could not be frozen: {error!r}")
+        if live.worker.state is not WorkerState.FROZEN:
+            return False
+        worker = live.worker
+        if worker.devices and not frozen.slept:
+            return self._give_up(live, "its engine does not sleep, so it would keep the memory of its GPUs")
+        live.frozen = frozen
+        _log.info(
+            "worker_frozen", endpoint=worker.endpoint_id, worker=worker.id, reason=reason,
+            memory_bytes=frozen.memory_bytes, took_ms=self._clock.now_ms() - begun_ms,
+        )  # fmt: skip
+        # A thaw that is asked for meanwhile does not wait for the store.
+        self._owner.record(live)
+        return True
+
     async def _stop(self, live: Living) -> Frozen:
         """Stop what is to be stopped of a worker; see `WorkerDoor.freeze` and `Cluster.freeze` for errors."""
         worker, door = live.worker, _door_of(live)
         if door is None:
-            return Frozen(memory_bytes=await self._cluster.freeze(worker.id), whole=True)
-        kept = await self._door.freeze(door, timeout_s=FREEZE_S)
+            kept_bytes = await self._cluster.freeze(worker.id)
+            # Into processes of another user nobody may look; what was promised is the most that they hold.
+            return Frozen(memory_bytes=kept_bytes or worker.memory_bytes, whole=True)
+        timeout_s = _FREEZE_S + (_WEIGHTS_S if worker.devices else 0)
+        kept = await self._door.freeze(door, timeout_s=timeout_s)
         on_gpu = await self._cluster.gpu_memory(worker.id, worker.devices) if worker.devices else 0
         return Frozen(memory_bytes=kept.memory_bytes, gpu_memory_bytes=on_gpu, slept=kept.slept)
 
@@ -206,12 +214,15 @@ class Freezing:
         except (DoorError, ClusterError, TimeoutError) as error:
             cause = str(error) or f"no answer within {self._settings.thaw_timeout_s + _MARGIN_S:g} s"
             return await self._failed(live, f"the frozen worker did not come back: {cause}")
+        except Exception as error:  # noqa: BLE001 - as above: it would stay where it is
+            _log.exception("thaw_failed", worker=worker.id)
+            return await self._failed(live, f"the frozen worker did not come back: {error!r}")
         if live.worker.state is not WorkerState.FROZEN:
             return False
         self._ready(live)
-        # Only after its slots are open, because somebody waits for them. A gateway that is killed in between
-        # finds a frozen worker on record and ends it like a ready one; a few ms count as frozen then.
-        await self._owner.put(live.worker)
+        # Somebody waits. A gateway that is killed before it is written finds a frozen worker on record, and
+        # ends it like a ready one; a few ms count as frozen then.
+        self._owner.record(live)
         return True
 
     def _ready(self, live: Living) -> None:
@@ -240,7 +251,7 @@ class Freezing:
         door = _door_of(live)
         if door is not None:
             if frozen.slept:
-                timeout_s += _WAKE_S
+                timeout_s += _WEIGHTS_S
             await self._door.thaw(door, answers_s=answers_s, timeout_s=timeout_s)
             return
         async with asyncio.timeout(timeout_s):

@@ -65,6 +65,7 @@ class Living:
         killed: It was told to end at once.
         failure: Why it fails, once that is known.
         changing: Held while it is frozen or thawed, which takes answers of others.
+        recording: Held while a freeze, a thaw or its end is written down.
         frozen: What is kept of it; None before it is frozen and after it is thawed.
         thawing: Whether it is on the way from frozen to ready, so that it must be given what it needs.
         unfreezable: Whether freezing it was tried and does not work.
@@ -88,6 +89,7 @@ class Living:
     killed: bool = False
     failure: Failure | None = None
     changing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    recording: asyncio.Lock = field(default_factory=asyncio.Lock)
     frozen: Frozen | None = None
     thawing: bool = False
     unfreezable: bool = False

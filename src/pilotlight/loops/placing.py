@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from pilotlight.core.freezing import FrozenView, make_room
+from pilotlight.core.freezing import FrozenView, clear_gpus, make_room
 from pilotlight.core.placement import (
     HostResources,
     NotPlaced,
@@ -55,7 +55,11 @@ def find_place(
     )
     if isinstance(placement, NotPlaced):
         return placement
-    return Place(devices=placement.devices, evict=evict or ())
+    left = [view for view in frozen if view not in gone]
+    return Place(
+        devices=placement.devices,
+        evict=(*(evict or ()), *clear_gpus(placement.devices, host.gpus, left)),
+    )
 
 
 def frozen_views(living: Iterable[Living]) -> list[FrozenView]:
@@ -74,8 +78,10 @@ def frozen_views(living: Iterable[Living]) -> list[FrozenView]:
 
 
 def _reservation(live: Living) -> Reservation:
+    # One that was frozen and is being ended takes no more than it had.
+    kept = live.frozen if live.worker.state is WorkerState.STOPPING else None
     return Reservation(
         devices=live.worker.devices,
-        memory_bytes=live.worker.memory_bytes,
+        memory_bytes=live.worker.memory_bytes if kept is None else kept.memory_bytes,
         starting=live.worker.state is WorkerState.STARTING,
     )

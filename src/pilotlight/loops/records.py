@@ -9,6 +9,7 @@ import structlog
 from pilotlight.domain.usage import StartRecord
 from pilotlight.domain.worker import Worker
 from pilotlight.errors import StoreError
+from pilotlight.loops.living import Living
 from pilotlight.ports.store import StartLog, WorkerStore
 
 _log = structlog.get_logger()
@@ -34,6 +35,11 @@ class Records:
             await self._store.put_worker(worker)
         except StoreError as error:
             _log.warning("worker_not_recorded", worker=worker.id, state=worker.state, error=str(error))
+
+    async def put_current(self, live: Living) -> None:
+        """Record a worker as it is when its turn comes, so that the last word is the latest."""
+        async with live.recording:
+            await self.put(live.worker)
 
     async def put_start(self, start: StartRecord) -> None:
         """Record how a start ended, which is only for people to look at."""

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import structlog
 
+from pilotlight.core.freezing import FrozenView
 from pilotlight.domain.endpoint import Endpoint
 from pilotlight.domain.worker import Worker, WorkerState
 from pilotlight.errors import ClusterError, NotFoundError
@@ -28,6 +29,10 @@ class ResumingFleet(Protocol):
 
     def workers(self, endpoint_id: str) -> Sequence[Worker]:
         """The endpoint's living workers."""
+        ...
+
+    def frozen(self) -> Sequence[FrozenView]:
+        """The workers that are frozen and nobody is waking."""
         ...
 
     def health(self, endpoint_id: str) -> Health:
@@ -108,7 +113,10 @@ class Resuming:
         if living is not None:
             return living
         # From here until the worker counts as living nothing awaits, so that no bound is passed by two.
-        if len(self._fleet.workers(endpoint.id)) >= endpoint.workers_max:
+        # Frozen ones are no part of that; those that are too many beside it end with the autoscaler's look.
+        asleep = {view.id for view in self._fleet.frozen()}
+        workers = [worker for worker in self._fleet.workers(endpoint.id) if worker.id not in asleep]
+        if len(workers) >= endpoint.workers_max:
             raise ClusterError(
                 f"endpoint {endpoint.id} may have {endpoint.workers_max} workers, not one more"
             )

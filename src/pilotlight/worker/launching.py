@@ -50,8 +50,9 @@ LISTEN_SECONDS: Final = 2.0
 
 LISTEN_POLL_SECONDS: Final = 0.05
 
-STATUS_SECONDS: Final = 1.0
-"""How long a launcher may take to say how an engine ended that has ended."""
+STATUS_SECONDS: Final = 5.0
+"""How long a launcher may take to say how an engine ended that has ended: it may just be importing a class of
+models for another. One that has ended itself is not waited for."""
 
 _SETTLE_SECONDS: Final = 5.0
 _LOG_BYTES_MAX: Final = 64 * 1024
@@ -121,7 +122,7 @@ class LaunchRequest:
     worker_id: str
 
     def message(self) -> bytes:
-        """As it is sent."""
+        """As it is sent; LaunchRefusedError where it holds bytes that are no text."""
         content = {
             "arguments": self.arguments,
             "environment": dict(self.environment),
@@ -129,7 +130,11 @@ class LaunchRequest:
             "architectures": self.architectures,
             "worker_id": self.worker_id,
         }
-        return msgspec.json.encode(content) + b"\n"
+        try:
+            return msgspec.json.encode(content) + b"\n"
+        except UnicodeEncodeError as error:
+            # Such as variables may hold. Neither they nor the error, which quotes them, are shown.
+            raise LaunchRefusedError("arguments or variables hold bytes that are not UTF-8") from error
 
 
 def objection(hello: Hello, request: LaunchRequest) -> str:
@@ -304,7 +309,7 @@ class _Connection:
     """One connection to a launcher of the same user.
 
     Raises:
-        LaunchRefusedError: It belongs to somebody else.
+        LaunchRefusedError: It belongs to somebody else, or there is no room in its queue.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -312,6 +317,9 @@ class _Connection:
         self._pending = b""
         size = struct.calcsize("3i")
         self.peer, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
+        if not self.peer:
+            # The kernel knows nobody: it was not connected, though it was said to be.
+            raise LaunchRefusedError("too many wait for the launcher, or it runs in another PID namespace")
         if uid != os.geteuid():
             raise LaunchRefusedError(f"the launcher belongs to user {uid}, not to {os.geteuid()}")
 

@@ -20,7 +20,7 @@ import signal
 import socket
 import tempfile
 import traceback
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -276,7 +276,7 @@ class Program:
 
     async def _fail(self, failure: Failure, **detail: Any) -> int:
         self._failure = failure
-        told = {"kind": failure.kind, "cause": failure.cause, "advice": failure.advice}
+        told: dict[str, Any] = {"kind": failure.kind, "cause": failure.cause, "advice": failure.advice}
         self._report(Stage.FAILED, **told, **detail)
         await self._stop_engine(1.0)
         return 1
@@ -333,17 +333,18 @@ class Program:
         if self._stage in STAGE_ORDER:
             self._report(stage, **detail)
 
-    def _report(self, stage: Stage, **detail: Any) -> None:
+    def _report(self, stage: Stage, *, news: Mapping[str, Any] | None = None, **detail: Any) -> None:
         self._stage = stage
         elapsed_ms = round((self._clock() - self._born) * 1000)
-        self._reporter.report(stage, {"elapsed_ms": elapsed_ms, **detail}, self._registration())
+        self._reporter.report(stage, {"elapsed_ms": elapsed_ms, **detail}, self._registration(), news=news)
 
     def _registration(self) -> dict[str, Any]:
         return dict(self._start.registration) if self._start is not None else {}
 
     def _on_recovered(self) -> None:
-        # What the platform knows of a frozen worker is what it made it itself.
-        if self._stage in {Stage.READY, Stage.DRAINING} and not self._frozen:
+        # Also while frozen: whoever has forgotten this worker says that it is not wanted, and it ends. To
+        # whoever made it frozen the repetition says nothing new (`_on_woken`).
+        if self._stage in {Stage.READY, Stage.DRAINING}:
             self._reporter.repeat()
 
     @property
@@ -353,7 +354,7 @@ class Program:
     def _on_woken(self, work: str) -> None:
         """Work came to a frozen worker; the platform, which sent it, shall know that the worker is hot."""
         if self._stage is Stage.READY:
-            self._report(Stage.READY, thawed_by=work)
+            self._report(Stage.READY, news={"thawed_by": work})
 
     def _on_thaw_failed(self, cause: str) -> None:
         if not self._ending.done():

@@ -34,8 +34,8 @@ def read_ahead(folder: Path, *, available_bytes: int, given_up: Event) -> int:
     Returns:
         Bytes that were asked for.
     """
-    files = weight_files(folder)
     try:
+        files = weight_files(folder)
         sizes = [path.stat().st_size for path in files]
     except OSError:
         return 0
@@ -45,7 +45,7 @@ def read_ahead(folder: Path, *, available_bytes: int, given_up: Event) -> int:
 
 
 def weight_files(folder: Path) -> Sequence[Path]:
-    """The weights in this folder, in the order in which engines load them; none where it cannot be read."""
+    """The weights in this folder, in the order in which engines load them; none where there is none."""
     if folder.is_file():
         return (folder,)
     for pattern in WEIGHT_PATTERNS:

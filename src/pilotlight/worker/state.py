@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import msgspec
@@ -75,7 +75,12 @@ class StateReporter:
             self._task = asyncio.create_task(self._send_loop(self._platform), name="state-reports")
 
     def report(
-        self, stage: Stage, detail: dict[str, Any], registration: dict[str, Any] | None = None
+        self,
+        stage: Stage,
+        detail: dict[str, Any],
+        registration: dict[str, Any] | None = None,
+        *,
+        news: Mapping[str, Any] | None = None,
     ) -> None:
         """Queues one report.
 
@@ -83,13 +88,15 @@ class StateReporter:
             stage: Stage reached.
             detail: Facts about it, such as `elapsed_ms`, or a failure's kind, cause and advice.
             registration: Addresses, models and limits, once they are known.
+            news: Facts about this very moment, which `repeat` leaves out.
         """
+        told = {**detail, **(news or {})}
         now = asyncio.get_running_loop().time()
         if self._last is None or self._last["stage"] != stage or now - self._logged >= LOG_AGAIN_SECONDS:
             self._logged = now
-            self._log.event("worker.stage", stage=str(stage), **detail)
+            self._log.event("worker.stage", stage=str(stage), **told)
         self._last = {"stage": str(stage), "detail": detail, **(registration or {})}
-        self._put(self._last)
+        self._put({**self._last, "detail": told})
 
     def repeat(self) -> None:
         """Sends the last report again: a platform that was away may have forgotten it."""

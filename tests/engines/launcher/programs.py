@@ -2,10 +2,14 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import types
 from pathlib import Path
@@ -17,6 +21,16 @@ if os.environ.get("TEST_THREAD"):
     threading.Thread(target=threading.Event().wait, name="pool", daemon=True).start()
 if os.environ.get("TEST_CUDA"):
     sys.modules["torch"] = types.SimpleNamespace(cuda=types.SimpleNamespace(is_initialized=lambda: True))
+if os.environ.get("TEST_COMPUTES"):
+    # As if the first model's class computed while it was imported.
+    sys.modules["__main__"].load_nothing = lambda architectures: "computed"
+if os.environ.get("TEST_ALIVE"):
+    sys.modules["__main__"].ALIVE_SECONDS = 0.01
+
+
+# As libraries do that name their files; drawn from once, so that it is seeded.
+names = tempfile._RandomNameSequence()
+next(names)
 
 
 def run():
@@ -26,6 +40,7 @@ def run():
 
 def report():
     """Says what this process is like."""
+    status = Path("/proc/self/status").read_text()
     say(
         argv=sys.argv[1:],
         environment=dict(os.environ),
@@ -33,6 +48,9 @@ def report():
         descriptors={name: str(os.path.realpath(f"/proc/self/fd/{name}")) for name in open_descriptors()},
         session=os.getsid(0),
         group=os.getpgid(0),
+        random=[random.random(), multiprocessing.current_process().authkey.hex(), next(names)],
+        umask=re.search("Umask:\t(.*)", status)[1],
+        segfault_is_handled=bool(int(re.search("SigCgt:\t(.*)", status)[1], 16) & 1 << signal.SIGSEGV - 1),
         ignored=sorted(n for n in signal.valid_signals() if signal.getsignal(n) == signal.SIG_IGN),
     )
 

@@ -60,7 +60,29 @@ def test_an_engine_is_what_was_asked_for(connection, tmp_path):
     assert sorted(said["descriptors"]) == ["1", "2"]
     assert said["session"] == said["group"] == answer["pid"]
     assert said["ignored"] == [signal.SIGPIPE, signal.SIGXFSZ]
+    assert said["umask"] == "0077", "as of every engine that a worker program spawns"
+    assert not said["segfault_is_handled"]
     assert connection.read() == {"ended": 0}
+
+
+def test_what_libraries_handle_they_handle_in_engines(start):
+    program = start(PYTHONFAULTHANDLER="1")
+    connection = program.connect()
+    connection.read()
+    connection.launch("report")
+    assert connection.said()["segfault_is_handled"]
+    connection.close()
+
+
+def test_engines_of_one_launcher_draw_different_numbers(launcher):
+    drawn = []
+    for _ in range(2):
+        connection = launcher.connect()
+        connection.read()
+        connection.launch("report")
+        drawn.append(connection.said()["random"])
+        connection.close()
+    assert all(one != other for one, other in zip(*drawn, strict=True))
 
 
 @pytest.mark.parametrize("cookie", [COOKIE, "local-7"])
@@ -98,6 +120,25 @@ def test_a_lost_connection_ends_the_whole_session(launcher, connection):
     connection.close()
     assert all(ended(pid) for pid in pids)
     assert launcher.event("ended")["status"] == -signal.SIGKILL
+
+
+def test_a_worker_program_killed_between_its_request_and_the_fork_leaves_no_engine(launcher, connection):
+    """The launcher is stopped meanwhile, so it finds the request and the end of the connection together."""
+    os.kill(launcher.process.pid, signal.SIGSTOP)
+    message = {
+        "arguments": ["wait"],
+        "environment": engine_environment(),
+        "folder": "/",
+        "architectures": [],
+        "worker_id": COOKIE,
+    }
+    connection.send(message, [2])
+    connection.close()
+    os.kill(launcher.process.pid, signal.SIGCONT)
+    pid = launcher.event("ended")["pid"]
+    while Path(f"/proc/{pid}").exists():
+        os.sched_yield()
+    assert "launched" not in [event["event"] for event in launcher.events]
 
 
 def test_nothing_is_to_be_said_after_a_launch(connection):
@@ -148,6 +189,7 @@ def test_what_cannot_be_launched_is_refused(launcher, connection, changes, part)
         (b"[]\n", "must be a JSON object, not list"),
         (b"x" * (MESSAGE_BYTES_MAX + 1), f"longer than {MESSAGE_BYTES_MAX} bytes"),
         (b"\xff\xfe\n", "no JSON"),
+        (b"[" * 100_000 + b"\n", "no JSON"),
     ],
 )
 def test_garbage_is_refused_and_the_next_is_served(launcher, connection, data, part):
@@ -187,6 +229,27 @@ def test_who_has_computed_forks_nothing(start, variable, part):
     assert part in connection.read()["problem"]
     assert part in connection.launch("wait")["problem"]
     connection.close()
+
+
+def test_one_that_has_computed_since_complains_to_the_gateway_of_every_worker(start):
+    """Worker programs that read of it do not ask, so only that tells the gateway to begin it anew."""
+    program = start(TEST_COMPUTES="1")
+    first = program.connect()
+    assert first.read()["problem"] == ""
+    assert first.launch("wait")["problem"] == "computed"
+    assert program.event("problem")["text"] == "computed"
+    for _ in range(2):
+        following = program.connect()
+        assert following.read()["problem"] == "computed"
+        assert program.event("problem")["text"] == "computed"
+        following.close()
+    first.close()
+
+
+def test_the_gateway_hears_that_it_is_alive(start):
+    program = start(TEST_ALIVE="1")
+    for _ in range(2):
+        assert program.event("alive") == {"event": "alive"}
 
 
 def test_the_end_of_the_gateway_is_the_launchers_and_not_the_engines(launcher, connection):

@@ -17,6 +17,7 @@ from pilotlight.engines.launching import (
 from pilotlight.worker.config import engine_environment
 
 HOME = Path("/engines/one")
+VERSION = "0.32.0"
 
 
 def engine(**worker: str) -> dict[str, str]:
@@ -37,28 +38,35 @@ def test_what_importing_reads_must_be_the_same(name, value):
     launcher = launcher_environment(engine())
     assert differences(launcher, engine()) == ()
     assert differences(launcher, engine(**{name: value})) == (name,)
-    assert fingerprint(HOME, engine(**{name: value})) != fingerprint(HOME, engine())
+    assert fingerprint(HOME, VERSION, engine(**{name: value})) != fingerprint(HOME, VERSION, engine())
 
 
 @pytest.mark.parametrize(
     "name",
-    ["VLLM_CPU_KVCACHE_SPACE", "HF_TOKEN", "CUDA_VISIBLE_DEVICES", "HTTPS_PROXY", "MAX_MODEL_LEN", "SEED"],
-)
+    [
+        "VLLM_CPU_KVCACHE_SPACE", "HF_TOKEN", "CUDA_VISIBLE_DEVICES", "HTTPS_PROXY", "MAX_MODEL_LEN", "SEED",
+        "ENABLE_PREFIX_CACHING", "ENABLE_LORA", "ENABLE_EPLB", "HF_OVERRIDES", "LANGUAGE_MODEL_ONLY",
+        "OPENAI_SERVED_MODEL_NAME_OVERRIDE",
+    ],
+)  # fmt: skip
 def test_what_is_read_at_use_may_differ(name):
     assert differences(launcher_environment(engine()), engine(**{name: "1"})) == ()
-    assert fingerprint(HOME, engine(**{name: "1"})) == fingerprint(HOME, launcher_environment(engine()))
+    assert fingerprint(HOME, VERSION, engine(**{name: "1"})) == fingerprint(
+        HOME, VERSION, launcher_environment(engine())
+    )
 
 
 def test_what_python_says_of_a_missing_locale_is_no_difference():
     env = engine()
     del env["LANG"]
     assert differences(launcher_environment(env) | {"LC_CTYPE": "C.UTF-8"}, env) == ()
-    assert fingerprint(HOME, env | {"LC_CTYPE": "C.UTF-8"}) == fingerprint(HOME, env)
+    assert fingerprint(HOME, VERSION, env | {"LC_CTYPE": "C.UTF-8"}) == fingerprint(HOME, VERSION, env)
     assert differences(launcher_environment(env), env | {"LC_CTYPE": "de_DE.UTF-8"}) == ("LC_CTYPE",)
 
 
 def test_a_fingerprint_is_of_one_home():
-    assert fingerprint(HOME, engine()) != fingerprint(Path("/engines/two"), engine())
+    assert fingerprint(HOME, VERSION, engine()) != fingerprint(Path("/engines/two"), VERSION, engine())
+    assert fingerprint(HOME, VERSION, engine()) != fingerprint(HOME, "0.33.0", engine())
 
 
 def test_a_launcher_knows_no_secret_and_has_room_for_them():

@@ -593,17 +593,24 @@ async def test_a_gateway_that_stops_says_so_after_comments(platform, beating):
         assert "the gateway is stopping" in await rest(lines)
 
 
-async def test_failure_of_the_store_is_told_after_comments(platform, beating, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "told"), [(StoreError("disk full"), "disk full"), (ValueError(), "internal server error")]
+)
+async def test_failures_of_the_store_and_of_ours_are_told_after_comments(
+    platform, beating, monkeypatch, error, told
+):
     fails = asyncio.Event()
 
     async def broken(*_: Any, **__: Any) -> Any:
         await fails.wait()
-        raise StoreError("disk full")
+        raise error
 
     monkeypatch.setattr(platform.service.streams, "read", broken)
-    async with commented(platform, beating) as (_, lines):
+    async with commented(platform, beating) as (answer, lines):
         fails.set()
-        assert "disk full" in await rest(lines)
+        assert told in await rest(lines)
+    status = await platform.client.get(f"/v2/{ENDPOINT}/status/{answer.headers['x-job-id']}", headers=KEY)
+    assert status.json()["status"] == "CANCELLED"
 
 
 async def test_a_stream_that_workers_take_soon_begins_with_their_words(platform, beating, client):

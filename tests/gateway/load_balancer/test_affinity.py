@@ -6,6 +6,7 @@ A bare § is one of serverless-api.md.
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 from aiohttp import web
@@ -100,16 +101,58 @@ async def test_a_worker_that_is_only_unhealthy_is_waited_for(balanced):
 
 
 @pytest.mark.parametrize("pin", ["strict", "strict-resume"])
-@pytest.mark.parametrize("comes_back", [True, False])
-async def test_a_frozen_worker_that_a_request_is_pinned_to_is_thawed(balanced, pin, comes_back):
+async def test_a_frozen_worker_that_a_request_is_pinned_to_is_thawed(balanced, pin):
     """The autoscaler would thaw any."""
     await balanced.worker("w1", named("w1"))
-    balanced.freeze("w1", comes_back=comes_back)
+    balanced.freeze("w1", comes_back=True)
     async with balanced.ask(headers={HEADER: f"{pin} w1"}) as answer:
-        if comes_back:
-            assert await answer.text() == "w1"
-        else:
-            assert (answer.status, await answer.json()) == (404, {"error": "affinity_worker_gone"})
+        assert await answer.text() == "w1"
+
+
+async def test_a_frozen_worker_that_does_not_go_on_is_gone(balanced):
+    await balanced.worker("w1", named("w1"))
+    balanced.freeze("w1", comes_back=False)
+    async with balanced.ask(headers={HEADER: "strict w1"}) as answer:
+        assert (answer.status, await answer.json()) == (404, {"error": "affinity_worker_gone"})
+
+
+async def test_strict_resume_outlives_a_frozen_worker_that_does_not_go_on(balanced):
+    """Its GPU was given away, say: it ends like one that is scaled down."""
+    port = await balanced.worker("w1", named("w1"))
+    balanced.freeze("w1", comes_back=False)
+    asking = resuming(balanced)
+    await until_awaited(balanced)
+    balanced.end("w1")
+    await balanced.waiting.wait()
+    assert balanced.fleet.resumed == ["w1"]
+    balanced.add("w1", port)
+    async with await asking as answer:
+        assert (answer.status, await answer.text()) == (200, "w1")
+
+
+async def test_those_who_wait_for_a_thaw_have_their_place_in_the_hold(balanced):
+    """They could be without number otherwise; they are no demand, though: no other worker would do."""
+    await balanced.worker("w1", named("w1"))
+    balanced.freeze("w1", comes_back=True)
+    thaw, asked, go_on = balanced.fleet.thaw, asyncio.Event(), asyncio.Event()
+
+    async def slow(worker_id):
+        asked.set()
+        await go_on.wait()
+        return await thaw(worker_id)
+
+    balanced.fleet.thaw = slow
+    balanced.slots._limits = replace(balanced.slots._limits, requests=1)
+    asking = asyncio.create_task(
+        balanced.client.get(f"{balanced.url}/lb/{ID}/", headers={HEADER: "strict w1"})
+    )
+    await asked.wait()
+    async with balanced.ask(headers={HEADER: "strict w1"}) as answer:
+        assert (answer.status, await answer.json()) == (400, {"error": "no workers available"})
+    assert not balanced.waiting.is_set()
+    go_on.set()
+    async with await asking as answer:
+        assert await answer.text() == "w1"
 
 
 async def test_strict_resume_starts_a_worker_that_was_scaled_down(balanced):

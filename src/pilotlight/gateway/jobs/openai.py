@@ -125,11 +125,7 @@ class JobOpenAI:
             try:
                 if call.streamed:
                     heartbeats = self._heartbeats(endpoint, key, job, call, send)
-                    reply = _Reply(send, call.route, job, heartbeats)
-                    try:
-                        await self._stream(endpoint, job, call, reply, gone)
-                    finally:
-                        await reply.committed()
+                    await self._streamed(endpoint, job, call, _Reply(send, call.route, job, heartbeats), gone)
                 else:
                     await self._whole(endpoint, job, send, gone)
                 answered = True
@@ -201,6 +197,21 @@ class JobOpenAI:
         # Whether it will have to wait is not known where workers are ready: they take it soon, or are busy.
         heartbeats.start(after_s=key.heartbeat_s if self._outlook.ready(endpoint.id) else 0)
         return heartbeats
+
+    async def _streamed(self, endpoint: Endpoint, job: Job, call: _Call, reply: _Reply, gone: Gone) -> None:
+        """The whole stream, whose last event tells of a fault of ours where its status cannot."""
+        try:
+            await self._stream(endpoint, job, call, reply, gone)
+        except (RequestRefusedError, StoreError):
+            raise
+        except Exception:
+            if not await reply.committed():
+                raise
+            _log.exception("openai_job_failed", endpoint_id=endpoint.id)
+            await self._cancel(endpoint, job)
+            await reply.fail(Failure(status=500, message="internal server error"))
+        finally:
+            await reply.committed()
 
     async def _stream(self, endpoint: Endpoint, job: Job, call: _Call, reply: _Reply, gone: Gone) -> None:
         events = EventStream(TokenCount(), hide_usage=True) if call.hide_usage else None

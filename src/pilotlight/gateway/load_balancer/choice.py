@@ -125,10 +125,16 @@ class WorkerChoice:
             raise Refusal.no_workers(Outcome.FAILED) from error
 
     async def _hold_pinned(self, endpoint: Endpoint, worker_id: str) -> WorkerSlots:
+        """A slot of one worker, thawed if need be; WorkerGoneError when it takes no more requests."""
         worker = self._fleet.worker(worker_id)
         if worker is not None and worker.endpoint_id == endpoint.id and worker.state is WorkerState.FROZEN:
-            await self._fleet.thaw(worker_id)
+            self._check_room(endpoint)
+            with self._slots.aside(endpoint.id):
+                thawed = await self._fleet.thaw(worker_id)
             worker = self._fleet.worker(worker_id)
+            if not thawed and (worker is None or worker.state is not WorkerState.FROZEN):
+                # It ends now; who wants it resumed waits for that.
+                raise WorkerGoneError(f"worker {worker_id} did not go on")
         if worker is None or worker.endpoint_id != endpoint.id or worker.state not in _OPEN:
             raise Refusal.worker_gone()
         self._check_room(endpoint)

@@ -83,7 +83,7 @@ class Channel:
         self._pending = rest
         try:
             return json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ChannelError(f"the message is no JSON: {error}") from error
 
     def close(self) -> None:

@@ -17,6 +17,9 @@ from pilotlight_engine.environment import replace
 
 ENTRY_POINT = "vllm.entrypoints.openai.api_server"
 
+UMASK = 0o077
+"""Of worker programs, from which an engine would have it otherwise."""
+
 _IGNORED_BY_PYTHON = {signal.SIGPIPE, signal.SIGXFSZ}
 
 
@@ -79,8 +82,12 @@ def become_engine(launch: Launch, output: int, own: Mapping[str, str], keep: int
         OSError: The folder is not there.
     """
     os.setsid()
-    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
-        signal.signal(number, signal.SIG_IGN if number in _IGNORED_BY_PYTHON else signal.SIG_DFL)
+    os.umask(UMASK)
+    # What libraries handle (faulthandler, some that print a trace of C++) they would handle in any engine.
+    for number in signal.valid_signals() - _IGNORED_BY_PYTHON:
+        handler = signal.getsignal(number)
+        if callable(handler) or handler == signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     nothing = os.open(os.devnull, os.O_RDONLY)

@@ -59,7 +59,11 @@ def fork_engine(
     Raises:
         RequestError: It cannot be forked, or cannot become the engine.
     """
-    gate, theirs = socket.socketpair()
+    try:
+        gate, theirs = socket.socketpair()
+    except OSError as error:
+        os.close(output)
+        raise RequestError(f"no process can be forked: {error.strerror}") from error
     sys.stdout.flush()
     try:
         pid = os.fork()

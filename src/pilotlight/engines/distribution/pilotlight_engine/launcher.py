@@ -41,6 +41,12 @@ TIDY_SECONDS = 2.0
 ENDING_SECONDS = 0.02
 """Pause between two looks at a session that is being ended."""
 
+LATE_SECONDS = 0.5
+"""The same once `TIDY_SECONDS` are over: what is still there waits inside the kernel."""
+
+ALIVE_SECONDS = 20.0
+"""How often the gateway hears that we are there: one that was stopped, or hangs, must not keep its place."""
+
 
 class Connection:
     """A worker program's connection, and its engine.
@@ -98,6 +104,7 @@ class Launcher:
         self._tell = tell
         self._selector = selectors.DefaultSelector()
         self._connections: set[Connection] = set()
+        self._alive_due = time.monotonic() + ALIVE_SECONDS
 
     def run(self) -> Launch | None:
         """Serves; returns None when the gateway is gone, and in every forked process what that has become."""
@@ -105,10 +112,12 @@ class Launcher:
         self._selector.register(gateway, selectors.EVENT_READ)
         self._selector.register(self._listener, selectors.EVENT_READ)
         while True:
-            ending = [each for each in self._connections if each.deadline is not None]
-            for connection in ending:
+            for connection in [each for each in self._connections if each.deadline is not None]:
                 self._end(connection)
-            for key, _ in self._selector.select(ENDING_SECONDS if ending else None):
+            if time.monotonic() >= self._alive_due:
+                self._tell("alive")
+                self._alive_due = time.monotonic() + ALIVE_SECONDS
+            for key, _ in self._selector.select(self._patience()):
                 connection = key.data
                 if key.fd == gateway:
                     if not os.read(gateway, 4096):
@@ -120,6 +129,14 @@ class Launcher:
                 elif connection.deadline is None and (launch := self._serve(connection)) is not None:
                     return launch
 
+    def _patience(self) -> float:
+        """How long to wait for something to happen."""
+        now = time.monotonic()
+        deadlines = [each.deadline for each in self._connections if each.deadline is not None]
+        if deadlines:
+            return ENDING_SECONDS if max(deadlines) >= now else LATE_SECONDS
+        return max(0.0, self._alive_due - now)
+
     def _accept(self) -> None:
         channel = Channel(self._listener.accept()[0])
         try:
@@ -127,6 +144,9 @@ class Launcher:
                 self._tell("problem", text=f"user {user} may not launch engines of user {os.getuid()}")
                 channel.close()
                 return
+            if problem := self._problem or forbidding():
+                # Who reads of it does not even ask, and the gateway must learn that we are of no use.
+                self._tell("problem", text=problem)
             channel.send(
                 {
                     "protocol": PROTOCOL,
@@ -134,7 +154,7 @@ class Launcher:
                     "program": sys.executable,
                     "vllm": self._version,
                     "environment": dict(self._environment),
-                    "problem": self._problem or forbidding(),
+                    "problem": problem,
                 }
             )
         except OSError:
@@ -198,7 +218,9 @@ class Launcher:
     def _report_end(self, connection: Connection) -> None:
         """Says how the engine ended, without waiting for it."""
         result = os.waitid(os.P_PIDFD, connection.handle, os.WEXITED | os.WNOWAIT | os.WNOHANG)
-        assert result is not None
+        if result is None:
+            # A debugger that is attached learns it first.
+            return
         status = result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
         self._selector.unregister(connection.handle)
         os.close(connection.handle)
