@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -42,15 +43,29 @@ class Footprint:
             memory_mb=cost_of(pids).memory_mb,
             descriptors=sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in pids),
             zombies=sum(state_of(child) == "Z" for child in children),
-            ports=sum(
-                len(Path(f"/proc/net/{table}").read_text().splitlines()) - 1 for table in ("tcp", "tcp6")
-            ),
+            ports=sum(len(_listening(pid)) for pid in pids),
         )
 
     def check(self, before: Footprint) -> None:
         assert self.memory_mb < before.memory_mb + GROWTH_MB
         assert self.descriptors <= before.descriptors + 4
         assert self.zombies == 0
+        assert self.ports == before.ports
+
+
+def _listening(pid: int) -> set[str]:
+    """TCP sockets on which a process listens, by their inodes."""
+    rows = [
+        row.split()
+        for table in ("tcp", "tcp6")
+        for row in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]
+    ]
+    listening = {f"socket:[{row[9]}]" for row in rows if row[3] == "0A"}
+    held = set()
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            held.add(str(entry.readlink()))
+    return listening & held
 
 
 def _children(pid: int) -> list[str]:

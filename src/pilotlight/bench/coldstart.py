@@ -135,12 +135,14 @@ def _measure_rungs(plan: Plan, report: Report) -> Figure:
         thaws = 0
         for number, case in enumerate(interleaved(plan)):
             note(f"coldstart: {number + 1}: {case}")
+            # An engine that has just answered spins for a second in wait of more (vLLM's shared memory ring):
+            # it would take a processor from whatever is measured next.
+            _wait_frozen(installation, ours[Rung.FROZEN].endpoint_id)
             if case == PLAIN:
                 _start_plain(bench, env, samples[case])
                 continue
             if case == Rung.FROZEN:
                 thaws += 1
-                _wait_frozen(installation, ours[Rung.FROZEN].endpoint_id)
                 time.sleep(pause_s(thaws, plan.thaws))
             _start_ours(ours[Rung(case)], samples[case])
         launcher_cost = cost_of([launcher])

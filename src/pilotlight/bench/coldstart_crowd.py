@@ -50,7 +50,7 @@ def measure_crowd(count: int, report: Report) -> None:
                 timeout_s=60,
             )
         workers = [worker for target in targets for worker in _workers(installation, target)]
-        launchers = [one["pid"] for one in installation.client.launchers() if one["pid"] is not None]
+        launchers = _launchers(installation)
         frozen = cost_of([*worker_processes(workers), *launchers])
         launcher = cost_of(launchers)
     cache_mb = count * int(env.get("KV_CACHE_MEMORY_BYTES", "0")) / 1e6
@@ -112,9 +112,11 @@ def measure_burst(rounds: int, report: Report, *, reference: Figure) -> None:
 
 
 def _launch_alone(installation: Installation, target: _Target) -> float:
-    """CPU seconds of one launch to its first token, with nothing else going on."""
+    """CPU seconds of one launch until its first token, of all that take part, with nothing else going on."""
+    standing = [installation.pid, *_launchers(installation)]
+    before_s = cost_of(standing).cpu_s
     _ask(installation, target)
-    cpu_s = cost_of(worker_processes(_workers(installation, target))).cpu_s
+    cpu_s = cost_of([*standing, *worker_processes(_workers(installation, target))]).cpu_s - before_s
     (start,) = installation.client.starts(target.endpoint_id, limit=1)
     assert start["rung"] == Rung.LAUNCHABLE, start
     installation.wait_no_workers(target.endpoint_id)
@@ -134,6 +136,10 @@ def _ask(installation: Installation, target: _Target) -> float:
 
 def _workers(installation: Installation, target: _Target) -> list[str]:
     return [worker["id"] for worker in installation.client.workers(target.endpoint_id)]
+
+
+def _launchers(installation: Installation) -> list[int]:
+    return [one["pid"] for one in installation.client.launchers() if one["pid"] is not None]
 
 
 def _frozen(installation: Installation, target: _Target) -> bool:
