@@ -107,9 +107,11 @@ def test_freezes_and_thaws_leave_nothing_behind(place):
     assert endpoint.ask() == ANSWER
     worker_id = endpoint.await_frozen()
     before = None
+    start = endpoint.starts()[0]
     for number in range(ROUNDS):
         assert endpoint.ask() == ANSWER
-        assert endpoint.starts()[0]["rung"] == "frozen"
+        start = endpoint.start_after(start)
+        assert start["rung"] == "frozen", start
         assert endpoint.await_frozen() == worker_id
         if number == SETTLED:
             before = Footprint.of([place.process.pid, *processes_of(worker_id)])

@@ -59,10 +59,12 @@ def test_an_endpoint_at_zero_starts_from_the_launcher(place):
 def test_a_frozen_worker_answers_again_after_any_pause(sleeper):
     """The second pause is longer than vLLM's own server keeps idle connections."""
     worker_id = sleeper.worker_id()
+    start = sleeper.starts()[0]
     for pause_s in (1, 6):
         time.sleep(pause_s)
         assert sleeper.ask() == ANSWER
-        assert sleeper.starts()[0]["rung"] == "frozen"
+        start = sleeper.start_after(start)
+        assert start["rung"] == "frozen"
         assert sleeper.await_frozen() == worker_id
     assert {"ready", "frozen"} <= sleeper.usage_states()
     shown = sleeper.api.get(f"/v2/{sleeper.id}/health").json()["workers"]

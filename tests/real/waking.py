@@ -87,6 +87,15 @@ class Sleeper:
         """Its starts, latest first."""
         return self.api.get(f"/pilotlight/v1/endpoints/{self.id}/starts").json()["starts"]
 
+    def start_after(self, last: dict) -> dict:
+        """The start that came after this one, once it is on record."""
+
+        def newer() -> dict | None:
+            latest = self.starts()[0]
+            return latest if latest["stages"][0] != last["stages"][0] else None
+
+        return until(newer)
+
     def usage_states(self) -> set[str]:
         """States for which usage was recorded."""
         usage = self.api.get(f"/pilotlight/v1/usage?endpoint={self.id}").json()["intervals"]
