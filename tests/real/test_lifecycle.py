@@ -30,7 +30,7 @@ def until(condition, *, timeout_s=120):
 
 
 def test_zero_one_zero_one(live):
-    endpoint = live.deploy("pilotlight/ember", "ember", idle_timeout_s=IDLE_S)
+    endpoint = live.deploy("pilotlight/ember", "ember", idle_timeout_s=IDLE_S, flashboot=False)
     path = f"/v2/serverless/{endpoint['id']}/workers"
 
     def summary():

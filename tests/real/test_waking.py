@@ -42,7 +42,7 @@ def test_an_endpoint_at_zero_starts_from_the_launcher(place):
     running = processes_of(endpoint.worker_id())
     assert launcher["pid"] not in running, "the launcher belongs to nobody"
     assert len(running) >= 3, "worker program, API server, engine core"
-    (start,) = endpoint.starts()
+    (start,) = until(lambda: [each for each in endpoint.starts() if each["first_token_after_ms"] is not None])
     assert (start["rung"], start["outcome"]) == ("launchable", "ready")
     assert start["memory_bytes"] > 100e6
     reached = [stage["stage"] for stage in start["stages"]]
@@ -113,6 +113,6 @@ def test_engines_outlive_their_launcher_and_starts_do_without_it(sleeper, place)
     assert sleeper.worker_id() == worker_id, "it was thawed, and serves"
     other = Sleeper(place, "other", flashboot=False)
     assert other.ask() == ANSWER
-    assert other.starts()[0]["outcome"] == "ready"
+    assert until(other.starts)[0]["outcome"] == "ready"
     other.remove()
     assert launcher_of(place)["pid"] != launcher["pid"], "it was started again"
