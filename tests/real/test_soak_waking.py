@@ -15,7 +15,7 @@ from tests.conftest import LiveInstallation, live_installation
 
 from pilotlight.bench.costs import cost_of
 
-from .waking import ANSWER, Sleeper, launcher_of, processes_of, state_of
+from .waking import ANSWER, Sleeper, launcher_of, processes_of, state_of, until
 
 pytestmark = [pytest.mark.soak, pytest.mark.engine]
 
@@ -89,7 +89,7 @@ def test_launches_leave_nothing_behind(place):
     for number in range(ROUNDS):
         assert endpoint.ask() == ANSWER
         worker_id = endpoint.worker_id()
-        assert endpoint.starts()[0]["rung"] == "launchable"
+        assert until(endpoint.starts)[0]["rung"] == "launchable"
         endpoint.await_none()
         assert processes_of(worker_id) == []
         if number == SETTLED:
@@ -125,6 +125,7 @@ def test_a_worker_frozen_for_a_hundred_seconds_answers(place):
     endpoint = Sleeper(place, "long")
     assert endpoint.ask() == ANSWER
     worker_id = endpoint.await_frozen()
+    start = endpoint.starts()[0]
     time.sleep(100)
     assert endpoint.ask() == ANSWER
-    assert (endpoint.worker_id(), endpoint.starts()[0]["rung"]) == (worker_id, "frozen")
+    assert (endpoint.worker_id(), endpoint.start_after(start)["rung"]) == (worker_id, "frozen")
