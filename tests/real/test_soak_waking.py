@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from tests.conftest import LiveInstallation, live_installation
 
-from pilotlight.bench.costs import cost_of
+from pilotlight.bench.processes import rss_mb
 
 from .waking import ANSWER, Sleeper, launcher_of, processes_of, state_of, until
 
@@ -40,7 +40,8 @@ class Footprint:
     def of(cls, pids: list[int]) -> Footprint:
         children = [int(child) for pid in pids for child in _children(pid)]
         return cls(
-            memory_mb=cost_of(pids).memory_mb,
+            # Not the proportional size: it moves with strangers that map the same libraries.
+            memory_mb=sum(map(rss_mb, pids)),
             descriptors=sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in pids),
             zombies=sum(state_of(child) == "Z" for child in children),
             ports=sum(len(_listening(pid)) for pid in pids),
