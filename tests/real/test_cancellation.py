@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
-
 import httpx
 import pytest
+
+from .waking import until
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(500)]
 
@@ -14,14 +14,6 @@ MADE = "vllm:generation_tokens_total"
 LONG = {"max_tokens": 1900, "n": 16, "ignore_eos": True}
 ALL = 16 * 1900
 """Tokens; they take many seconds, far longer than somebody needs to look twice on a busy machine."""
-
-
-def until(condition):
-    """Returns once it is true."""
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "did not come true"
-        time.sleep(0.02)
 
 
 @pytest.fixture

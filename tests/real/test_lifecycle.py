@@ -9,24 +9,11 @@ import pytest
 
 from pilotlight.clusters.processes import find_processes
 
+from .waking import ANSWER, QUESTION, until
+
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 IDLE_S = 2
-QUESTION = {
-    "model": "pilotlight/ember",
-    "messages": [{"role": "user", "content": "What is the capital of France?"}],
-    "temperature": 0,
-    "max_tokens": 32,
-}
-
-
-def until(condition, *, timeout_s=120):
-    """What the condition gives once it is true."""
-    deadline = time.monotonic() + timeout_s
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "did not come true"
-        time.sleep(0.05)
-    return found
 
 
 def test_zero_one_zero_one(live):
@@ -42,12 +29,12 @@ def test_zero_one_zero_one(live):
         answer = live.api.post(f"/v2/{endpoint['id']}/openai/v1/chat/completions", json=QUESTION)
         answered = time.monotonic()
         assert answer.status_code == 200, answer.text
-        assert answer.json()["choices"][0]["message"]["content"] == "The capital of France is Paris."
+        assert answer.json()["choices"][0]["message"]["content"] == ANSWER
         (worker,) = live.api.get(path).json()["workers"]
         served.append(worker["id"])
         running = find_processes({worker["id"]: None})[worker["id"]]
         assert len(running) >= 3, "worker program, API server, engine core"
-        until(lambda name=worker["id"]: not find_processes({name: None}).get(name))
+        until(lambda name=worker["id"]: not find_processes({name: None}).get(name), timeout_s=120)
         assert time.monotonic() - answered >= IDLE_S
         _check_account(live, endpoint["id"], worker["id"])
     assert served[0] != served[1]
@@ -60,7 +47,7 @@ def _check_account(installation, endpoint_id, worker_id):
         usage = installation.api.get(f"/pilotlight/v1/usage?endpoint={endpoint_id}").json()["intervals"]
         return [interval for interval in usage if interval["worker_id"] == worker_id]
 
-    until(lambda: intervals()[-1]["state"] == "stopping")
+    until(lambda: intervals()[-1]["state"] == "stopping", timeout_s=120)
     mine = intervals()
     assert mine[0]["state"] == "starting"
     assert all(a["end_ms"] == b["start_ms"] for a, b in itertools.pairwise(mine))

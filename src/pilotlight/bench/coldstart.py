@@ -129,7 +129,8 @@ def _measure_rungs(plan: Plan, report: Report) -> Figure:
         env = installation.client.endpoint(ours[Rung.LAUNCHABLE].endpoint_id)["env"]
         note("coldstart: a plain start that is not counted")
         _start_plain(bench, env, _Samples())
-        launcher = _wait_launcher(installation)
+        installation.wait_launcher()
+        (launcher,) = installation.launcher_pids()
         # Brings the first frozen worker, and the first fork after the launcher's imports.
         _ask(ours[Rung.FROZEN])
         thaws = 0
@@ -137,7 +138,7 @@ def _measure_rungs(plan: Plan, report: Report) -> Figure:
             note(f"coldstart: {number + 1}: {case}")
             # An engine that has just answered spins for a second in wait of more (vLLM's shared memory ring):
             # it would take a processor from whatever is measured next.
-            _wait_frozen(installation, ours[Rung.FROZEN].endpoint_id)
+            installation.wait_frozen(ours[Rung.FROZEN].endpoint_id)
             if case == PLAIN:
                 _start_plain(bench, env, samples[case])
                 continue
@@ -182,26 +183,6 @@ def _endpoint(installation: Installation, rung: Rung) -> _Ours:
     return _Ours(rung, installation, endpoint_id, installation.run_key(endpoint_id))
 
 
-def _wait_launcher(installation: Installation) -> int:
-    """The process id of the launcher, once it is ready."""
-    installation.wait(
-        "the launcher to have imported everything",
-        lambda: any(one["state"] == "ready" for one in installation.client.launchers()),
-        timeout_s=120,
-    )
-    (launcher,) = installation.client.launchers()
-    assert launcher["pid"] is not None
-    return launcher["pid"]
-
-
-def _wait_frozen(installation: Installation, endpoint_id: str) -> None:
-    installation.wait(
-        "the worker to be frozen",
-        lambda: installation.client.endpoint(endpoint_id)["workers"] == {"frozen": 1},
-        timeout_s=60,
-    )
-
-
 def _start_plain(bench: Bench, env: dict[str, str], samples: _Samples) -> None:
     engine = start_plain_engine(bench, env)
     try:
@@ -217,16 +198,16 @@ def _ask(ours: _Ours) -> float:
 
 def _start_ours(ours: _Ours, samples: _Samples) -> None:
     client = ours.installation.client
-    before = [worker["id"] for worker in client.workers(ours.endpoint_id)]
+    before = ours.installation.worker_ids(ours.endpoint_id)
     used = cost_of(worker_processes(before)).cpu_s if before else 0.0
     earlier = client.starts(ours.endpoint_id, limit=1)
     started, started_ms = time.monotonic(), time.time() * 1000
     answered = _ask(ours)
     took = answered - started
-    workers = [worker["id"] for worker in client.workers(ours.endpoint_id)]
+    workers = ours.installation.worker_ids(ours.endpoint_id)
     cost = cost_of(worker_processes(workers))
     samples.costs.append(Cost(cost.memory_mb, cost.cpu_s - used))
-    start = _start_after(ours, earlier)
+    start = ours.installation.start_after(ours.endpoint_id, earlier)
     if start["rung"] != ours.rung:
         raise BenchError(f"worker {start['worker_id']} came up from {start['rung']}, not {ours.rung}")
     samples.seconds.append(took)
@@ -234,20 +215,6 @@ def _start_ours(ours: _Ours, samples: _Samples) -> None:
         samples.stages.setdefault(stage, []).append(spent)
     if ours.rung is not Rung.FROZEN:
         ours.installation.wait_no_workers(ours.endpoint_id)
-
-
-def _start_after(ours: _Ours, earlier: Sequence[Start]) -> Start:
-    """The start that came after these, once it is on record."""
-
-    def latest() -> Start | None:
-        found = ours.installation.client.starts(ours.endpoint_id, limit=1)
-        begun = [start["stages"][0] for start in (*found, *earlier)]
-        return found[0] if found and begun[0] not in begun[1:] else None
-
-    ours.installation.wait("the start to be recorded", lambda: latest() is not None, timeout_s=10)
-    start = latest()
-    assert start is not None
-    return start
 
 
 def _report_rungs(samples: dict[str, _Samples], launcher: Cost, report: Report) -> Figure:

@@ -44,13 +44,9 @@ def measure_crowd(count: int, report: Report) -> None:
         for number, target in enumerate(targets):
             note(f"coldstart: frozen endpoint {number + 1} of {count}")
             _ask(installation, target)
-            installation.wait(
-                "the worker to be frozen",
-                lambda target=target: _frozen(installation, target),  # type: ignore[misc]
-                timeout_s=60,
-            )
-        workers = [worker for target in targets for worker in _workers(installation, target)]
-        launchers = _launchers(installation)
+            installation.wait_frozen(target.endpoint_id)
+        workers = [worker for target in targets for worker in installation.worker_ids(target.endpoint_id)]
+        launchers = installation.launcher_pids()
         frozen = cost_of([*worker_processes(workers), *launchers])
         launcher = cost_of(launchers)
     cache_mb = count * int(env.get("KV_CACHE_MEMORY_BYTES", "0")) / 1e6
@@ -85,11 +81,7 @@ def measure_burst(rounds: int, report: Report, *, reference: Figure) -> None:
         targets = [
             _deploy(installation, f"burst-{number}", flashboot=False) for number in range(BURST_ENDPOINTS)
         ]
-        installation.wait(
-            "the launcher to have imported everything",
-            lambda: any(one["state"] == "ready" for one in installation.client.launchers()),
-            timeout_s=120,
-        )
+        installation.wait_launcher()
         _launch_alone(installation, targets[0])
         for number in range(rounds):
             note(f"coldstart: burst {number + 1} of {rounds}")
@@ -113,11 +105,13 @@ def measure_burst(rounds: int, report: Report, *, reference: Figure) -> None:
 
 def _launch_alone(installation: Installation, target: _Target) -> float:
     """CPU seconds of one launch until its first token, of all that take part, with nothing else going on."""
-    standing = [installation.pid, *_launchers(installation)]
+    standing = [installation.pid, *installation.launcher_pids()]
     before_s = cost_of(standing).cpu_s
+    earlier = installation.client.starts(target.endpoint_id, limit=1)
     _ask(installation, target)
-    cpu_s = cost_of([*standing, *worker_processes(_workers(installation, target))]).cpu_s - before_s
-    (start,) = installation.client.starts(target.endpoint_id, limit=1)
+    worker = worker_processes(installation.worker_ids(target.endpoint_id))
+    cpu_s = cost_of([*standing, *worker]).cpu_s - before_s
+    start = installation.start_after(target.endpoint_id, earlier)
     assert start["rung"] == Rung.LAUNCHABLE, start
     installation.wait_no_workers(target.endpoint_id)
     return cpu_s
@@ -132,15 +126,3 @@ def _deploy(installation: Installation, name: str, *, flashboot: bool) -> _Targe
 
 def _ask(installation: Installation, target: _Target) -> float:
     return first_token(installation.port, f"/v2/{target.endpoint_id}/openai/v1/chat/completions", target.key)
-
-
-def _workers(installation: Installation, target: _Target) -> list[str]:
-    return [worker["id"] for worker in installation.client.workers(target.endpoint_id)]
-
-
-def _launchers(installation: Installation) -> list[int]:
-    return [one["pid"] for one in installation.client.launchers() if one["pid"] is not None]
-
-
-def _frozen(installation: Installation, target: _Target) -> bool:
-    return installation.client.endpoint(target.endpoint_id)["workers"] == {"frozen": 1}

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from pilotlight.bench.errors import BenchError
+from pilotlight.bench.processes import TICK_S, stat_fields
 from pilotlight.clusters.processes import find_processes
 from pilotlight.memory import proportional_bytes
-
-_TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +33,7 @@ def cost_of(pids: Iterable[int]) -> Cost:
         try:
             cpu += _cpu_s(pid)
             memory += proportional_bytes([pid]) / 1e6
-        except (FileNotFoundError, ProcessLookupError):
+        except BenchError:
             continue
     return Cost(memory, cpu)
 
@@ -59,6 +58,5 @@ def worker_processes(worker_ids: Sequence[str]) -> list[int]:
 
 
 def _cpu_s(pid: int) -> float:
-    # Behind the command name: fields 14 to 17 are user and system time, own and of reaped children.
-    fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-    return sum(map(int, fields[11:15])) * _TICK_S
+    # Fields 14 to 17: user and system time, its own and that of children that it has reaped.
+    return sum(map(int, stat_fields(pid)[11:15])) * TICK_S

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -15,6 +15,7 @@ from pilotlight.bench.errors import BenchError
 from pilotlight.bench.processes import Bench, environment
 from pilotlight.client.api import PilotlightClient
 from pilotlight.client.discovery import KEY_FILE
+from pilotlight.client.models import Start
 from pilotlight.settings import load_settings
 
 _UP = "from pilotlight.cli import main; main()"
@@ -89,6 +90,41 @@ class Installation:
             if time.monotonic() > deadline:
                 raise BenchError(f"waited {timeout_s:g} s in vain for: {what}")
             time.sleep(0.05)
+
+    def launcher_pids(self) -> list[int]:
+        """Processes of launchers, whatever they are doing."""
+        return [one["pid"] for one in self.client.launchers() if one["pid"] is not None]
+
+    def wait_launcher(self, *, timeout_s: float = 120) -> None:
+        """Return when a launcher has imported everything."""
+        self.wait(
+            "a launcher to have imported everything",
+            lambda: any(one["state"] == "ready" for one in self.client.launchers()),
+            timeout_s=timeout_s,
+        )
+
+    def worker_ids(self, endpoint_id: str) -> list[str]:
+        """Living workers of an endpoint."""
+        return [worker["id"] for worker in self.client.workers(endpoint_id)]
+
+    def wait_frozen(self, endpoint_id: str, *, timeout_s: float = 60) -> None:
+        """Return when the endpoint's one worker is frozen."""
+        self.wait(
+            f"the worker of endpoint {endpoint_id} to be frozen",
+            lambda: self.client.endpoint(endpoint_id)["workers"] == {"frozen": 1},
+            timeout_s=timeout_s,
+        )
+
+    def start_after(self, endpoint_id: str, earlier: Sequence[Start]) -> Start:
+        """The start that came after the latest of these, once it is on record."""
+        found: list[Start] = []
+
+        def newer() -> bool:
+            found[:] = self.client.starts(endpoint_id, limit=1)
+            return bool(found) and found[0]["stages"][0] not in [start["stages"][0] for start in earlier]
+
+        self.wait(f"a start of endpoint {endpoint_id} to be recorded", newer, timeout_s=10)
+        return found[0]
 
     def wait_no_workers(self, endpoint_id: str, *, timeout_s: float = 60) -> None:
         """Return when the endpoint is at zero and its last worker's processes are gone."""

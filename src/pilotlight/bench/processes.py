@@ -32,7 +32,7 @@ START_S = 30.0
 
 _POLL_S = 0.01
 _QUOTED_LINES = 15
-_TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 
 class Child:
@@ -235,7 +235,7 @@ def free_port() -> int:
 
 def cpu_s(pids: Sequence[int]) -> float:
     """CPU seconds that these processes have used, user and system, all threads, children not counted."""
-    return sum(sum(map(int, _stat(pid)[11:13])) for pid in pids) * _TICK_S
+    return sum(sum(map(int, stat_fields(pid)[11:13])) for pid in pids) * TICK_S
 
 
 def settled_cpu_s(pids: Sequence[int], *, quiet_s: float, timeout_s: float = 15.0) -> float:
@@ -245,7 +245,7 @@ def settled_cpu_s(pids: Sequence[int], *, quiet_s: float, timeout_s: float = 15.
     while True:
         time.sleep(quiet_s)
         now = cpu_s(pids)
-        if now - before <= 2 * _TICK_S or time.monotonic() > deadline:
+        if now - before <= 2 * TICK_S or time.monotonic() > deadline:
             return now
         before = now
 
@@ -264,7 +264,8 @@ def children_of(pid: int) -> list[int]:
     return [int(child) for child in text.split()]
 
 
-def _stat(pid: int) -> list[bytes]:
+def stat_fields(pid: int) -> list[bytes]:
+    """What /proc/PID/stat says from field 3 on; BenchError for a process that has ended."""
     try:
         content = Path(f"/proc/{pid}/stat").read_bytes()
     except OSError as error:

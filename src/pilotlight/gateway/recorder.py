@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable
 
 import structlog
 
 from pilotlight.domain.usage import Outcome, RequestRecord
 from pilotlight.errors import StoreError
+from pilotlight.loops.tasks import Endless
 from pilotlight.ports.store import RequestLog
 
 _log = structlog.get_logger()
@@ -38,7 +38,7 @@ class RequestRecorder:
         self.on_answer = on_answer
         self._pending: list[RequestRecord] = []
         self._dropped = 0
-        self._task: asyncio.Task[None] | None = None
+        self._loop = Endless(self._run, "request-recorder")
 
     def record(self, record: RequestRecord) -> None:
         """Take a row; never blocks."""
@@ -53,16 +53,11 @@ class RequestRecorder:
 
     def start(self) -> None:
         """Begin to write."""
-        if self._task is None:
-            self._task = asyncio.create_task(self._run(), name="request-recorder")
+        self._loop.start()
 
     async def stop(self) -> None:
         """Write what is left and end."""
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
-            self._task = None
+        await self._loop.stop()
         await self.flush()
 
     async def flush(self) -> None:

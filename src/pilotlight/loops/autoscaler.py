@@ -11,7 +11,6 @@ about to become. A request that begins to wait for a frozen worker does not wait
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -32,6 +31,7 @@ from pilotlight.domain.endpoint import Endpoint
 from pilotlight.domain.job import QueueDemand
 from pilotlight.domain.worker import Stage, Worker, WorkerState
 from pilotlight.errors import ClusterError, StoreError
+from pilotlight.loops.tasks import Endless
 from pilotlight.ports.clock import Clock
 from pilotlight.ports.fleet import Fleet
 from pilotlight.ports.store import JobStore
@@ -110,7 +110,7 @@ class Autoscaler:
         self._dirty: dict[str, None] = {}
         self._wake = asyncio.Event()
         self._timers: dict[str, asyncio.TimerHandle] = {}
-        self._task: asyncio.Task[None] | None = None
+        self._loop = Endless(self._run, "autoscaler")
         self._looking: str | None = None
         self._resting: dict[str, bool] = {}
 
@@ -132,7 +132,7 @@ class Autoscaler:
         What only data path and fleet know is enough for that. A look may have to wait for the store, and for
         the look at another endpoint.
         """
-        if self._task is not None:
+        if self._loop.running:
             self._moves.hurry(endpoint_id, self._thaw_for_held)
         self.wake(endpoint_id)
 
@@ -152,19 +152,14 @@ class Autoscaler:
 
     def start(self) -> None:
         """Begin."""
-        if self._task is None:
-            self._task = asyncio.create_task(self._run(), name="autoscaler")
+        self._loop.start()
 
     async def stop(self) -> None:
         """End; nothing is started, drained, thawed or frozen afterwards."""
         for timer in self._timers.values():
             timer.cancel()
         self._timers.clear()
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
-            self._task = None
+        await self._loop.stop()
         await self._moves.stop()
 
     async def _run(self) -> None:

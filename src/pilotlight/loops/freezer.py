@@ -14,6 +14,7 @@ from typing import Protocol
 import structlog
 
 from pilotlight.core.freezing import Evictions, FreezeSettings, FrozenView, HostMemory, decide_evictions
+from pilotlight.loops.tasks import Endless
 from pilotlight.ports.clock import Clock
 from pilotlight.settings import WorkerSettings
 
@@ -63,7 +64,7 @@ class Freezer:
             available_bytes_min=settings.memory_reserve_bytes,
         )
         self._wake = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self._loop = Endless(self._run, "freezer")
 
     def wake(self) -> None:
         """Look soon: one more worker is frozen."""
@@ -71,16 +72,11 @@ class Freezer:
 
     def start(self) -> None:
         """Begin; idempotent."""
-        if self._task is None:
-            self._task = asyncio.create_task(self._run(), name="freezer")
+        self._loop.start()
 
     async def stop(self) -> None:
         """End; idempotent."""
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
-            self._task = None
+        await self._loop.stop()
 
     async def look(self) -> Evictions:
         """Read, decide, end what has to go; the decision taken."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from typing import Protocol
+
+from pilotlight.loops.tasks import Endless
 
 _INTERVAL_S = 60.0
 
@@ -23,20 +24,15 @@ class Meter:
 
     def __init__(self, fleet: _Metered) -> None:
         self._fleet = fleet
-        self._task: asyncio.Task[None] | None = None
+        self._loop = Endless(self._run, "meter")
 
     def start(self) -> None:
         """Begin."""
-        if self._task is None:
-            self._task = asyncio.create_task(self._run(), name="meter")
+        self._loop.start()
 
     async def stop(self) -> None:
         """End."""
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
-            self._task = None
+        await self._loop.stop()
 
     async def _run(self) -> None:
         while True:

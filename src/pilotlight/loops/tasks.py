@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+import contextlib
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 import structlog
@@ -33,6 +34,38 @@ class Tasks:
     def pending(self) -> list[asyncio.Task[Any]]:
         """What is under way."""
         return list(self._tasks)
+
+
+class Endless:
+    """Work that goes on until it is told to end, such as a loop; at most one of it at a time.
+
+    Args:
+        work: Makes what goes on; asked at each start.
+        name: Of the task.
+    """
+
+    def __init__(self, work: Callable[[], Coroutine[object, object, None]], name: str) -> None:
+        self._work = work
+        self._name = name
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether it was begun and has not been stopped."""
+        return self._task is not None
+
+    def start(self) -> None:
+        """Begin; idempotent."""
+        if self._task is None:
+            self._task = asyncio.create_task(self._work(), name=self._name)
+
+    async def stop(self) -> None:
+        """Cancel it; returns when it has ended. Idempotent."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+            self._task = None
 
 
 async def _logged(work: Coroutine[object, object, _T], name: str) -> _T | None:

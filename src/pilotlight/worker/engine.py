@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
 from pilotlight.domain.worker import ProcessIdentity
-from pilotlight.processes import identify, let_go_on, stop_found
+from pilotlight.processes import identify, let_go_on, read_process, stop_found
 from pilotlight.system import death_signal_prefix
 from pilotlight.worker.errors import EngineGoneError
 
@@ -398,17 +398,15 @@ def find_processes(session: int | None, key: str, *, reaped: bool) -> dict[int, 
     for entry in os.scandir("/proc"):
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
-        try:
-            # After the command name, which may hold blanks and brackets: state, ppid, pgrp, session.
-            fields = Path(entry.path, "stat").read_bytes().rpartition(b")")[2].split()
-            if fields[0] in {b"Z", b"X"}:
-                continue
-            if int(fields[3]) == session and not recycled:
-                found[int(entry.name)] = False
-            elif mark in Path(entry.path, "environ").read_bytes().split(b"\0"):
-                found[int(entry.name)] = True
-        except OSError:
+        process = read_process(int(entry.name))
+        if process is None or process.state in {"Z", "X"}:
             continue
+        if process.session == session and not recycled:
+            found[process.pid] = False
+            continue
+        with contextlib.suppress(OSError):
+            if mark in Path(entry.path, "environ").read_bytes().split(b"\0"):
+                found[process.pid] = True
     return found
 
 

@@ -32,6 +32,7 @@ from typing import Final, TypeVar
 import msgspec
 
 from pilotlight.engines.launching import MESSAGE_BYTES_MAX, PROTOCOL, differences
+from pilotlight.processes import read_process
 from pilotlight.worker.engine import end_strays, find_processes
 
 HELLO_SECONDS: Final = 180.0
@@ -297,12 +298,8 @@ async def _until_nobody(log: int, key: str) -> None:
 
 def _is_forked(pid: int, launcher: int) -> bool:
     """Whether a process, which may have ended, is the launcher's child and leads a session."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-    except OSError:
-        return False
-    # After the command name, which may hold blanks and brackets: state, ppid, pgrp, session.
-    return (int(fields[1]), int(fields[3])) == (launcher, pid)
+    process = read_process(pid)
+    return process is not None and (process.parent, process.session) == (launcher, pid)
 
 
 class _Connection:
