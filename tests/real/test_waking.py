@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from collections.abc import Iterator
 
 import pytest
 from tests.conftest import LiveInstallation, live_installation
 
-from .waking import ANSWER, Sleeper, end, engine_of, launcher_of, processes_of, state_of, until
+from .waking import ANSWER, Sleeper, end, engine_of, held, launcher_of, processes_of, state_of, until
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
@@ -89,20 +87,10 @@ def test_a_worker_program_that_was_killed_takes_its_frozen_engine_along(sleeper)
 
 
 def test_an_engine_that_hangs_after_the_thaw_is_replaced(sleeper):
-    """A process of it that stays away: what computes is stopped anew whenever it runs."""
     worker_id = sleeper.worker_id()
-    computing = max(engine_of(worker_id))
-    stopper = os.fork()
-    if stopper == 0:
-        while state_of(computing) not in {"", "Z"}:
-            os.kill(computing, signal.SIGSTOP)
-        os._exit(0)
-    try:
+    with held(max(engine_of(worker_id))):
         assert sleeper.ask() == ANSWER
         assert sleeper.worker_id() != worker_id
-    finally:
-        os.kill(stopper, signal.SIGKILL)
-        os.waitpid(stopper, 0)
 
 
 def test_engines_outlive_their_launcher_and_starts_do_without_it(sleeper, place):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +123,37 @@ def end(pids: list[int]) -> None:
     """Kill processes that the test's own installation has started."""
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
+
+
+# Attaches to every thread, says so, and collects their ends, which the process's parent would else not learn of.
+_HOLDER = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+threads = {int(thread) for thread in os.listdir(f"/proc/{sys.argv[1]}/task")}
+for thread in threads:
+    if libc.ptrace(16, thread, None, None):  # PTRACE_ATTACH
+        sys.exit(os.strerror(ctypes.get_errno()))
+print("held", flush=True)
+while threads:
+    thread, status = os.waitpid(-1, 0x40000000)  # __WALL
+    if os.WIFEXITED(status) or os.WIFSIGNALED(status):
+        threads.remove(thread)
+"""
+
+
+@contextmanager
+def held(pid: int) -> Iterator[None]:
+    """The threads of a stopped process stay where they are whoever continues it, as under a debugger."""
+    with subprocess.Popen(
+        [sys.executable, "-c", _HOLDER, str(pid)], stdout=subprocess.PIPE, text=True
+    ) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "held\n"
+            yield
+        finally:
+            holder.kill()
 
 
 def launcher_of(installation: LiveInstallation) -> dict:
