@@ -59,6 +59,8 @@ bench: setup ## every benchmark, one JSON line per figure
 	@$(BIN)/pilotlight bench queue --json
 	@$(BIN)/pilotlight bench coldstart --json
 	@$(BIN)/pilotlight bench throughput --json
+	@$(BIN)/pilotlight bench routing --json
+	@$(BIN)/pilotlight bench fairness --json
 	@$(BIN)/pilotlight bench worker --json
 
 soak: setup setup-dev ## what takes long: soaks and whole crash campaigns

@@ -91,6 +91,7 @@ LOCKS = (
     BASE,
     Lock(REQUIREMENTS / "build.lock", REQUIREMENTS / "build.in", constraint=BASE.path),
     Lock(REQUIREMENTS / "dev.lock", ROOT / "pyproject.toml", group="dev", constraint=BASE.path),
+    Lock(REQUIREMENTS / "tracing.lock", REQUIREMENTS / "tracing.in", constraint=BASE.path),
     Lock(REQUIREMENTS / "worker.lock", REQUIREMENTS / "worker.in", constraint=BASE.path, linux=True),
     Lock(
         ENGINES / "engine-cpu.lock",
@@ -99,7 +100,7 @@ LOCKS = (
         linux=True,
     ),
     Lock(ENGINES / "engine-cuda.lock", ENGINES / "engine-cuda.in", linux=True),
-    Lock(PEERS / "peers.lock", PEERS / "peers.in", linux=True),
+    *(Lock(source.with_suffix(".lock"), source, linux=True) for source in sorted(PEERS.glob("*.in"))),
     *(
         Lock(source.with_suffix(".lock"), source)
         for source in sorted((REQUIREMENTS / "clients").glob("*.in"))

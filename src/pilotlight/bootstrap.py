@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 
 import structlog
 
+from pilotlight import roads
 from pilotlight.client.discovery import SERVER_FILE
 from pilotlight.clusters.container_engine import ContainerEngine
 from pilotlight.clusters.containers import ContainerCluster
@@ -30,27 +32,22 @@ from pilotlight.domain.worker import Address, DownloadProgress, Registration, St
 from pilotlight.engines.manifest import EngineManifest
 from pilotlight.engines.versions import load_version
 from pilotlight.first_start import FirstStart, ensure_keys, installation_secret, write_private
-from pilotlight.gateway.app import Gateway, OpenAIRoad
-from pilotlight.gateway.asgi import App
-from pilotlight.gateway.data_path import DataPath, StartFailedError
+from pilotlight.gateway.data_path import StartFailedError
 from pilotlight.gateway.directory import Directory
 from pilotlight.gateway.elsewhere import Elsewhere, FleetElsewhere, JobsElsewhere
-from pilotlight.gateway.jobs import JobService, job_routes
-from pilotlight.gateway.jobs.batch_routes import batch_routes
+from pilotlight.gateway.engine_metrics import engine_load
+from pilotlight.gateway.jobs import JobService
 from pilotlight.gateway.jobs.buckets import Buckets
-from pilotlight.gateway.jobs.http import JobRoad
-from pilotlight.gateway.jobs.openai import JobOpenAI
-from pilotlight.gateway.jobs.openapi import describe
+from pilotlight.gateway.key_limits import KeyLimits
 from pilotlight.gateway.listener import FleetListener
-from pilotlight.gateway.load_balancer import LoadBalancer
 from pilotlight.gateway.load_balancer.checks import check_health
-from pilotlight.gateway.openai_rates import LimitedOpenAI
+from pilotlight.gateway.observability import Observability
 from pilotlight.gateway.outlook import Outlook
 from pilotlight.gateway.recorder import RequestRecorder
+from pilotlight.gateway.router import FleetRouter
 from pilotlight.gateway.slots import SlotTable
 from pilotlight.gateway.upstream import UpstreamPool
 from pilotlight.gateway.worker_door import HttpDoor
-from pilotlight.gateway.worker_protocol import worker_routes
 from pilotlight.launchable import Launchable
 from pilotlight.loops.autoscaler import Autoscaler
 from pilotlight.loops.estimates import Estimates
@@ -62,12 +59,7 @@ from pilotlight.loops.meter import Meter
 from pilotlight.loops.reaper import Reaper
 from pilotlight.loops.webhooks import WebhookSender
 from pilotlight.management import (
-    EndpointService,
-    ImageChecker,
-    KeyService,
     RegistryLogins,
-    WebhookDesk,
-    management_app,
 )
 from pilotlight.net import GuardedHttp
 from pilotlight.net.s3 import S3Uploader
@@ -75,7 +67,7 @@ from pilotlight.ports.clock import Clock
 from pilotlight.ports.fleet import StageReport
 from pilotlight.ports.store import Store
 from pilotlight.sealing import InstallationSecret
-from pilotlight.serving import Server, bind, server_config
+from pilotlight.serving import Listening, Server, listen, server_config
 from pilotlight.settings import Settings
 from pilotlight.stores import open_store
 from pilotlight.system import SystemClock, calm_collector, share_interpreter
@@ -92,27 +84,38 @@ class Installation:
     Args:
         settings: Everything tunable.
         store: What is remembered.
-        local_url: Where workers on this machine reach us.
+        listening: Where workers on this machine and clients reach us.
         secret: Signs webhooks and seals credentials.
+        worker_descriptors: Soft limit on open files of workers; None means the gateway's own.
     """
 
-    def __init__(self, settings: Settings, store: Store, local_url: str, secret: InstallationSecret) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        listening: Listening,
+        secret: InstallationSecret,
+        worker_descriptors: int | None = None,
+    ) -> None:
         self.settings = settings
+        self._worker_descriptors = worker_descriptors
         self.store = store
-        self.local_url = local_url
-        self.url = (settings.server.public_url or local_url).rstrip("/")
+        self.local_url = listening.local_url
+        self.url = (settings.server.public_url or listening.url).rstrip("/")
         self.clock: Clock = SystemClock()
         self.directory = Directory(store)
         self.recorder = RequestRecorder(store)
         held = AdmissionLimits(requests=settings.limits.hold_requests, bytes=settings.limits.hold_bytes)
-        self.slots = SlotTable(self.clock, held)
+        self.key_limits = KeyLimits(self.clock)
+        self.router = FleetRouter(clock=self.clock, endpoint_of=self.directory.endpoint, draw=random.random)
+        self.slots = SlotTable(self.clock, held, router=self.router)
         self.pool = UpstreamPool(idle_s=settings.limits.upstream_idle_s)
         self.run_folder = RunFolder(settings.home)
         self.secret = secret
         self._bucket_http = GuardedHttp(allow_private=settings.uploads.allow_private)
         self.webhooks = self._sender()
         self.ports = PortBook(lambda worker_id: self.fleet.worker(worker_id) is not None)
-        self._listener = FleetListener(self.slots, self.pool, self.run_folder, self.ports)
+        self.listener = FleetListener(self.slots, self.pool, self.run_folder, self.ports)
         self.cluster = self._cluster()
         self.container_engine = ContainerEngine(
             settings.containers.url, timeout_s=settings.containers.call_timeout_s
@@ -121,28 +124,21 @@ class Installation:
         self.launchers = self._launchers()
         self.variables.launcher = self.launchers.socket
         self.fleet = self._fleet()
-        self.recorder.on_answer = self.fleet.answered
         self.roster = FleetElsewhere(self.fleet, store, leads=lambda: self.leadership.leading)
         self.estimates = self._estimates()
-        self.fleet.on_start = self.estimates.note
         estimates = self.estimates
         self.outlook = Outlook(
             fleet=self.roster, clock=self.clock, estimate=estimates.next_ms, rung=estimates.next_rung
         )
         self.autoscaler = self._autoscaler()
         self.jobs = self._jobs()
-        self._listener.jobs = self.jobs
         self.checker = self._health_checker()
-        self._listener.checker = self.checker
+        self.engine_load = engine_load(self.slots, self.directory.endpoint, self.clock)
         self.reaper = Reaper(self.jobs, store, self.clock, settings, prune_logs=self.cluster.logs.prune)
         self.meter = Meter(self.fleet)
         self.freezer = Freezer(self.fleet, read_memory, self.clock, settings.workers)
-        self.fleet.on_frozen = self.freezer.wake
-        self.slots.on_demand = self.autoscaler.note_held
-        self.slots.on_idle = self._idle
-        self.slots.on_free = self.jobs.slots_freed
-        self.fleet.on_change = self.autoscaler.wake
-        self.balancer = self._load_balancer()
+        self._connect()
+        self.balancer = roads.load_balancer(self)
         self.leadership = Leadership(
             lead=store.lead, begin=self._begin_to_lead, cut=self.jobs.ledger.suspend, end=self._end_to_lead
         )
@@ -155,13 +151,23 @@ class Installation:
             fleet=self.roster,
             webhook_due=self.webhooks.wake,
         )
-        self.app = Gateway(
-            openai=self._openai(),
-            jobs=self._job_road(),
-            management=self._management(),
-            balancer=self.balancer,
-            leads=lambda: self.leadership.leading,
-        )
+        self.observability = Observability(self)
+        self.app = roads.gateway(self)
+
+    def _connect(self) -> None:
+        """Let those hear of each other that could not be given each other when they were made."""
+        self.router.on_suspend = self.slots.suspend_worker
+        self.router.on_resume = self.slots.resume_worker
+        self.router.on_ready = self.slots.serve_held
+        self.listener.jobs = self.jobs
+        self.listener.checker = self.checker
+        self.recorder.on_answer = self.fleet.answered
+        self.fleet.on_start = self.estimates.note
+        self.fleet.on_frozen = self.freezer.wake
+        self.fleet.on_change = self.autoscaler.wake
+        self.slots.on_demand = self.autoscaler.note_held
+        self.slots.on_idle = self._idle
+        self.slots.on_free = self.jobs.slots_freed
 
     async def start(self) -> FirstStart | None:
         """Recover from an earlier life and begin to work; what a first start must tell, else None."""
@@ -173,6 +179,7 @@ class Installation:
         first = await ensure_keys(self.store, self.settings.home, self.clock)
         await self.directory.refresh()
         self.recorder.start()
+        self.engine_load.start()
         for endpoint in self.directory.endpoints():
             self.endpoint_changed(endpoint.id)
         self.store.listen(self.elsewhere)
@@ -204,6 +211,7 @@ class Installation:
         Nothing is handed out any more since the lead was lost. Workers go first: what they still do is done
         a second time elsewhere, and the loops need the store, which may be away.
         """
+        self.directory.touch()
         await _attempt("autoscaler", self.autoscaler.stop())
         await _attempt("freezer", self.freezer.stop())
         await _attempt("workers", self.fleet.dismiss(reason="the gateway lost the lead"))
@@ -221,6 +229,7 @@ class Installation:
         No step is left out because another failed.
         """
         self.app.closing = True
+        self.directory.touch()
         await _attempt("leadership", self.leadership.stop())
         await _attempt("autoscaler", self.autoscaler.stop())
         await _attempt("freezer", self.freezer.stop())
@@ -233,6 +242,7 @@ class Installation:
         await _attempt("launchers", self.launchers.stop())
         await _attempt("jobs", self.jobs.close())
         await _attempt("health checks", self.checker.stop())
+        await _attempt("engine load", self.engine_load.stop())
         await _attempt("reaper", self.reaper.stop())
         await _attempt("meter", self.meter.stop())
         await _attempt("webhooks", self.webhooks.stop())
@@ -298,35 +308,14 @@ class Installation:
         uploader = S3Uploader(http=self._bucket_http, clock=self.clock, timeout_s=timeout_s)
         return Buckets(self.secret, uploader, self.store)
 
-    def _data_path(self) -> DataPath:
-        return DataPath(
-            directory=self.directory,
-            slots=self.slots,
-            pool=self.pool,
-            fleet=self.fleet,
-            outlook=self.outlook,
-            clock=self.clock,
-            limits=self.settings.limits,
-            entropy=os.urandom,
-            record=self.recorder.record,
-        )
-
-    def _openai(self) -> Callable[[str], OpenAIRoad]:
-        data_path = self._data_path()
-        job_openai = JobOpenAI(self.jobs, self.directory, self.settings.limits, self.outlook)
-
-        def serving(endpoint_id: str) -> OpenAIRoad:
-            endpoint = self.directory.endpoint(endpoint_id)
-            if endpoint is not None and endpoint.kind is not EndpointKind.VLLM:
-                return job_openai
-            # A fixed engine is reached from everywhere, other engines only from where the workers are.
-            fixed = endpoint is None or endpoint.revision.engine_url is not None
-            return data_path if fixed or self.leadership.leading else job_openai
-
-        rates = self.jobs.rates
-        if rates is None:
-            return serving
-        return lambda endpoint_id: LimitedOpenAI(serving(endpoint_id), rates, self.directory)
+    def serves_directly(self, endpoint_id: str) -> bool:
+        """Whether the engines of an endpoint are reached from here; also asked of unknown ones."""
+        endpoint = self.directory.endpoint(endpoint_id)
+        if endpoint is not None and endpoint.kind is not EndpointKind.VLLM:
+            return False
+        # A fixed engine is reached from everywhere, other engines only from where the workers are.
+        fixed = endpoint is None or endpoint.revision.engine_url is not None
+        return fixed or self.leadership.leading
 
     def _cluster(self) -> LocalCluster:
         return LocalCluster(
@@ -335,6 +324,7 @@ class Installation:
             base_env=os.environ,
             host_has_gpus=bool(read_host().gpus),
             close_grace_s=self.settings.server.shutdown_s / 2,
+            descriptors=self._worker_descriptors,
         )
 
     def _containers(self) -> ContainerCluster:
@@ -358,7 +348,7 @@ class Installation:
             store=self.store,
             cluster=Places(self.cluster, self._containers()),
             door=HttpDoor(),
-            listener=self._listener,
+            listener=self.listener,
             clock=self.clock,
             settings=self.settings.workers,
             entropy=os.urandom,
@@ -414,74 +404,10 @@ class Installation:
         return HealthChecker(
             check=partial(check_health, timeout_s=self.settings.load_balancer.check_timeout_s),
             address=lambda worker_id: Address(url=self.ports.url(worker_id)),
-            busy=lambda worker_id: self._listener.occupied(worker_id) > 0,
+            busy=lambda worker_id: self.listener.occupied(worker_id) > 0,
             fleet=self.fleet,
             clock=self.clock,
             settings=self.settings.load_balancer,
-        )
-
-    def _load_balancer(self) -> LoadBalancer:
-        balancer = LoadBalancer(
-            directory=self.directory,
-            slots=self.slots,
-            fleet=self.fleet,
-            outlook=self.outlook,
-            clock=self.clock,
-            settings=self.settings.load_balancer,
-            entropy=os.urandom,
-            record=self.recorder.record,
-            start_failed=StartFailedError,
-        )
-        self._listener.balanced = balancer.pool
-        return balancer
-
-    def _job_road(self) -> JobRoad:
-        limits = self.settings.limits
-        clients = job_routes(self.jobs, self.directory, slots=self.slots, fleet=self.roster, limits=limits)
-        workers = worker_routes(self.jobs, self.fleet, limits=limits)
-        batches = batch_routes(self.jobs.batches, self.directory, limits=limits, rates=self.jobs.rates)
-        return JobRoad([*clients, *workers, *batches], body_s=limits.body_s)
-
-    def _management(self) -> App:
-        service = EndpointService(
-            store=self.store,
-            directory=self.directory,
-            fleet=self.roster,
-            settings=self.settings,
-            clock=self.clock,
-            entropy=os.urandom,
-            wake=self.endpoint_changed,
-            manifest_loader=self._manifest,
-            host_reader=read_host,
-            on_deleted=self.endpoint_deleted,
-            base_url=lambda: self.url,
-            images=ImageChecker(
-                engine=self.container_engine,
-                logins=RegistryLogins(self.secret),
-                read_host=read_host,
-                reserve_bytes=self.settings.workers.memory_reserve_bytes,
-                volume_roots=self.settings.volume_roots,
-                leads=lambda: self.leadership.leading,
-            ),
-            estimates=self.estimates,
-        )
-        return management_app(
-            service=service,
-            keys=KeyService(store=self.store, directory=self.directory, clock=self.clock, entropy=os.urandom),
-            key_reader=self.directory,
-            records=self.store,
-            slots=self.slots,
-            logs=self.cluster.logs,
-            clock=self.clock,
-            home=str(self.settings.home),
-            describe=describe,
-            webhooks=WebhookDesk(
-                store=self.store,
-                clock=self.clock,
-                secret=self.secret.webhook_secret,
-                wake=self.webhooks.wake,
-            ),
-            launchers=self.launchers.infos,
         )
 
     def _jobs(self) -> JobService:
@@ -501,7 +427,8 @@ class Installation:
             start_s=self.outlook.start_s,
         )
 
-    def _manifest(self, version: str | None) -> EngineManifest:
+    def manifest(self, version: str | None) -> EngineManifest:
+        """The manifest of an engine version; of the default one for None."""
         return load_version(self.settings.engine_home, self.settings.engine.homes, version)
 
     async def _last_line(self, worker_id: str) -> str:
@@ -544,42 +471,43 @@ def _fixed_engine(endpoint_id: str) -> str:
 
 @contextlib.asynccontextmanager
 async def open_installation(
-    settings: Settings, *, announce: Callable[[Installation, FirstStart | None], None] = lambda *_: None
+    settings: Settings,
+    *,
+    announce: Callable[[Installation, FirstStart | None], None] = lambda *_: None,
+    worker_descriptors: int | None = None,
 ) -> AsyncIterator[Installation]:
     """A running installation: serving, scaling, recording; ended completely when the block ends.
 
     Args:
         settings: Everything tunable.
         announce: Called once requests are answered, with what a first start must tell.
+        worker_descriptors: Soft limit on open files of workers; None means this process's own.
 
     Raises:
-        SettingsError: The port is in use, or the installation's secret cannot be used.
+        SettingsError: The port is in use, or the installation's secret or certificate cannot be used.
         DataFolderError: The data folder is in use or not writable.
         StoreError: The database that is set cannot be used.
     """
     store = await open_store(settings.home, url=settings.store.url, synchronous=settings.store.synchronous)
     try:
         secret = installation_secret(settings)
-        listener = bind(settings)
+        listening = listen(settings)
     except BaseException:
         await store.close()
         raise
-    host, port = listener.getsockname()[:2]
-    reached_at = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104 - compared, not bound
-    local_url = f"http://{reached_at}:{port}"
-    installation = Installation(settings, store, local_url, secret)
-    server = Server(server_config(installation.app))
+    installation = Installation(settings, store, listening, secret, worker_descriptors)
+    server = Server(server_config(installation.app), listening.secured)
     serving: asyncio.Task[None] | None = None
     server_file = settings.home / SERVER_FILE
     try:
         first = await installation.start()
-        serving = asyncio.create_task(server.serve(sockets=[listener]), name="server")
+        serving = asyncio.create_task(server.serve(sockets=[listening.plain]), name="server")
         answering = asyncio.create_task(server.answering.wait(), name="server-answering")
         await asyncio.wait({serving, answering}, return_when=asyncio.FIRST_COMPLETED)
         answering.cancel()
         if serving.done():
             serving.result()
-        write_private(server_file, json.dumps({"url": local_url, "pid": os.getpid()}))
+        write_private(server_file, json.dumps({"url": listening.local_url, "pid": os.getpid()}))
         calm_collector()
         share_interpreter()
         announce(installation, first)
@@ -589,6 +517,6 @@ async def open_installation(
         server.should_exit = True
         if serving is not None:
             await serving
-        listener.close()
+        listening.close()
         await installation.close()
         server_file.unlink(missing_ok=True)

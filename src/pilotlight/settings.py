@@ -50,9 +50,14 @@ class ServerSettings(_Section):
     """Where the gateway listens."""
 
     host: str = "127.0.0.1"
-    """Interface; anything but loopback is a deliberate choice, since traffic is not encrypted."""
+    """Interface; anything but loopback is a deliberate choice: without `tls_cert`, nothing is encrypted."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8400
     """TCP port; 0 takes a free one (printed at start)."""
+    tls_cert: Path | None = None
+    """PEM file with the certificate for TLS, followed by those that it is vouched for by; `tls_key` goes with
+    it. None means plain HTTP (docs/guides/operations.md)."""
+    tls_key: Path | None = None
+    """PEM file with its private key, without a passphrase."""
     public_url: str | None = None
     """Base URL under which clients reach us, for URLs in answers; None derives it from host and port."""
     secret_key_file: Path | None = None
@@ -60,6 +65,13 @@ class ServerSettings(_Section):
     None means `secret.key` in the data folder. Gateways that share a store must share this file's content."""
     shutdown_s: Positive = 8
     """Seconds given to requests and workers when the gateway is told to stop, before everything is killed."""
+
+    @model_validator(mode="after")
+    def _certificate_with_key(self) -> ServerSettings:
+        if (self.tls_cert is None) is not (self.tls_key is None):
+            given, missing = ("tls_cert", "tls_key") if self.tls_key is None else ("tls_key", "tls_cert")
+            raise ValueError(f"{given} is set without {missing}: set both for TLS, or none")
+        return self
 
 
 class LimitSettings(_Section):
@@ -100,6 +112,8 @@ class LimitSettings(_Section):
     """Requests of batches queued per endpoint."""
     batch_body_bytes: Positive = 10 * 1024 * 1024
     """Largest body that adds requests to a batch."""
+    continuation_bytes: Positive = 1024 * 1024
+    """Bytes kept of a stream in case its worker dies; one that was longer ends with an error event then."""
     profile: Annotated[str, Field(pattern="^(none|runpod)$")] = "none"
     """Rate limits: none, or those of RunPod (serverless-api.md §2.2, §2.14), with its limit on queues."""
     upstream_idle_s: Positive = 60
@@ -309,6 +323,32 @@ class LogSettings(_Section):
     """One JSON object per line instead of text for people."""
 
 
+class MetricsSettings(_Section):
+    """What Prometheus reads at `/metrics` (docs/guides/observability.md)."""
+
+    open: bool = False
+    """Answer everybody; else `/metrics` asks for an admin key."""
+
+
+class AccessLogSettings(_Section):
+    """One line of JSON for each request (docs/guides/observability.md)."""
+
+    target: Literal["file", "stderr", "off"] = "file"
+    """Where lines go: `logs/access.log` in the data folder, stderr with the gateway's own log, or nowhere."""
+    file_bytes: Annotated[int, Field(ge=1024 * 1024)] = 10 * 1024 * 1024
+    """Size at which the file is rotated."""
+    older_files: Annotated[int, Field(ge=1, le=1000)] = 4
+    """Files kept that were rotated out; the oldest goes first."""
+
+
+class TracingSettings(_Section):
+    """Traces by OpenTelemetry (docs/guides/observability.md)."""
+
+    enabled: bool = False
+    """Send a span for each request. Needs the extra `tracing`; where spans go, how many, and under which name
+    say OpenTelemetry's own variables, such as OTEL_EXPORTER_OTLP_ENDPOINT and OTEL_TRACES_SAMPLER."""
+
+
 def default_home() -> Path:
     """The data folder: PILOTLIGHT_HOME, else the user's data folder of the platform."""
     value = os.environ.get(HOME_VARIABLE)
@@ -340,6 +380,9 @@ class Settings(BaseSettings):
     containers: ContainerSettings = ContainerSettings()
     store: StoreSettings = StoreSettings()
     log: LogSettings = LogSettings()
+    metrics: MetricsSettings = MetricsSettings()
+    access_log: AccessLogSettings = AccessLogSettings()
+    tracing: TracingSettings = TracingSettings()
 
     @classmethod
     def settings_customise_sources(

@@ -10,9 +10,10 @@ from pilotlight.bench.coldstart import Plan, arrival_to_spawn_ms, interleaved, p
 from pilotlight.bench.costs import cost_of, session_of
 from pilotlight.bench.engine import _has_text
 from pilotlight.bench.errors import BenchError
-from pilotlight.bench.gateway import parse_wrk
-from pilotlight.bench.processes import cpu_s, rss_mb
+from pilotlight.bench.processes import cpu_s, rss_mb, watched_rss_mb
+from pilotlight.bench.routing import parse_prefix_counters
 from pilotlight.bench.throughput import mean_ratio
+from pilotlight.bench.tools import parse_wrk
 
 WRK = """Running 5s test @ http://127.0.0.1:9105/v1/chat/completions
   1 threads and 32 connections
@@ -58,6 +59,36 @@ def test_cpu_time_of_a_dead_process_is_an_error():
     child.wait()
     with pytest.raises(BenchError, match=str(child.pid)):
         cpu_s([child.pid])
+
+
+def test_memory_is_watched_while_something_runs():
+    with watched_rss_mb([os.getpid()], every_s=0.001) as samples:
+        while len(samples) < 3:
+            pass
+        block = bytearray(b"x" * 50_000_000)
+        seen = len(samples)
+        while len(samples) < seen + 2:
+            pass
+    assert max(samples) - samples[0] > 40
+    del block
+
+
+METRICS = b"""# HELP vllm:prefix_cache_queries_total Prefix cache queries, in terms of number of queried tokens.
+# TYPE vllm:prefix_cache_queries_total counter
+vllm:prefix_cache_queries_total{engine="0",model_name="pilotlight/ember"} 16384.0
+vllm:prefix_cache_queries_created{engine="0",model_name="pilotlight/ember"} 1.79e+09
+vllm:prefix_cache_hits_total{engine="0",model_name="pilotlight/ember"} 1.2288e+04
+vllm:external_prefix_cache_hits_total{engine="0",model_name="pilotlight/ember"} 7.0
+"""
+
+
+def test_prefix_counters_of_vllm():
+    assert parse_prefix_counters(METRICS) == (16384, 12288)
+
+
+def test_metrics_without_prefix_counters_are_an_error():
+    with pytest.raises(BenchError, match="no prefix_cache_queries_total"):
+        parse_prefix_counters(b"vllm:num_requests_running 0.0\n")
 
 
 def start(*stages: tuple[str, int], outcome: str = "ready"):

@@ -14,7 +14,7 @@ from pilotlight.bench.harness.job_clients import PAYLOAD_BYTES, payload
 from pilotlight.bench.harness.lean import lean_connect, lean_request, target_of
 from pilotlight.bench.queue import UNITS, fsync_ms, run
 from pilotlight.bench.queue_load import Load
-from pilotlight.bench.queue_peers import PEERS, Celery, cache_folder, postgresql_program, start_peers
+from pilotlight.bench.queue_peers import PEERS, Celery, postgresql_program, start_peers
 from pilotlight.cli.root import UsageError
 
 COMMAND = [sys.executable, "-c", "from pilotlight.cli import main; main()", "bench", "queue"]
@@ -94,7 +94,6 @@ def test_an_unknown_peer_is_refused_by_name():
 def test_without_peers_nothing_is_installed_or_started(monkeypatch, tmp_path):
     monkeypatch.setenv("PILOTLIGHT_CACHE", str(tmp_path))
     assert start_peers(None, ()) == []
-    assert cache_folder() == tmp_path
     assert list(tmp_path.iterdir()) == []
 
 

@@ -274,10 +274,20 @@ def keys_route(handler: Handler, request: Recorded) -> None:
         "scope": request.body.get("scope", "run"),
         "endpoints": request.body["endpoints"],
         "heartbeat_s": request.body.get("heartbeat_s"),
+        "priority": request.body.get("priority", "normal"),
+        "requests_per_minute": request.body.get("requests_per_minute"),
+        "tokens_per_minute": request.body.get("tokens_per_minute"),
+        "concurrent_max": request.body.get("concurrent_max"),
         "created_at": "2026-06-01T12:00:00Z",
     }
     gateway.keys.append(key)
     handler.answer({**key, "key": "rpa_new0secret"}, 201)
+
+
+def update_key(handler: Handler, request: Recorded, key_id: str) -> None:
+    (key,) = (key for key in handler.gateway.keys if key["id"] == key_id)
+    key |= request.body
+    handler.answer(key)
 
 
 def delete_key(handler: Handler, _request: Recorded, key_id: str) -> None:
@@ -417,6 +427,7 @@ ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("GET", f"{ENDPOINT}/starts", list_starts),
     ("GET", "/pilotlight/v1/keys", keys_route),
     ("POST", "/pilotlight/v1/keys", keys_route),
+    ("PATCH", "/pilotlight/v1/keys/([^/]+)", update_key),
     ("DELETE", "/pilotlight/v1/keys/([^/]+)", delete_key),
     ("GET", f"{ENDPOINT}/webhook-secret", webhook_secret),
     ("GET", "/pilotlight/v1/webhooks/dead", dead_webhooks),

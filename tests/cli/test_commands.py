@@ -48,6 +48,7 @@ def test_deploy_sends_every_default_explicitly(cli, gateway):
         "idle_timeout_s": 60,
         "concurrency": 30,
         "flashboot": True,
+        "routing": "auto",
         "scaler": "QUEUE_DELAY",
         "scaler_value": 4,
         "execution_timeout_ms": 600_000,
@@ -57,9 +58,7 @@ def test_deploy_sends_every_default_explicitly(cli, gateway):
 
 def test_deploy_sends_what_the_user_named(cli, gateway, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    options = (
-        "--name q --min 1 --max 2 --idle-timeout 5 --concurrency 8 --no-flashboot --scaler request_count"
-    )
+    options = "--name q --min 1 --max 2 --idle-timeout 5 --concurrency 8 --no-flashboot --routing prefix --scaler request_count"
     options += " --scaler-value 3 --execution-timeout 60 --gpu-count 2 --env MAX_MODEL_LEN=4096 --env A=b=c --env HF_TOKEN"
     result = cli("deploy", "org/model", *options.split())
     assert result.exit_code == 0, result.stderr
@@ -72,6 +71,7 @@ def test_deploy_sends_what_the_user_named(cli, gateway, monkeypatch):
         "idle_timeout_s": 5,
         "concurrency": 8,
         "flashboot": False,
+        "routing": "prefix",
         "scaler": "REQUEST_COUNT",
         "scaler_value": 3.0,
         "execution_timeout_ms": 60_000,
@@ -280,6 +280,26 @@ def test_keys_create_asks_for_heartbeats(cli, gateway):
     assert " 2 s " in chat
 
 
+def test_keys_have_priorities_and_limits_that_can_be_changed(cli, gateway):
+    cli("keys", "create", "free")
+    limits = ("--requests-per-minute", "60", "--tokens-per-minute", "900")
+    cli("keys", "create", "batch", "--priority", "low", *limits)
+    created = [sent.body.get("priority") for sent in gateway.sent("POST", "/pilotlight/v1/keys")]
+    assert created == [None, "low"]
+    free, batch = (line for line in cli("keys", "ls").stdout.splitlines() if "key" in line)
+    assert " normal " in free
+    assert " none " in free
+    assert " low " in batch
+    assert "60 requests/min" in batch
+    changes = ("--priority", "high", "--tokens-per-minute", "0", "--concurrent-max", "2")
+    changed = cli("keys", "update", "batch", *changes, "--json")
+    (sent,) = gateway.sent("PATCH", "/pilotlight/v1/keys/key1")
+    assert sent.body == {"priority": "high", "tokens_per_minute": None, "concurrent_max": 2}
+    assert json.loads(changed.stdout)["requests_per_minute"] == 60
+    assert cli("keys", "update", "batch").exit_code == 2
+    assert cli("keys", "update", "nobody", "--priority", "low").exit_code == 1
+
+
 def test_keys_ls_shows_no_secret_and_rm_revokes_by_name(cli, gateway):
     cli("keys", "create", "ops")
     assert "rpa_" not in cli("keys", "ls").output
@@ -459,7 +479,7 @@ def test_doctor_reports_every_check_as_json(cli, tmp_path):
     report = json.loads(result.stdout)
     checks = {check["name"]: check for check in report["checks"]}
     named = {"settings", "data folder", "gateway", "engine", "launchers", "GPUs", "memory", "disk"}
-    assert set(checks) == named
+    assert set(checks) == named | {"open files"}
     assert checks["gateway"]["status"] == "ok"
     assert checks["data folder"]["status"] == "ok"
     assert report["ok"] == (result.exit_code == 0)

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -266,6 +267,16 @@ async def test_devices_are_shown_and_hidden_by_cuda_visible_devices(
     await cluster.close()
     assert env.get("CUDA_VISIBLE_DEVICES") == visible
     assert env.get("CUDA_DEVICE_ORDER") == (None if visible is None else "PCI_BUS_ID")
+
+
+async def test_workers_get_their_own_limit_on_open_files(tmp_path, workers):
+    """The gateway raises its own, which programs that use select() must not inherit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    workers.cluster = cluster = LocalCluster(tmp_path / "own", log_bytes=1000, base_env={}, descriptors=200)
+    _, [main] = await workers.start_ready("print=x")
+    assert resource.prlimit(main.pid, resource.RLIMIT_NOFILE) == (200, hard)
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == (soft, hard)
+    await cluster.close()
 
 
 GATEWAY = """

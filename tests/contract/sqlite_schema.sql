@@ -47,7 +47,7 @@ CREATE TABLE api_keys (
     endpoint_ids TEXT NOT NULL,
     hash TEXT NOT NULL UNIQUE,
     created_ms INTEGER NOT NULL
-, heartbeat_s REAL) STRICT;
+, heartbeat_s REAL, priority TEXT NOT NULL DEFAULT 'normal', requests_per_minute INTEGER, tokens_per_minute INTEGER, concurrent_max INTEGER) STRICT;
 
 CREATE TABLE batch_drafts (
     seq INTEGER PRIMARY KEY,
@@ -89,7 +89,7 @@ CREATE TABLE endpoints (
     flashboot INTEGER NOT NULL,
     created_ms INTEGER NOT NULL,
     updated_ms INTEGER NOT NULL,
-    deleted_ms INTEGER, kind TEXT NOT NULL DEFAULT 'vllm',
+    deleted_ms INTEGER, kind TEXT NOT NULL DEFAULT 'vllm', routing TEXT NOT NULL DEFAULT 'auto',
     FOREIGN KEY (id, version) REFERENCES revisions (endpoint_id, version) DEFERRABLE INITIALLY DEFERRED
 ) STRICT;
 

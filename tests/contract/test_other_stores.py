@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import msgspec
 import pytest
 
-from pilotlight.domain.endpoint import Container, Endpoint, ScalerType, Volume
-from pilotlight.domain.key import ApiKey, Scope
+from pilotlight.domain.endpoint import Container, Endpoint, Routing, ScalerType, Volume
+from pilotlight.domain.key import ApiKey, Priority, Scope
 from pilotlight.domain.usage import Outcome, RequestRecord, Road, StartRecord, UsageInterval
 from pilotlight.domain.worker import Failure, ProcessIdentity, Stage, Worker, WorkerState
 from pilotlight.errors import ConflictError, NotFoundError
@@ -25,7 +26,7 @@ def revised(endpoint: Endpoint, version: int, **changes: object) -> Endpoint:
 class TestEndpoints:
     async def test_endpoints_read_back_oldest_first(self, store: Store, new_endpoint: NewEndpoint) -> None:
         late = new_endpoint("late", created_ms=2, scaler=ScalerType.REQUEST_COUNT, scaler_value=3.5)
-        early = new_endpoint("early", created_ms=1, flashboot=False, workers_max=0)
+        early = new_endpoint("early", created_ms=1, flashboot=False, workers_max=0, routing=Routing.SESSION)
         also_late = new_endpoint("also-late", created_ms=2)
         for endpoint in (late, early, also_late):
             await store.add_endpoint(endpoint)
@@ -106,7 +107,8 @@ class TestKeys:
         admin = ApiKey(id="k2", name="admin", scope=Scope.ADMIN, hash="h2", created_ms=2)
         run = ApiKey(
             id="k1", name="", scope=Scope.RUN, endpoint_ids=frozenset({"a", "b"}), hash="h1", created_ms=1,
-            heartbeat_s=2.5,
+            heartbeat_s=2.5, priority=Priority.HIGH, requests_per_minute=60, tokens_per_minute=10**12,
+            concurrent_max=3,
         )  # fmt: skip
         await store.add_key(admin)
         await store.add_key(run)
@@ -119,6 +121,29 @@ class TestKeys:
             with pytest.raises(ConflictError):
                 await store.add_key(clash)
         assert list(await store.keys()) == [key]
+
+    async def test_what_may_change_of_a_key(self, store: Store) -> None:
+        key = ApiKey(
+            id="k", name="old", scope=Scope.RUN, endpoint_ids=frozenset({"a"}), hash="h", created_ms=3
+        )
+        await store.add_key(key)
+        terms: dict[str, Any] = {
+            "name": "new",
+            "heartbeat_s": 2.0,
+            "priority": Priority.LOW,
+            "requests_per_minute": 1,
+            "tokens_per_minute": 2,
+            "concurrent_max": 3,
+        }
+        changed = replace(key, **terms)
+        await store.update_key(
+            replace(changed, scope=Scope.ADMIN, endpoint_ids=frozenset(), hash="x", created_ms=9)
+        )
+        assert list(await store.keys()) == [changed]
+        await store.update_key(key)
+        assert list(await store.keys()) == [key]
+        with pytest.raises(NotFoundError, match="nobody"):
+            await store.update_key(replace(key, id="nobody"))
 
     async def test_a_deleted_key_is_forgotten(self, store: Store) -> None:
         key = ApiKey(id="k", name="", scope=Scope.ADMIN, hash="h")

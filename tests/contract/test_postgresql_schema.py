@@ -33,6 +33,10 @@ RELEASED = {
     "versions/0003_containers.py": "3ee52d465068d841c7cf0f42c04bf02d5fe2eaf8095e017251af47f78e9a9e04",
     "0004_starts.sql": "323462f503fabab4b53e16c9bcc59c764996afd7f1790d970cd1a16e339ca233",
     "versions/0004_starts.py": "bd6a050e10be8aeac898cb92bcc5a04a5036d6200776de6fe1a70960fdaf88cb",
+    "0005_key_limits.sql": "1ec5fcdaffd93942a81a7058572de4c5d2755ea1fadd2c7aeae464d7e85f02a9",
+    "versions/0005_key_limits.py": "20eb2d6e8a250ee49cef65dbf1d6f2c9d7337aa07f0f894b7f0aae4e57893a84",
+    "0006_routing.sql": "27337d6920ed75bfb784d6562f426975adc1a941281d7ce5451ce5ace4414550",
+    "versions/0006_routing.py": "24759b698b0e10c81eb7a724f199e9340a1cdee043aae2dc569cf0aace72ef0f",
 }
 """SHA-256 of every migration that users may have run. Add to it, never change it: a database that has
 run a migration will not run it again."""

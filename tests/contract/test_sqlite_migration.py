@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from pilotlight.core.lifecycle import PlatformInterrupted, ResultPosted
-from pilotlight.domain.endpoint import EndpointKind
+from pilotlight.domain.endpoint import EndpointKind, Routing
 from pilotlight.domain.job import JobCounts, JobStatus, QueueDemand
+from pilotlight.domain.key import Priority
 from pilotlight.stores import SqliteStore, open_sqlite_store
 from pilotlight.stores.folder import DATABASE_FILE
 from pilotlight.stores.sqlite import migrations
@@ -125,12 +126,14 @@ async def test_everything_of_the_first_release_is_there(first_release: Path) -> 
     )
     [endpoint] = await store.endpoints()
     assert (endpoint.kind, endpoint.revision.command) == (EndpointKind.VLLM, ())
+    assert endpoint.routing is Routing.AUTO
     ready, gone, failed = await store.starts()
     assert (ready.worker_id, ready.rung, ready.stages) == ("w1", "plain", (("decision", 5),))
     assert [start.failure for start in (ready, gone)] == [None, None]
     assert failed.failure is not None
     assert failed.failure.kind == "disk_full"
-    assert [key.heartbeat_s for key in await store.keys()] == [None]
+    [key] = await store.keys()
+    assert (key.heartbeat_s, key.priority, key.limited) == (None, Priority.NORMAL, False)
     await store.close()
 
 

@@ -31,6 +31,10 @@ RELEASED = {
     "versions/0004_containers.py": "bea34e768cb288bb078a2131dcbc98e4c782c60dee6675ff26c3d030c0457a27",
     "0005_starts.sql": "4d81518345afe5337b94e6e7142b3390ed9b75661e6443a54e77f332401a8d35",
     "versions/0005_starts.py": "96feede7c9f76e3a931462e2989f0328b65419113642a872320123f8ece3b357",
+    "0006_key_limits.sql": "38a1f0e451d4f73a73cf68bfedf38debcae4fab3d7a0b577b772958a139699d7",
+    "versions/0006_key_limits.py": "56de6d408dc4f1b8b02b0bcbf95cf51781d570026a80185cc1cd284b6f4a5445",
+    "0007_routing.sql": "27337d6920ed75bfb784d6562f426975adc1a941281d7ce5451ce5ace4414550",
+    "versions/0007_routing.py": "a98d2b2921fb45c48eddc658675bf4401e696099a00f24173fce426185728b46",
 }
 """SHA-256 of every migration that users may have run. Add to it, never change it: a database that has
 run a migration will not run it again."""

@@ -81,6 +81,15 @@ def test_queue_delay_waits_until_the_delay_has_passed():
     assert decision.next_ms == NOW + 1000
 
 
+def test_a_worker_with_more_in_hand_than_it_is_to_have_only_has_no_slot_free():
+    """Its engine shows strain, which has lowered its capacity from 30; one that starts takes all who wait."""
+    strained, starting = worker(occupied=20, capacity=12), worker(state=WorkerState.STARTING)
+    alone = ScaleSnapshot(workers=(strained,), waiting=9, overdue=1, oldest_ms=NOW - 4001)
+    assert decide_scale(alone, NOW, settings()).start == 1
+    both = ScaleSnapshot(workers=(strained, starting), waiting=30, overdue=30, oldest_ms=NOW - 4001)
+    assert decide_scale(both, NOW, settings()).start == 0
+
+
 def test_queue_delay_from_a_full_worker():
     snapshot = ScaleSnapshot(workers=(worker(occupied=30),), waiting=9, overdue=1, oldest_ms=NOW - 4001)
     decision = decide_scale(snapshot, NOW, settings())

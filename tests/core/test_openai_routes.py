@@ -92,9 +92,14 @@ def test_wrong_methods_name_the_right_ones() -> None:
     assert check_route("PUT", "/v1/models").status == 405
 
 
-def test_websocket_routes_cannot_be_reached() -> None:
+def test_websocket_routes_are_open_to_handshakes_and_nothing_else_is() -> None:
     decision = check_route("GET", "/v1/realtime")
-    assert (decision.status, decision.kind) == (400, RouteKind.WEBSOCKET)
+    assert (decision.allowed, decision.status, decision.kind) == (False, 400, RouteKind.WEBSOCKET)
+    decision = check_route("GET", "/v1/realtime?model=org/model", upgrade=True)
+    assert (decision.allowed, decision.target) == (True, "/v1/realtime?model=org/model")
+    for path, status in (("/v1/models", 400), ("/v1/chat/completions", 400), ("/sleep", 403), ("/v1", 404)):
+        decision = check_route("GET", path, upgrade=True)
+        assert (decision.allowed, decision.status) == (False, status)
 
 
 def test_forms_are_marked() -> None:

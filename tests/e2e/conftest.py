@@ -27,6 +27,9 @@ from typing import Any
 
 import httpx
 import pytest
+from tests.soak import standin
+from tests.soak.campaign import Campaign
+from tests.soak.site import Site
 
 from .job_campaign import JobCampaign
 
@@ -671,5 +674,31 @@ def job_campaign(
             # Others of this session use it, too.
             if server.process.poll() is not None:
                 server.start()
+
+    return run
+
+
+@pytest.fixture
+def mixed_load(make_installation: Callable[..., Installation]) -> Callable[..., None]:
+    """Runs a soak of the data path for so many seconds, see `tests/soak`."""
+
+    def run(*, seed: int = 0, **soak: Any) -> None:
+        seed = (
+            seed
+            or int(os.environ.get("PILOTLIGHT_TEST_SEED", "0"))
+            or random.SystemRandom().randrange(1, 10**6)
+        )
+        installation = make_installation()
+        census = installation.root / "census.json"
+        installation.environment |= standin.settings(census)
+        installation.start()
+        site = Site(
+            port=installation.port, key=installation.admin_key, home=installation.home, pid=installation.pid
+        )
+
+        def end() -> None:
+            assert installation.interrupt() == 0
+
+        Campaign(site, standin.plan(seed=seed, census=census, **soak)).run(end)
 
     return run

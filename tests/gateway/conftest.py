@@ -19,6 +19,7 @@ from pilotlight.domain.worker import Address, Registration
 from pilotlight.gateway.app import Gateway
 from pilotlight.gateway.data_path import DataPath, StartFailedError
 from pilotlight.gateway.directory import Directory
+from pilotlight.gateway.key_limits import KeyLimits
 from pilotlight.gateway.load_balancer import LoadBalancer
 from pilotlight.gateway.outlook import Outlook
 from pilotlight.gateway.protocol import GatewayProtocol
@@ -135,11 +136,14 @@ class Rig:
             outlook=self.outlook,
             clock=self.clock,
             limits=self.limits,
+            key_limits=KeyLimits(self.clock),
             entropy=lambda count: next(counter).to_bytes(count, "big"),
             record=self.record,
         )
         self.app = Gateway(
-            openai=lambda _: data_path,
+            data_path=data_path,
+            openai=NotHere(),
+            serves_directly=lambda _: True,
             jobs=NotHere(),
             management=NotHere(),
             balancer=LoadBalancer(
@@ -151,6 +155,7 @@ class Rig:
                 settings=LoadBalancerSettings(),
                 entropy=lambda count: next(counter).to_bytes(count, "big"),
                 record=self.record,
+                key_limits=KeyLimits(self.clock),
                 start_failed=StartFailedError,
             ),
         )

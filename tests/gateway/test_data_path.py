@@ -13,7 +13,7 @@ from aiohttp import web
 from pilotlight.domain.usage import Outcome
 from pilotlight.domain.worker import Address, Failure, Registration
 from pilotlight.gateway.data_path import StartFailedError
-from pilotlight.gateway.protocol import ClientStream
+from pilotlight.gateway.upstream import UpstreamResponse
 from pilotlight.gateway.worker_protocol import WORKER_OPERATIONS
 from pilotlight.ports.fleet import Health
 
@@ -279,6 +279,14 @@ async def test_an_engine_that_cannot_be_reached_is_a_502(rig):
     assert (answer.status_code, answer.json()["error"]["type"]) == (502, "server_error")
 
 
+async def test_an_address_that_is_none_is_told_at_once_and_frees_the_slot(rig):
+    rig.address = Address(url="http://127.0.0.1:99999")
+    rig.open_worker()
+    async with asyncio.timeout(10):
+        assert (await rig.client.post(CHAT, json=BODY)).status_code == 500
+    assert rig.slots.worker("w1").occupied == 0
+
+
 @pytest.mark.parametrize("field", [{"guided_regex": "a+"}, {"best_of": 2}])
 async def test_bodies_that_need_rewriting_go_to_the_worker_program(rig, field):
     rig.open_worker(listener=rig.address)
@@ -334,14 +342,15 @@ def test_workers_may_call_to_the_end():
     } == WORKER_OPERATIONS  # fmt: skip
 
 
-async def test_strangers_write_no_rows(rig):
+async def test_rows_of_strangers_name_no_key_and_are_short(rig):
     for path, key in ((CHAT, "rpa_WRONG"), (f"/v2/{'x' * 5000}/openai/v1/models", "")):
         await rig.client.get(path, headers={"authorization": key})
-    assert rig.records == []
+    assert [(row.key_id, row.status) for row in rig.records] == [("", 401)] * 2
+    assert max(len(row.endpoint_id) for row in rig.records) == 64
 
 
 async def test_a_body_that_does_not_come_ends(rig):
-    rig.data_path._limits = rig.limits.model_copy(update={"body_s": 0.05})
+    rig.data_path.limits = rig.limits.model_copy(update={"body_s": 0.05})
     reader, writer = await asyncio.open_unix_connection(rig.socket)
     writer.write(
         f"POST {CHAT} HTTP/1.1\r\nhost: h\r\nauthorization: {RUN}\r\ncontent-length: 9\r\n\r\nhalf".encode()
@@ -381,7 +390,7 @@ async def test_errors_on_the_messages_route_are_anthropics(rig):
 
 async def test_a_fault_of_ours_is_a_500_with_an_id_and_frees_the_slot(rig, monkeypatch):
     rig.open_worker()
-    monkeypatch.setattr(rig.pool, "request", None)
+    monkeypatch.setattr(rig.pool, "take_idle", None)
     answer = await rig.client.post(CHAT, json=BODY)
     assert answer.status_code == 500
     assert answer.headers["x-request-id"] in answer.json()["error"]["message"]
@@ -391,13 +400,13 @@ async def test_a_fault_of_ours_is_a_500_with_an_id_and_frees_the_slot(rig, monke
 async def test_a_client_that_reads_slowly_slows_the_engine_and_misses_nothing(rig, monkeypatch):
     rig.open_worker()
     pauses = []
-    drain = ClientStream.drain
+    pause = UpstreamResponse.pause
 
-    async def counted(stream):
+    def counted(connection):
         pauses.append(1)
-        await drain(stream)
+        pause(connection)
 
-    monkeypatch.setattr(ClientStream, "drain", counted)
+    monkeypatch.setattr(UpstreamResponse, "pause", counted)
     event = b"data: " + b"x" * 65_000 + b"\n\n"
     produced = asyncio.Event()
 

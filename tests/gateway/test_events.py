@@ -52,6 +52,22 @@ def test_the_word_usage_in_a_text_is_not_usage():
     assert (b"".join(out), count.tokens_out, stream.events) == (event, None, 1)
 
 
+def test_what_ends_a_stream_or_tells_of_an_error_does_neither_in_a_text():
+    event = b'data: {"id":"c","choices":[{"index":0,"delta":{"content":"event: error, data: [DONE]"}}]}\n\n'
+    out, stream, _ = passed([event, event + event], hide_usage=True)
+    assert (b"".join(out), stream.events, stream.complete, stream.failed) == (event * 3, 3, False, False)
+    _, stream, _ = passed([event + b"event: error\ndata: {}\n\n" + DONE], hide_usage=True)
+    assert (stream.complete, stream.failed) == (True, True)
+
+
+def test_nothing_is_lost_of_an_event_that_is_too_long_to_wait_for():
+    long = b'data: {"id":"c","usage":null,"choices":[{"index":0,"delta":{"content":"%b' % (b"x" * 2**22)
+    pieces = [b'data: {"id":"c"', CONTENT.removeprefix(b'data: {"id":"c"'), long, b'"}}]}\n\n']
+    for begin in ([], pieces[:2]):
+        out, _, _ = passed([*begin, *pieces[2:]], hide_usage=True)
+        assert b"".join(out) == b"".join([*begin, *pieces[2:]])
+
+
 def test_responses_and_messages_streams_carry_usage_of_their_own():
     responses = b'event: response.completed\ndata: {"type":"response.completed","response":{"usage":{"input_tokens":4,"output_tokens":9}}}\n\n'
     out, _, count = passed([responses], hide_usage=False)

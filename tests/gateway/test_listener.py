@@ -10,8 +10,10 @@ from pilotlight.core.admission import AdmissionLimits
 from pilotlight.domain.endpoint import Endpoint, EndpointKind, Revision
 from pilotlight.domain.worker import Address, Registration, Worker, WorkerState
 from pilotlight.gateway.listener import FleetListener
-from pilotlight.gateway.slots import SlotTable, WorkerGoneError
+from pilotlight.gateway.slots import Ask, SlotTable, WorkerGoneError
 from pilotlight.system import SystemClock
+
+ASK = Ask(1)
 
 
 class Kept:
@@ -53,7 +55,7 @@ async def test_who_waits_for_a_worker_out_of_rotation_waits_on_unless_it_ends(st
     listener = FleetListener(slots, Kept(), Kept(), Kept())
     held = asyncio.Event()
     slots.on_demand = lambda _: held.set()
-    waiting = asyncio.create_task(slots.hold("e", 0, timeout_s=60, worker_id="w1"))
+    waiting = asyncio.create_task(slots.hold("e", ASK, timeout_s=60, worker_id="w1"))
     await held.wait()
     listener.withdrawn(Worker(id="w1", endpoint_id="e", version=1, state=state))
     if gone:
@@ -126,5 +128,5 @@ async def test_a_worker_is_at_rest_when_neither_a_slot_nor_a_job_is_left(jobs_at
     worker = Worker(id="w1", endpoint_id="e", version=1, state=WorkerState.READY)
     listener.opened(worker, Registration(engine=Address(url="unix:/engine")), 1)
     assert listener.at_rest("w1") is jobs_at_rest
-    assert slots.admit("e", 1)[1] is not None
+    assert slots.admit("e", ASK)[1] is not None
     assert not listener.at_rest("w1")

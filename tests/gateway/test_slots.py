@@ -8,9 +8,10 @@ import pytest
 
 from pilotlight.core.admission import AdmissionLimits, AdmissionReason, Verdict
 from pilotlight.domain.worker import Address, Registration
-from pilotlight.gateway.slots import HoldExpiredError, SlotTable, WorkerGoneError
+from pilotlight.gateway.slots import Ask, HoldExpiredError, SlotTable, WorkerGoneError
 
 REGISTRATION = Registration(engine=Address(url="unix:/engine"))
+ASK = Ask(1)
 
 
 class StillClock:
@@ -47,7 +48,7 @@ def slots(clock, events):
 
 async def held(slots, count):
     """Tasks that wait, once all of them do."""
-    tasks = [asyncio.create_task(slots.hold("e", 10, timeout_s=30)) for _ in range(count)]
+    tasks = [asyncio.create_task(slots.hold("e", Ask(10), timeout_s=30)) for _ in range(count)]
     while (await slots.traffic("e", overdue_before_ms=0)).held < count:
         await asyncio.sleep(0)
     return tasks
@@ -56,13 +57,13 @@ async def held(slots, count):
 async def test_requests_and_jobs_share_one_count(slots):
     slots.open_worker("e", "w", capacity=3, registration=REGISTRATION)
     assert slots.reserve_jobs("w", 2) == 2
-    admission, taken = slots.admit("e", 1)
+    admission, taken = slots.admit("e", ASK)
     assert admission.verdict is Verdict.ADMIT
     assert slots.reserve_jobs("w", 5) == 0
-    assert slots.admit("e", 1)[0].reason is AdmissionReason.ALL_SLOTS_BUSY
+    assert slots.admit("e", ASK)[0].reason is AdmissionReason.ALL_SLOTS_BUSY
     traffic = await slots.traffic("e", overdue_before_ms=0)
     assert (traffic.occupied, traffic.requests_in_flight, dict(traffic.idle_since_ms)) == ({"w": 3}, 1, {})
-    slots.release_request(taken)
+    slots.release_request(taken, ASK)
     slots.release_jobs("w", 2)
     assert (await slots.traffic("e", overdue_before_ms=0)).occupied == {"w": 0}
 
@@ -73,15 +74,15 @@ async def test_held_requests_are_served_first_come_first_served_when_a_worker_op
     slots.open_worker("e", "w", capacity=1, registration=REGISTRATION)
     taken = await first
     assert not second.done()
-    slots.release_request(taken)
-    slots.release_request(await second)
+    slots.release_request(taken, ASK)
+    slots.release_request(await second, ASK)
     assert events[-2:] == [("free", "e"), ("idle", "e")]
 
 
 async def test_nobody_overtakes_a_held_request(slots):
     (waiting,) = await held(slots, 1)
     slots._endpoints["e"].workers.clear()
-    admission, _ = slots.admit("e", 1)
+    admission, _ = slots.admit("e", ASK)
     assert admission.verdict is Verdict.QUEUE
     waiting.cancel()
 
@@ -91,7 +92,7 @@ async def test_nobody_overtakes_a_held_request(slots):
 )
 async def test_a_full_hold_sheds(slots, body, reason):
     tasks = await held(slots, 2 if reason is AdmissionReason.HOLD_FULL else 1)
-    admission, taken = slots.admit("e", body)
+    admission, taken = slots.admit("e", Ask(body))
     assert (admission.verdict, admission.reason, taken) == (Verdict.SHED, reason, None)
     assert admission.retry_after_s
     for task in tasks:
@@ -100,12 +101,12 @@ async def test_a_full_hold_sheds(slots, body, reason):
 
 async def test_a_wait_that_ends_leaves_nothing_behind(slots):
     with pytest.raises(HoldExpiredError):
-        await slots.hold("e", 10, timeout_s=0)
+        await slots.hold("e", Ask(10), timeout_s=0)
     (task,) = await held(slots, 1)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     endpoint = slots._endpoints["e"]
-    assert (len(endpoint.held), endpoint.held_bytes) == (0, 0)
+    assert (len(endpoint.queue), endpoint.held_bytes) == (0, 0)
 
 
 async def test_a_slot_handed_to_a_client_that_left_goes_back(slots):
@@ -121,10 +122,10 @@ async def test_held_requests_get_the_reason_of_a_failed_start_and_new_ones_are_s
     slots.fail_held("e", RuntimeError("no such model"), retry_ms=clock.now + 4500)
     with pytest.raises(RuntimeError, match="no such model"):
         await task
-    admission, _ = slots.admit("e", 1)
+    admission, _ = slots.admit("e", ASK)
     assert (admission.reason, admission.retry_after_s) == (AdmissionReason.UNHEALTHY, 5)
     clock.now += 4500
-    assert slots.admit("e", 1)[0].verdict is Verdict.QUEUE
+    assert slots.admit("e", ASK)[0].verdict is Verdict.QUEUE
 
 
 async def test_slots_of_jobs_that_are_about_to_end(slots):
@@ -137,23 +138,23 @@ async def test_slots_of_jobs_that_are_about_to_end(slots):
     (task,) = await held(slots, 1)
     assert slots.reserve_jobs("w", 2, leaving=1) == 0
     slots.release_jobs("w")
-    slots.release_request(await task)
+    slots.release_request(await task, ASK)
 
 
 async def test_a_closed_worker_gives_nothing_and_an_ended_one_is_forgotten(slots):
     slots.open_worker("e", "w", capacity=2, registration=REGISTRATION)
-    taken = slots.admit("e", 1)[1]
+    taken = slots.admit("e", ASK)[1]
     slots.close_worker("w")
-    assert slots.admit("e", 1)[0].verdict is Verdict.QUEUE
+    assert slots.admit("e", ASK)[0].verdict is Verdict.QUEUE
     assert slots.reserve_jobs("w", 1) == 0
     slots.drop_worker("w")
-    slots.release_request(taken)
+    slots.release_request(taken, ASK)
     assert (await slots.traffic("e", overdue_before_ms=0)).occupied == {}
 
 
 async def test_a_worker_that_only_takes_jobs_gets_no_requests(slots):
     slots.open_worker("e", "w", capacity=2, registration=None)
-    assert slots.admit("e", 1)[0].reason is AdmissionReason.NO_READY_WORKER
+    assert slots.admit("e", ASK)[0].reason is AdmissionReason.NO_READY_WORKER
     assert slots.reserve_jobs("w", 1) == 1
 
 
@@ -161,24 +162,24 @@ async def test_a_request_that_comes_with_the_worker_does_not_wait_behind_one_tha
     """29 slots were free and the second request waited until the first, a long stream, had ended."""
     (first,) = await held(slots, 1)
     slots.open_worker("e", "w", capacity=30, registration=REGISTRATION)
-    admission, taken = slots.admit("e", 1)
+    admission, taken = slots.admit("e", ASK)
     assert admission.verdict is Verdict.ADMIT
-    slots.release_request(taken)
-    slots.release_request(await first)
+    slots.release_request(taken, ASK)
+    slots.release_request(await first, ASK)
 
 
 async def test_a_slot_that_became_free_before_the_wait_began_is_taken(slots):
     slots.open_worker("e", "w", capacity=1, registration=REGISTRATION)
-    assert slots.admit("e", 1)[1]
-    assert slots.admit("e", 1)[0].verdict is Verdict.QUEUE
-    slots.release_request(slots.worker("w"))
-    slots.release_request(await slots.hold("e", 1, timeout_s=0))
+    taken = slots.admit("e", ASK)[1]
+    assert slots.admit("e", ASK)[0].verdict is Verdict.QUEUE
+    slots.release_request(taken, ASK)
+    slots.release_request(await slots.hold("e", ASK, timeout_s=0), ASK)
 
 
 async def test_a_request_for_one_worker_is_told_when_that_ends_before_it_was_ready(slots):
     """Such a worker has no slots yet."""
-    asking = asyncio.create_task(slots.hold("e", 1, timeout_s=30, worker_id="starting"))
-    others = asyncio.create_task(slots.hold("e", 1, timeout_s=30, worker_id="other"))
+    asking = asyncio.create_task(slots.hold("e", ASK, timeout_s=30, worker_id="starting"))
+    others = asyncio.create_task(slots.hold("e", ASK, timeout_s=30, worker_id="other"))
     await asyncio.sleep(0)
     slots.close_worker("starting")
     slots.drop_worker("starting")
@@ -192,13 +193,13 @@ async def test_a_request_for_one_worker_is_told_when_that_ends_before_it_was_rea
 
 async def test_who_waits_for_the_end_of_a_worker_takes_a_place_and_is_no_demand(slots, events):
     waiting = [asyncio.create_task(slots.wait_end("e", "w")) for _ in range(2)]
-    while slots.admit("e", 1)[0].verdict is not Verdict.SHED:
+    while slots.admit("e", ASK)[0].verdict is not Verdict.SHED:
         await asyncio.sleep(0)
     assert (await slots.traffic("e", overdue_before_ms=0)).held == 0
     assert events == []
     waiting[0].cancel()
     await asyncio.wait(waiting[:1])
-    assert slots.admit("e", 1)[0].verdict is Verdict.QUEUE
+    assert slots.admit("e", ASK)[0].verdict is Verdict.QUEUE
     slots.drop_worker("another")
     slots.close_worker("w")
     assert not waiting[1].done()

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from pilotlight.domain.worker import Address
-from pilotlight.gateway.upstream import UpstreamError, UpstreamPool
+from pilotlight.gateway.upstream import UpstreamError, UpstreamPool, request_bytes
 
 
 class Server:
@@ -18,9 +18,11 @@ class Server:
         self.requests = []
         self.connections = 0
         self.closed = asyncio.Event()
+        self.serving = {}
 
     async def serve(self, reader, writer):
         self.connections += 1
+        self.serving[asyncio.current_task()] = writer
         try:
             while head := await reader.readuntil(b"\r\n\r\n"):
                 length = next(
@@ -54,6 +56,10 @@ async def server(tmp_path):
     made.address = Address(url=f"unix:{tmp_path / 's'}", key="secret")
     yield made
     listener.close()
+    for task, writer in made.serving.items():
+        writer.transport.abort()
+        task.cancel()
+    await asyncio.gather(*made.serving, return_exceptions=True)
 
 
 @pytest.fixture
@@ -70,6 +76,9 @@ def ok(body=b"hello", more=b""):
         + b"content-length: %d\r\n\r\n" % len(body)
         + body
     )
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"
 
 
 async def ask(pool, server, *, timeout_s=10):
@@ -92,7 +101,7 @@ async def test_a_request_carries_key_length_and_headers_and_the_connection_is_us
     assert await whole(await ask(pool, server)) == b"again"
     assert server.connections == 1
     assert server.requests[0] == (
-        b"POST /x?y=1 HTTP/1.1\r\nhost: localhost\r\na: b\r\nauthorization: Bearer secret\r\ncontent-length: 4\r\n\r\nbody"
+        b"POST /x?y=1 HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer secret\r\na: b\r\ncontent-length: 4\r\n\r\nbody"
     )
 
 
@@ -196,49 +205,93 @@ async def test_a_slow_reader_pauses_the_engine(server, pool):
     response.release()
 
 
-async def test_a_sink_gets_all_of_it_once_and_may_ask_for_pauses(server, pool):
+async def begun(pool, server, arrived, *, silence_s=10):
+    """A connection on which a request was written whose answer is told by callback."""
+    connection = await pool.connect(server.address)
+    data = request_bytes(server.address, "POST", "/x", [], b"body")
+    connection.begin(data, lambda: arrived(connection), silence_s=silence_s)
+    return connection
+
+
+async def test_callbacks_get_all_of_it_once_and_may_ask_for_pauses(server, pool):
     size = 8 * 1024 * 1024
     server.scripts = [[b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % size, b"x" * size], [ok(b"next")]]
-    response = await ask(pool, server)
-    got, pauses = [], 0
+    got, done, paused = [], asyncio.Event(), asyncio.Event()
 
-    def sink(data):
-        got.append(len(data))
-        return len(got) % 3 != 0
+    def arrived(connection):
+        got.append(len(connection.take()))
+        if connection.complete:
+            done.set()
+        elif len(got) % 3 == 0:
+            connection.pause()
+            paused.set()
 
-    while not await response.pass_to(sink, 10):
-        pauses += 1
-        before = len(got)
-        assert response._paused
-        await asyncio.sleep(0)
-        assert len(got) == before
-    assert (sum(got), pauses) == (size, len(got) // 3)
-    response.release()
+    connection = await begun(pool, server, arrived)
+    pauses = 0
+    async with asyncio.timeout(20):
+        while not done.is_set():
+            waits = [asyncio.ensure_future(event.wait()) for event in (done, paused)]
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            for wait in waits:
+                wait.cancel()
+            if paused.is_set():
+                paused.clear()
+                pauses += 1
+                before = len(got)
+                await asyncio.sleep(0)
+                assert len(got) == before
+                connection.resume()
+    assert (sum(got), connection.error) == (size, None)
+    assert pauses == len([number for number in range(1, len(got)) if number % 3 == 0])
+    connection.release()
     assert await whole(await ask(pool, server)) == b"next"
     assert server.connections == 1
 
 
-async def test_a_sink_that_breaks_is_heard_by_its_owner(server, pool):
-    server.scripts = [[b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n"]]
-    response = await ask(pool, server)
+@pytest.mark.parametrize("cut", range(1, 40))
+async def test_whole_chunks_are_handed_over_as_they_came_and_others_are_parsed(server, pool, cut):
+    """However the bytes are cut, the same data arrives, and only whole chunks skip the parser."""
+    body = b"3\r\nabc\r\n" + b"11\r\n" + b"d" * 17 + b"\r\n" + b"a;x=y\r\n0123456789\r\n"
+    head = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+    first = b"2\r\n__\r\n"
+    server.scripts = [[head + first, body[:cut], body[cut:], b"4\r\nlast\r\n", b"0\r\n\r\n"]]
+    got, handed, done = [], [], asyncio.Event()
 
-    def sink(data):
-        raise ValueError("no")
+    def chunk(data, at):
+        assert data == b"%x\r\n" % len(data[at:-2]) + data[at:-2] + b"\r\n"
+        handed.append(data[at:-2])
+        got.append(data[at:-2])
 
-    with pytest.raises(ValueError, match="no"):
-        await response.pass_to(sink, 10)
-    response.release()
+    def arrived(connection):
+        connection.pass_chunks(chunk)
+        got.append(connection.take())
+        if connection.complete or connection.error:
+            done.set()
+
+    connection = await begun(pool, server, arrived)
+    async with asyncio.timeout(20):
+        await done.wait()
+    assert connection.error is None
+    assert b"".join(got) == b"__abc" + b"d" * 17 + b"0123456789last"
+    connection.release()
 
 
-async def test_silence_behind_a_sink_is_an_error_counted_from_the_last_piece(server, pool):
+async def test_silence_is_told_and_counted_from_the_last_piece(server, pool):
     never = asyncio.get_running_loop().create_future()
     server.scripts = [[b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n", never]]
-    response = await ask(pool, server)
-    got = []
-    with pytest.raises(UpstreamError, match="in time"):
-        await response.pass_to(lambda data: bool(got.append(data)) or True, 0.05)
-    assert got == [b"abc"]
-    response.release()
+    got, failed = [], asyncio.Event()
+
+    def arrived(connection):
+        got.append(connection.take())
+        if connection.error is not None:
+            failed.set()
+
+    connection = await begun(pool, server, arrived, silence_s=0.05)
+    async with asyncio.timeout(20):
+        await failed.wait()
+    assert "in time" in str(connection.error)
+    assert b"".join(got) == b"abc"
+    connection.release()
 
 
 async def test_silence_on_a_reused_connection_is_not_asked_again(server, pool):
@@ -259,6 +312,23 @@ async def test_bytes_nobody_asked_for_close_an_idle_connection(server, pool):
     await whole(await ask(pool, server))
     await asyncio.sleep(0.05)
     assert await whole(await ask(pool, server)) == b"good"
+
+
+@pytest.mark.parametrize("answer", [ok(), CHUNKED], ids=["length", "chunks"])
+@pytest.mark.parametrize("more", [ok(b"stolen", b"x-stolen: 1\r\n"), b"xyz"], ids=["answer", "letters"])
+async def test_bytes_behind_an_answer_are_not_part_of_it_and_end_the_connection(server, pool, answer, more):
+    server.scripts = [[answer + more], [ok(b"mine")]]
+    first = await ask(pool, server)
+    assert (await whole(first), dict(first.headers).get(b"x-stolen")) == (b"hello", None)
+    assert await whole(await ask(pool, server)) == b"mine"
+    assert server.connections == 2
+
+
+async def test_another_protocol_is_an_error(server, pool):
+    """101 to a request that asked for no other (RFC 9110 §15.2.2)."""
+    server.scripts = [[b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: x\r\n\r\nhello"]]
+    with pytest.raises(UpstreamError, match="another protocol"):
+        await ask(pool, server)
 
 
 async def test_no_server_is_an_error(tmp_path, pool):

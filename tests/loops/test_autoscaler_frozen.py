@@ -14,10 +14,12 @@ from pilotlight.core.admission import AdmissionLimits
 from pilotlight.core.autoscaling import ScaleReason
 from pilotlight.domain.endpoint import Endpoint, Revision, ScalerType
 from pilotlight.domain.worker import Address, Registration, Stage, Worker, WorkerState
-from pilotlight.gateway.slots import SlotTable
+from pilotlight.gateway.slots import Ask, SlotTable
 from pilotlight.loops.autoscaler import Autoscaler
 from pilotlight.ports.fleet import Health
 from pilotlight.stores.memory import MemoryStore
+
+ASK = Ask(1)
 
 REGISTRATION = Registration(engine=Address(url="unix:/engine"))
 
@@ -160,7 +162,7 @@ class World:
         self.endpoints[endpoint_id] = Endpoint(**(values | {"idle_timeout_ms": 5000} | changes))
 
     def request(self, endpoint_id="e"):
-        return asyncio.create_task(self.slots.hold(endpoint_id, 1, timeout_s=10))
+        return asyncio.create_task(self.slots.hold(endpoint_id, ASK, timeout_s=10))
 
     async def looked(self):
         """Return when no look is due or under way."""
@@ -169,7 +171,7 @@ class World:
                 await asyncio.sleep(0.001)
 
     async def served(self, request):
-        self.slots.release_request(await request)
+        self.slots.release_request(await request, ASK)
 
 
 @pytest.fixture

@@ -12,7 +12,10 @@ from pilotlight.core.autoscaling import ScaleReason
 from pilotlight.domain.key import hash_secret
 from pilotlight.domain.worker import Address, Failure, Registration, Stage, WorkerState
 from pilotlight.errors import ClusterError, StoreError
+from pilotlight.gateway.slots import Ask
 from pilotlight.ports.fleet import StageReport
+
+ASK = Ask(1)
 
 REGISTRATION = Registration(engine=Address(url="unix:/engine"), max_concurrency=30)
 READY = StageReport(stage=Stage.READY, registration=REGISTRATION)
@@ -61,11 +64,11 @@ async def test_the_first_take_makes_a_job_worker_ready(world):
 async def test_a_busy_worker_is_told_to_end_only_when_its_last_slot_is_free(world):
     world.deploy()
     worker_id = await ready_worker(world)
-    taken = world.slots.admit("e", 1)[1]
+    taken = world.slots.admit("e", ASK)[1]
     await world.fleet.drain(worker_id, reason="test")
     assert world.fleet.worker(worker_id).state is WorkerState.DRAINING
     assert ("terminate", worker_id) not in world.cluster.log
-    world.slots.release_request(taken)
+    world.slots.release_request(taken, ASK)
     world.fleet.slots_idle("e")
     await world.settle()
     assert ("terminate", worker_id) in world.cluster.log
@@ -112,7 +115,7 @@ async def test_three_failed_starts_pause_the_endpoint_with_the_reason(world):
     health = world.fleet.health("e")
     assert (health.failure, health.retry_ms) == (failure, world.clock.now + 30_000)
     world.slots.on_demand = world.autoscaler.wake
-    waiting = asyncio.create_task(world.slots.hold("e", 1, timeout_s=5))
+    waiting = asyncio.create_task(world.slots.hold("e", ASK, timeout_s=5))
     await asyncio.sleep(0)
     decision = await world.autoscaler.look("e")
     assert decision.reason is ScaleReason.BACKING_OFF
@@ -212,7 +215,7 @@ async def test_a_worker_that_fails_or_leaves_gets_no_more_requests(world, stage)
     world.deploy()
     worker_id = await ready_worker(world)
     await world.fleet.reported(worker_id, StageReport(stage=stage))
-    assert world.slots.admit("e", 1)[1] is None
+    assert world.slots.admit("e", ASK)[1] is None
     assert world.fleet._live[worker_id].deadline is not None
 
 

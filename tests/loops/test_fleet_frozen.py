@@ -11,10 +11,13 @@ from pilotlight.core.placement import Gpu
 from pilotlight.domain.endpoint import EndpointKind, Revision
 from pilotlight.domain.worker import Address, Failure, Registration, Stage, WorkerState
 from pilotlight.errors import ClusterError, StoreError
+from pilotlight.gateway.slots import Ask
 from pilotlight.ports.door import DoorError, DoorRefusedError, Kept, Refusal
 from pilotlight.ports.fleet import StageReport
 
 from .conftest import GIB
+
+ASK = Ask(1)
 
 OURS = Registration(
     engine=Address(url="unix:/engine"), listener=Address(url="unix:/listener"), max_concurrency=30
@@ -58,7 +61,7 @@ def on_gpus(count=1, **changes):
 async def test_a_frozen_worker_has_no_slots_and_comes_back_with_them(world):
     worker_id = await frozen(world)
     assert state(world, worker_id) is WorkerState.FROZEN
-    assert world.slots.admit("e", 1)[1] is None
+    assert world.slots.admit("e", ASK)[1] is None
     await world.settle()
     assert (await world.store.worker(worker_id)).state is WorkerState.FROZEN
     assert await world.fleet.thaw(worker_id)
@@ -103,7 +106,7 @@ async def test_neither_a_freeze_nor_a_thaw_waits_for_the_store(world, monkeypatc
 
     monkeypatch.setattr(world.store, "put_worker", slow)
     assert await world.fleet.freeze(worker_id, reason="test")
-    held = asyncio.create_task(world.slots.hold("e", 1, timeout_s=60))
+    held = asyncio.create_task(world.slots.hold("e", ASK, timeout_s=60))
     assert await world.fleet.thaw(worker_id)
     assert (await held).worker_id == worker_id
     assert written == []
@@ -138,7 +141,7 @@ async def test_a_request_that_comes_in_the_middle_of_a_freeze_is_served_after_it
     world.door.go_on.clear()
     freeze = asyncio.create_task(world.fleet.freeze(worker_id, reason="idle_timeout"))
     await world.door.asked.wait()
-    held = asyncio.create_task(world.slots.hold("e", 1, timeout_s=60))
+    held = asyncio.create_task(world.slots.hold("e", ASK, timeout_s=60))
     thaw = asyncio.create_task(world.fleet.thaw(worker_id))
     await asyncio.sleep(0)
     assert world.door.log == [("freeze", "unix:/listener")], "the thaw waits for the freeze"
@@ -151,9 +154,9 @@ async def test_a_request_that_comes_in_the_middle_of_a_freeze_is_served_after_it
 
 async def test_a_busy_worker_is_not_frozen(world):
     worker_id = await ready(world)
-    slots = world.slots.admit("e", 1)[1]
+    slots = world.slots.admit("e", ASK)[1]
     assert not await world.fleet.freeze(worker_id, reason="test")
-    world.slots.release_request(slots)
+    world.slots.release_request(slots, ASK)
     world.listener.rest = False
     assert not world.fleet.freezable(worker_id), "it has something that no slot counts"
     assert (state(world, worker_id), world.door.log) == (WorkerState.READY, [])

@@ -8,9 +8,12 @@ import pytest
 
 from pilotlight.domain.endpoint import EndpointKind, Revision
 from pilotlight.domain.worker import Address, DownloadProgress, Stage, WorkerState
+from pilotlight.gateway.slots import Ask
 from pilotlight.loops.health_checks import CheckOutcome, HealthChecker
 from pilotlight.ports.fleet import StageReport
 from pilotlight.settings import LoadBalancerSettings
+
+ASK = Ask(1)
 
 
 class Checked:
@@ -163,7 +166,7 @@ async def test_a_worker_out_of_rotation_shows_it(world):
         await checked.enough.wait()
     worker = world.fleet.worker(worker_id)
     assert (worker.state, worker.stage) == (WorkerState.READY, Stage.UNHEALTHY)
-    assert world.slots.admit("e", 0)[1] is None
+    assert world.slots.admit("e", ASK)[1] is None
     await checked.checker.stop()
 
 

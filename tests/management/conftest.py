@@ -357,6 +357,7 @@ async def management(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIt
             wake=lambda: wakes.append("webhooks"),
         ),
         launchers=launchers,
+        body_s=60,
     )
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(app=app, raise_app_exceptions=False),

@@ -42,6 +42,7 @@ async def test_an_endpoint_has_the_documented_defaults(management):
         "idle_timeout_s": 60,
         "concurrency": 30,
         "flashboot": True,
+        "routing": "auto",
         "scaler": "QUEUE_DELAY",
         "scaler_value": 4.0,
         "execution_timeout_ms": 600_000,
@@ -102,6 +103,7 @@ async def test_every_setting_is_stored(management):
         idle_timeout_s=3600,
         concurrency=7,
         flashboot=False,
+        routing="session",
         env={"MAX_MODEL_LEN": "1k", "OPENAI_SERVED_MODEL_NAME_OVERRIDE": "a,b"},
         scaler="REQUEST_COUNT",
         scaler_value=2,
@@ -115,6 +117,7 @@ async def test_every_setting_is_stored(management):
         "idle_timeout_s": 3600,
         "concurrency": 7,
         "flashboot": False,
+        "routing": "session",
         "scaler": "REQUEST_COUNT",
         "scaler_value": 2.0,
         "execution_timeout_ms": 5000,
@@ -173,6 +176,7 @@ async def test_a_block_override_gets_exactly_its_bytes(management):
         ({"idle_timeout_s": 3601}, "less than or equal to 3600"),
         ({"concurrency": 1001}, "less than or equal to 1000"),
         ({"scaler": "MAGIC"}, "'QUEUE_DELAY' or 'REQUEST_COUNT'"),
+        ({"routing": "fastest"}, "'auto', 'least_loaded', 'session' or 'prefix'"),
         ({"scaler_value": 0.1}, "QUEUE_DELAY takes seconds, at least 0.5"),
         ({"scaler": "REQUEST_COUNT", "scaler_value": 1.5}, "takes a whole number"),
         ({"execution_timeout_ms": 4999}, "greater than or equal to 5000"),
@@ -360,10 +364,17 @@ async def test_gpus_are_counted_from_the_environment(management, gpu_engine, gpu
 async def test_settings_change_in_place(management):
     created = await management.create()
     management.clock.ms += 5000
-    answer = await management.http.patch(f"{URL}/{created['id']}", json={"max": 9, "name": "renamed"})
+    answer = await management.http.patch(
+        f"{URL}/{created['id']}", json={"max": 9, "name": "renamed", "routing": "prefix"}
+    )
     assert answer.status_code == 200
     changed = answer.json()
-    expected = created | {"max": 9, "name": "renamed", "updated_at": "2026-05-28T20:26:45Z"}
+    expected = created | {
+        "max": 9,
+        "name": "renamed",
+        "routing": "prefix",
+        "updated_at": "2026-05-28T20:26:45Z",
+    }
     assert changed == expected
     assert management.wakes == [created["id"]] * 2
 

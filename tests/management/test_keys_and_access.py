@@ -9,6 +9,8 @@ import sys
 import pytest
 import structlog
 
+from pilotlight.domain.key import Priority
+
 URL = "/pilotlight/v1/keys"
 
 
@@ -26,6 +28,10 @@ async def test_a_key_shows_its_secret_once(management):
         "scope": "run",
         "endpoints": [endpoint["id"]],
         "heartbeat_s": None,
+        "priority": "normal",
+        "requests_per_minute": None,
+        "tokens_per_minute": None,
+        "concurrent_max": None,
         "created_at": "2026-05-28T20:26:40Z",
     }
     listed = await management.http.get(URL)
@@ -45,6 +51,24 @@ async def test_a_key_may_ask_for_heartbeats(management):
         assert (await management.http.get(URL)).json()["keys"][-1]["heartbeat_s"] == seconds
 
 
+async def test_a_key_has_a_priority_and_limits_that_may_change(management):
+    terms = {"priority": "high", "requests_per_minute": 60, "tokens_per_minute": 10**9, "concurrent_max": 3}
+    made = (await management.http.post(URL, json={"scope": "admin", "name": "k", **terms})).json()
+    assert made | terms == made
+    key = management.directory.key(made["key"])
+    assert (key.priority, key.share, key.limited) == (Priority.HIGH, 16, True)
+    lifted = {"requests_per_minute": None, "tokens_per_minute": None, "concurrent_max": None}
+    for changes in ({"priority": "low"}, lifted, {"name": "new", "heartbeat_s": 2}):
+        answer = await management.http.patch(f"{URL}/{made['id']}", json=changes)
+        assert answer.status_code == 200
+        assert answer.json() | changes == answer.json()
+    key = management.directory.key(made["key"])
+    assert (key.priority, key.name, key.limited, key.heartbeat_s) == (Priority.LOW, "new", False, 2)
+    assert (await management.http.patch(f"{URL}/nobody", json=lifted)).status_code == 404
+    for wrong in ({"scope": "run"}, {"name": None}, {"name": ""}, {"priority": None}, {"concurrent_max": 0}):
+        assert (await management.http.patch(f"{URL}/{made['id']}", json=wrong)).status_code == 422
+
+
 @pytest.mark.parametrize(
     ("body", "words"),
     [
@@ -56,6 +80,10 @@ async def test_a_key_may_ask_for_heartbeats(management):
         ({"scope": "admin", "heartbeat_s": 0.5}, "greater than or equal to 1"),
         ({"scope": "admin", "heartbeat_s": 61}, "less than or equal to 60"),
         ({"scope": "admin", "heartbeat_s": True}, "number"),
+        ({"scope": "admin", "priority": "urgent"}, "'low', 'normal' or 'high'"),
+        ({"scope": "admin", "requests_per_minute": 0}, "greater than or equal to 1"),
+        ({"scope": "admin", "tokens_per_minute": 1.5}, "integer"),
+        ({"scope": "admin", "concurrent_max": 1_000_001}, "less than or equal to 1000000"),
     ],
 )
 async def test_bad_keys_are_refused(management, body, words):
@@ -127,7 +155,7 @@ async def test_a_body_beyond_the_limit_is_not_read(management):
             yield b" " * 65_536
 
     answer = await management.http.post("/pilotlight/v1/endpoints", content=endless())
-    assert answer.status_code == 400
+    assert answer.status_code == 413
 
 
 async def test_an_internal_error_says_nothing_about_us(management, monkeypatch):
@@ -152,3 +180,8 @@ def test_the_api_imports_nothing_large():
     output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     loaded = set(json.loads(output.stdout))
     assert not loaded & {"huggingface_hub", "transformers", "torch", "vllm", "alembic", "sqlalchemy", "tqdm"}
+
+
+async def test_a_method_that_no_route_of_a_path_has_is_told_all_that_they_have(management):
+    answer = await management.http.put("/pilotlight/v1/keys")
+    assert (answer.status_code, answer.headers["allow"]) == (405, "GET, POST")

@@ -10,7 +10,10 @@ from dataclasses import replace
 import pytest
 
 from pilotlight.domain.worker import Address, Failure, Registration, WorkerState
+from pilotlight.gateway.slots import Ask
 from pilotlight.ports.fleet import Health
+
+ASK = Ask(1)
 
 
 async def test_an_endpoint_has_the_contracts_shape(management):
@@ -83,7 +86,7 @@ async def test_workers_are_listed_in_both_vocabularies(management, gpu_host):
         add(f"hidden-{state}", endpoint_id, state)
     registration = Registration(engine=Address(url="unix:/run/s", key="engine-secret"))
     slots.open_worker(endpoint_id, "w2", capacity=4, registration=registration)
-    slots.admit(endpoint_id, 1)
+    slots.admit(endpoint_id, ASK)
     slots.open_worker(endpoint_id, "w3", capacity=4, registration=registration)
     answer = await management.http.get(f"/v2/serverless/{endpoint_id}/workers")
     body = answer.json()

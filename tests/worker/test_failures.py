@@ -158,6 +158,19 @@ async def test_a_mistake_in_a_variable_shows_before_model_and_engine(
     assert worker.events("engine.spawning") == worker.recorded("start") == []
 
 
+async def test_the_gateways_questions_for_load_stay_out_of_the_log(
+    start_worker: Start, platform: PlatformStub
+) -> None:
+    """They come every second and would push out what tells why an engine died."""
+    asked = 'INFO:      - "GET /metrics/?name%5B%5D=vllm:num_requests_running HTTP/1.1" 200 OK'
+    worker = await start_worker(FAKE_ENGINE_FAIL_TEXT=f"one line\n{asked}\nRuntimeError: broken")
+    failed = await platform.stage("failed")
+    assert "broken" in failed["detail"]["cause"]
+    await worker.exit_code()
+    assert "one line" in worker.log()
+    assert "/metrics/" not in worker.log()
+
+
 async def test_on_runpod_a_failed_start_is_one_clear_line_of_the_log(
     start_worker: Start, platform: PlatformStub
 ) -> None:

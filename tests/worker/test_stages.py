@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pilotlight.domain.worker import Stage
+from pilotlight.loops.engine_load import FEW
 from pilotlight.worker.stages import (
     CAUSE_CHARS_MAX,
     LogTail,
@@ -19,6 +20,7 @@ from pilotlight.worker.stages import (
     read_plain_start,
     says_started,
     stuck_failure,
+    tells_of_question,
     timeout_failure,
 )
 
@@ -44,6 +46,18 @@ def test_stages_of_a_real_start_come_once_and_in_order() -> None:
         Stage.LOADING_WEIGHTS,
         Stage.WARMING_UP,
     ]
+
+
+def test_a_line_that_tells_of_the_gateways_question_is_known() -> None:
+    line = 'INFO:      - "GET /metrics/?name%5B%5D=vllm:num_requests_running HTTP/1.1" 200 OK'
+    assert tells_of_question(line)
+    assert FEW.startswith("/metrics/?name")
+    for other in (
+        *START,
+        'INFO:      - "GET /metrics HTTP/1.1" 200 OK',
+        'INFO:      - "POST /v1/x HTTP/1.1" 200 OK',
+    ):
+        assert not tells_of_question(other)
 
 
 def test_a_start_s_log_says_when_its_server_is_there_and_why_it_is_plain() -> None:

@@ -1,4 +1,4 @@
-"""Benchmarks of Pilotlight on this machine: `pilotlight bench gateway|queue|coldstart|throughput`.
+"""Benchmarks of Pilotlight on this machine: `pilotlight bench gateway|queue|coldstart|throughput|…`.
 
 Each command starts everything that it needs on free loopback ports in a temporary folder, measures
 Pilotlight and its reference alternately in one run, and prints one JSON line per figure.

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated
 
 import typer
 
 from pilotlight.cli.root import help_text, new_app
+
+
+class Engine(StrEnum):
+    """What answers in `bench fairness`."""
+
+    STAND_IN = "stand-in"
+    VLLM = "vllm"
+
 
 app = new_app()
 JsonOption = Annotated[
@@ -25,16 +34,30 @@ def bench() -> None:
 def gateway_command(
     seconds: Annotated[int, typer.Option(min=1, max=600, help="Length of each measurement.")] = 5,
     rounds: Annotated[int, typer.Option(min=1, max=100, help="How often all of it is repeated.")] = 3,
+    peers: Annotated[
+        str,
+        typer.Option(help="Proxies to measure beside ours, separated by commas; the first is the reference."),
+    ] = "nginx,vllm-router,litellm",
+    crowds: Annotated[
+        bool, typer.Option(help="Also measure 1,000 streams at 20 events a second and 2,000 at 5.")
+    ] = True,
+    many: Annotated[
+        int, typer.Option(min=0, max=1_000_000_000, help="Requests after which memory is compared; 0: none.")
+    ] = 1_000_000,
     as_json: JsonOption = False,
 ) -> None:
-    """What the gateway costs per request and per streamed event, beside nginx.
+    """What the gateway costs per request and per streamed event, in time and in memory, beside other proxies.
 
-    Needs nginx and wrk. Takes about two minutes.
+    Needs nginx and wrk; the other proxies are installed on first use into environments of their own, and left
+    out where that fails. Takes about a quarter of an hour.
     """
     from pilotlight.bench.figures import Report  # noqa: PLC0415 - `--help` must stay quick
-    from pilotlight.bench.gateway import Load, run  # noqa: PLC0415
+    from pilotlight.bench.gateway import run  # noqa: PLC0415
+    from pilotlight.bench.gateway_loads import CROWDS, Load  # noqa: PLC0415
 
-    run(Load(seconds=seconds, rounds=rounds), Report("gateway", as_json=as_json))
+    shown = CROWDS if crowds else ()
+    load = Load(seconds=seconds, rounds=rounds, peers=_names(peers), crowds=shown, many=many)
+    run(load, Report("gateway", as_json=as_json))
 
 
 def coldstart_command(
@@ -71,13 +94,13 @@ def coldstart_command(
 
 def throughput_command(
     pairs: Annotated[int, typer.Option(min=2, max=1000, help="Runs of each kind, in pairs.")] = 20,
-    streams: Annotated[int, typer.Option(min=1, max=1000, help="Streams at the same time.")] = 32,
+    streams: Annotated[int, typer.Option(min=1, max=1000, help="Streams at the same time.")] = 64,
     tokens: Annotated[int, typer.Option(min=1, max=1900, help="Tokens per stream.")] = 128,
     as_json: JsonOption = False,
 ) -> None:
     """Tokens per second through Pilotlight against the same vLLM without it.
 
-    Needs the engine (`make setup`). Takes about three minutes on two cores.
+    Needs the engine (`make setup`). Takes about six minutes on two cores.
     """
     from pilotlight.bench.figures import Report  # noqa: PLC0415
     from pilotlight.bench.throughput import run  # noqa: PLC0415
@@ -105,8 +128,47 @@ def queue_command(
     from pilotlight.bench.queue import run  # noqa: PLC0415
     from pilotlight.bench.queue_load import Load  # noqa: PLC0415
 
-    named = tuple(name.strip() for name in peers.split(",") if name.strip())
-    run(Load(seconds=seconds, rounds=rounds, deep=deep, peers=named), Report("queue", as_json=as_json))
+    load = Load(seconds=seconds, rounds=rounds, deep=deep, peers=_names(peers))
+    run(load, Report("queue", as_json=as_json))
+
+
+def routing_command(
+    rounds: Annotated[int, typer.Option(min=1, max=100, help="How often all of it is repeated.")] = 3,
+    groups: Annotated[int, typer.Option(min=2, max=1000, help="Long beginnings that prompts share.")] = 24,
+    per_group: Annotated[int, typer.Option(min=2, max=1000, help="Requests with each beginning.")] = 10,
+    concurrency: Annotated[int, typer.Option(min=1, max=256, help="Requests at the same time.")] = 8,
+    policies: Annotated[
+        str, typer.Option(help="Our routing policies to measure, separated by commas; the first one counts.")
+    ] = "auto,prefix,session,least_loaded",
+    as_json: JsonOption = False,
+) -> None:
+    """How many tokens of prompts two vLLM workers find in their caches, beside vLLM's own router.
+
+    Needs the engine (`make setup`) and nginx. takes about eight minutes on two cores.
+    """
+    from pilotlight.bench.figures import Report  # noqa: PLC0415
+    from pilotlight.bench.routing import Load, policies_of, run  # noqa: PLC0415
+
+    ours = policies_of(_names(policies))
+    load = Load(rounds=rounds, groups=groups, per_group=per_group, concurrency=concurrency, policies=ours)
+    run(load, Report("routing", as_json=as_json))
+
+
+def fairness_command(
+    engine: Annotated[Engine, typer.Option(help="What answers.")] = Engine.STAND_IN,
+    seconds: Annotated[int, typer.Option(min=1, max=600, help="Length of each measurement.")] = 10,
+    rounds: Annotated[int, typer.Option(min=1, max=100, help="How often all of it is repeated.")] = 3,
+    as_json: JsonOption = False,
+) -> None:
+    """How long the requests of nine light keys wait beside those of a greedy one.
+
+    The engine is a stand-in with a fixed token rate, or vLLM (`make setup`). Takes about two minutes.
+    """
+    from pilotlight.bench.fairness import Load, run  # noqa: PLC0415
+    from pilotlight.bench.figures import Report  # noqa: PLC0415
+
+    load = Load(real=engine is Engine.VLLM, seconds=seconds, rounds=rounds)
+    run(load, Report("fairness", as_json=as_json))
 
 
 def worker_command(
@@ -130,11 +192,17 @@ def worker_command(
     run(starts=starts, jobs=jobs, pairs=pairs, streams=streams, tokens=tokens, report=report)
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
 for _name, _function in (
     ("gateway", gateway_command),
     ("queue", queue_command),
     ("coldstart", coldstart_command),
     ("throughput", throughput_command),
+    ("routing", routing_command),
+    ("fairness", fairness_command),
     ("worker", worker_command),
 ):
     app.command(_name, help=help_text(_function))(_function)

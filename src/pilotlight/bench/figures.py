@@ -36,7 +36,7 @@ class Figure:
         value: Median of the measurements unless the metric's name says otherwise.
         unit: `us`, `ms`, `s`, `MB`, `1/s`, `count` or `ratio`.
         reference: Case that `ratio` compares with; None where there is nothing to compare.
-        ratio: `value` by the reference's value; None also where that is zero.
+        ratio: `value` by the reference's value; None also where that is not positive.
         n: How many measurements `value` is made of.
         spread: Smallest and largest of them.
     """
@@ -95,7 +95,7 @@ def figure(
         value=value,
         unit=unit,
         reference=reference.case if reference else None,
-        ratio=value / reference.value if reference and reference.value else None,
+        ratio=value / reference.value if reference and reference.value > 0 else None,
         n=len(samples),
         spread=(min(samples), max(samples)),
     )

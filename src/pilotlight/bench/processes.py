@@ -32,6 +32,9 @@ START_S = 30.0
 
 _POLL_S = 0.01
 _QUOTED_LINES = 15
+_IDLE_S = 0.02
+"""CPU time within one quiet time that a process uses which has nothing left to do."""
+
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 
@@ -137,7 +140,7 @@ class Bench:
 
     def __enter__(self) -> Self:
         self.folder = Path(tempfile.mkdtemp(prefix="pilotlight-bench-"))
-        # nginx started by root gives its worker another user, who has to reach the folder named by -p.
+        # PostgreSQL, which does not run as root, has to reach its folder in there.
         self.folder.chmod(0o711)
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGHUP):
@@ -234,8 +237,24 @@ def free_port() -> int:
 
 
 def cpu_s(pids: Sequence[int]) -> float:
-    """CPU seconds that these processes have used, user and system, all threads, children not counted."""
-    return sum(sum(map(int, stat_fields(pid)[11:13])) for pid in pids) * TICK_S
+    """CPU seconds that these processes have used, user and system, all threads, children not counted.
+
+    Raises:
+        BenchError: One of them has ended.
+    """
+    return sum(map(_process_clock_s, pids))
+
+
+def _process_clock_s(pid: int) -> float:
+    # The clock of another process, as clock_getcpuclockid(3) makes it: exact, where /proc counts in ticks.
+    try:
+        return time.clock_gettime((~pid << 3) | 2)
+    except OSError as error:
+        raise _ended(pid) from error
+
+
+def _ended(pid: int) -> BenchError:
+    return BenchError(f"process {pid} has ended in the middle of the measurement")
 
 
 def settled_cpu_s(pids: Sequence[int], *, quiet_s: float, timeout_s: float = 15.0) -> float:
@@ -245,7 +264,7 @@ def settled_cpu_s(pids: Sequence[int], *, quiet_s: float, timeout_s: float = 15.
     while True:
         time.sleep(quiet_s)
         now = cpu_s(pids)
-        if now - before <= 2 * TICK_S or time.monotonic() > deadline:
+        if now - before <= _IDLE_S or time.monotonic() > deadline:
             return now
         before = now
 
@@ -256,6 +275,27 @@ def rss_mb(pid: int) -> float:
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) * 1024 / 1e6
     raise BenchError(f"process {pid} has ended")
+
+
+@contextlib.contextmanager
+def watched_rss_mb(pids: Sequence[int], *, every_s: float = 0.1) -> Iterator[list[float]]:
+    """Samples of the resident memory of these processes together, in MB, taken while the block runs."""
+    samples = [sum(map(rss_mb, pids))]
+    over = threading.Event()
+
+    def watch() -> None:
+        # A process that ends is somebody else's to report.
+        with contextlib.suppress(BenchError, OSError):
+            while not over.wait(every_s):
+                samples.append(sum(map(rss_mb, pids)))
+
+    watcher = threading.Thread(target=watch, name="resident memory", daemon=True)
+    watcher.start()
+    try:
+        yield samples
+    finally:
+        over.set()
+        watcher.join()
 
 
 def children_of(pid: int) -> list[int]:
@@ -269,7 +309,7 @@ def stat_fields(pid: int) -> list[bytes]:
     try:
         content = Path(f"/proc/{pid}/stat").read_bytes()
     except OSError as error:
-        raise BenchError(f"process {pid} has ended in the middle of the measurement") from error
+        raise _ended(pid) from error
     # The command name may hold blanks and brackets; what follows it begins with field 3.
     return content.rpartition(b")")[2].split()
 

@@ -9,21 +9,17 @@ is left out, and said.
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import hashlib
 import json
 import os
 import pwd
 import shutil
 import socket
-import subprocess
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 
+from pilotlight.bench.environments import PROGRAMS, peer_python
 from pilotlight.bench.errors import BenchError
 from pilotlight.bench.processes import START_S, Bench, Child, environment, free_port
 from pilotlight.cli.output import note
@@ -31,8 +27,6 @@ from pilotlight.cli.root import UsageError
 
 PEERS = ("celery-redis", "dramatiq-redis", "procrastinate-postgresql")
 
-PROGRAMS = Path(str(files("pilotlight.bench"))) / "peers"
-_LOCK = PROGRAMS / "peers.lock"
 _CLIENTS = 2
 _MARGIN_S = 120.0
 
@@ -154,8 +148,10 @@ def start_peers(bench: Bench, names: Sequence[str]) -> list[Peer]:
         raise UsageError(f"unknown peer {unknown[0]!r}; there are {', '.join(PEERS)}")
     if not names:
         return []
-    python = _environment_python()
-    if python is None:
+    try:
+        python = peer_python("peers")
+    except BenchError as error:
+        note(f"queue: {error}; left out: {', '.join(names)}")
         return []
     env = environment(PYTHONPATH=str(PROGRAMS), PYTHONDONTWRITEBYTECODE="1")
     peers: list[Peer] = []
@@ -245,45 +241,3 @@ def _unprivileged() -> tuple[list[str], str] | None:
             # Changing the user clears the signal that ends it with us; it is set again behind that.
             return [setpriv, *ids, "--", setpriv, "--pdeathsig", "TERM", "--"], name
     return None
-
-
-def _environment_python() -> Path | None:
-    """The interpreter of the peers' environment, which is made on first use; None when that fails."""
-    folder = cache_folder() / f"bench-peers-{_hash()}"
-    python = folder / "bin" / "python"
-    if python.exists():
-        return python
-    note("queue: making the environment of the other queues, once")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / "bench-peers.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if python.exists():
-            return python
-        shutil.rmtree(folder, ignore_errors=True)
-        try:
-            _command([sys.executable, "-m", "venv", str(folder)])
-            _command([str(python), "-m", "pip", "install", "--quiet", "--require-hashes", "-r", str(_LOCK)])
-        except BenchError as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            note(f"queue: {error}; left out: {', '.join(PEERS)}")
-            return None
-    return python
-
-
-def cache_folder() -> Path:
-    """Where what can be made again is kept: PILOTLIGHT_CACHE, else the user's cache."""
-    named = os.environ.get("PILOTLIGHT_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(named) if named else Path(base) / "pilotlight"
-
-
-def _hash() -> str:
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    return hashlib.sha256(_LOCK.read_bytes() + version.encode()).hexdigest()[:16]
-
-
-def _command(command: Sequence[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise BenchError(f"`{' '.join(command[:4])} …` failed: {last}")

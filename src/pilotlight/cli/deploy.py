@@ -38,6 +38,7 @@ DEFAULTS: dict[str, Any] = {
     "idle_timeout_s": 60,
     "concurrency": 30,
     "flashboot": True,
+    "routing": "auto",
     "scaler": "QUEUE_DELAY",
     "scaler_value": 4,
     "execution_timeout_ms": 600_000,
@@ -68,6 +69,15 @@ class Scaler(StrEnum):
 
     QUEUE_DELAY = "QUEUE_DELAY"
     REQUEST_COUNT = "REQUEST_COUNT"
+
+
+class Routing(StrEnum):
+    """How the worker of a request is chosen."""
+
+    AUTO = "auto"
+    LEAST_LOADED = "least_loaded"
+    SESSION = "session"
+    PREFIX = "prefix"
 
 
 Model = Annotated[
@@ -116,6 +126,15 @@ Flashboot = Annotated[
     bool | None,
     typer.Option("--flashboot/--no-flashboot", help="Keep the last workers frozen.  [default: flashboot]"),
 ]
+RoutingPolicy = Annotated[
+    Routing | None,
+    typer.Option(
+        "--routing",
+        case_sensitive=False,
+        help="How the worker of a request is chosen: by load, by session, by what it has cached of the"
+        " prompt, or by whichever of these applies.  [default: auto]",
+    ),
+]
 Env = Annotated[
     list[str] | None,
     typer.Option(
@@ -162,6 +181,7 @@ def deploy_command(
     idle_timeout: Idle = None,
     concurrency: Concurrency = None,
     flashboot: Flashboot = None,
+    routing: RoutingPolicy = None,
     env: Env = None,
     scaler: ScalerRule = None,
     scaler_value: ScalerValue = None,
@@ -204,6 +224,7 @@ def deploy_command(
         "idle_timeout_s": idle_timeout,
         "concurrency": concurrency,
         "flashboot": flashboot,
+        "routing": None if routing is None else routing.value,
         "env": None if env is None else parse_env(env),
         "scaler": None if scaler is None else scaler.value,
         "scaler_value": scaler_value,
@@ -212,16 +233,23 @@ def deploy_command(
         "engine_url": engine_url,
         "engine_version": engine_version,
     }
-    spec = {field: value for field, value in given.items() if value is not None}
     with connect() as client:
-        endpoint, revised = _apply(client, spec, wait=wait)
+        endpoint, revised = _apply(client, _named(given), wait=wait)
         try:
             if wait:
-                of_command = endpoint["kind"] in {Kind.QUEUE, Kind.LOAD_BALANCER}
-                endpoint = (wait_command_ready if of_command else wait_ready)(client, endpoint)
+                endpoint = _when_ready(client, endpoint)
         finally:
             # Whatever became of the first worker, the endpoint exists, and its id must not be lost.
             _print(endpoint, revised=revised, as_json=as_json)
+
+
+def _named(given: dict[str, Any]) -> dict[str, Any]:
+    return {field: value for field, value in given.items() if value is not None}
+
+
+def _when_ready(client: PilotlightClient, endpoint: Endpoint) -> Endpoint:
+    of_command = endpoint["kind"] in {Kind.QUEUE, Kind.LOAD_BALANCER}
+    return (wait_command_ready if of_command else wait_ready)(client, endpoint)
 
 
 def _container_fields(

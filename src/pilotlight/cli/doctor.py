@@ -17,6 +17,7 @@ from pilotlight.cli.output import JsonOption, print_json, print_table, size, wri
 from pilotlight.client import GatewayUnreachableError, PilotlightClient, find_access
 from pilotlight.client.discovery import KEY_FILE, SERVER_FILE
 from pilotlight.core.launchers import explain_no_room
+from pilotlight.descriptors import ADVICE, attainable_descriptor_limit
 from pilotlight.engines.install import look_at_machine
 from pilotlight.engines.manifest import load_manifest
 from pilotlight.errors import PilotlightError
@@ -53,8 +54,8 @@ class Check:
 def doctor_command(as_json: JsonOption = False) -> None:
     """Check this machine and say what to mend.
 
-    Looks at settings, data folder, gateway, engine, launchers, GPUs, memory and disk. Exit code 1 if
-    something keeps Pilotlight from serving here; warnings alone end with 0.
+    Looks at settings, data folder, gateway, engine, launchers, GPUs, memory, disk and open files. Exit code 1
+    if something keeps Pilotlight from serving here; warnings alone end with 0.
 
     Examples:
       pilotlight doctor
@@ -90,6 +91,7 @@ def run_checks() -> list[Check]:
         check_gpus,
         check_memory,
         check_disk,
+        check_descriptors,
     ]
     return [Check("settings", "ok", "valid"), *(check(settings) for check in checks)]
 
@@ -230,6 +232,14 @@ def check_disk(settings: Settings) -> Check:
     if free < DISK_WARN_BYTES:
         return Check("disk", "warn", text, "larger models will not fit; free some space")
     return Check("disk", "ok", text)
+
+
+def check_descriptors(_: Settings) -> Check:
+    """Whether a gateway started from here may have enough files and sockets open."""
+    limit = attainable_descriptor_limit()
+    if limit.shortage:
+        return Check("open files", "warn", limit.shortage, ADVICE)
+    return Check("open files", "ok", f"{limit.soft} at a time, enough for {limit.streams} streams")
 
 
 def _existing(path: Path) -> Path:

@@ -16,6 +16,14 @@ from pilotlight.errors import ConflictError, NotFoundError
 app = new_app()
 
 
+class Priority(StrEnum):
+    """How much of a crowded endpoint a key gets beside others."""
+
+    LOW = "low"
+    NORMAL = "normal"
+    HIGH = "high"
+
+
 class Scope(StrEnum):
     """What a key may do."""
 
@@ -23,9 +31,22 @@ class Scope(StrEnum):
     ADMIN = "admin"
 
 
-@app.callback(no_args_is_help=True, help="Create, list and revoke API keys.")
+PriorityOption = Annotated[
+    Priority | None, typer.Option(help="Its part of a crowded endpoint, relative to other keys.")
+]
+RequestsOption = Annotated[int | None, typer.Option(min=0, help="Most requests in a minute; 0 for no limit.")]
+TokensOption = Annotated[
+    int | None,
+    typer.Option(min=0, help="Most tokens in a minute, of prompts and completions; 0 for no limit."),
+]
+ConcurrentOption = Annotated[
+    int | None, typer.Option(min=0, help="Most requests under way at once; 0 for no limit.")
+]
+
+
+@app.callback(no_args_is_help=True, help="Create, list, change and revoke API keys.")
 def group() -> None:
-    """Create, list and revoke API keys."""
+    """Create, list, change and revoke API keys."""
 
 
 def create_command(
@@ -50,6 +71,10 @@ def create_command(
             show_default=False,
         ),
     ] = None,
+    priority: PriorityOption = None,
+    requests_per_minute: RequestsOption = None,
+    tokens_per_minute: TokensOption = None,
+    concurrent_max: ConcurrentOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Create a key and print it, this one time.
@@ -62,6 +87,7 @@ def create_command(
       pilotlight keys create website --endpoint qwen
       pilotlight keys create ops --scope admin --json
       pilotlight keys create chat --endpoint qwen --heartbeat 2
+      pilotlight keys create batch --endpoint qwen --priority low --tokens-per-minute 100000
     """
     named = endpoint or []
     chosen = scope or (Scope.RUN if named else Scope.ADMIN)
@@ -78,7 +104,13 @@ def create_command(
             name=name,
             scope=chosen.value,
             endpoint_ids=list(dict.fromkeys(ids)),
-            heartbeat_s=heartbeat,
+            terms=_named(
+                heartbeat_s=heartbeat,
+                priority=priority,
+                requests_per_minute=requests_per_minute,
+                tokens_per_minute=tokens_per_minute,
+                concurrent_max=concurrent_max,
+            ),
         )
     if as_json:
         print_json(key)
@@ -101,7 +133,7 @@ def list_command(as_json: JsonOption = False) -> None:
         print_json(keys)
         return
     print_table(
-        ["NAME", "ID", "STATUS", "SCOPE", "ENDPOINTS", "HEARTBEAT", "CREATED"],
+        ["NAME", "ID", "STATUS", "SCOPE", "ENDPOINTS", "HEARTBEAT", "PRIORITY", "LIMITS", "CREATED"],
         [
             [
                 key.get("name"),
@@ -110,11 +142,53 @@ def list_command(as_json: JsonOption = False) -> None:
                 key.get("scope"),
                 ", ".join(names.get(one, one) for one in key.get("endpoints") or []) or "all",
                 _heartbeat(key),
+                key.get("priority"),
+                _limits(key),
                 key.get("created_at"),
             ]
             for key in keys
         ],
     )
+
+
+def update_command(
+    key: Annotated[str, typer.Argument(metavar="KEY", help="Id or name of a key (`pilotlight keys ls`).")],
+    name: Annotated[str | None, typer.Option(help="Another label.", show_default=False)] = None,
+    heartbeat: Annotated[
+        float | None,
+        typer.Option(min=0, max=60, help="Seconds between comments on a stream that waits; 0 for none."),
+    ] = None,
+    priority: PriorityOption = None,
+    requests_per_minute: RequestsOption = None,
+    tokens_per_minute: TokensOption = None,
+    concurrent_max: ConcurrentOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Change a key's name, priority or limits; what is not named stays as it is.
+
+    The changes count for the next request. The key itself, and what it may call, stay.
+
+    Examples:
+      pilotlight keys update batch --priority low
+      pilotlight keys update batch --requests-per-minute 600 --tokens-per-minute 0
+    """
+    changes = _named(
+        name=name,
+        heartbeat_s=heartbeat,
+        priority=priority,
+        requests_per_minute=requests_per_minute,
+        tokens_per_minute=tokens_per_minute,
+        concurrent_max=concurrent_max,
+    )
+    if not changes:
+        raise typer.BadParameter("name at least one thing to change", param_hint="--priority and others")
+    with connect() as client:
+        found = _match(client.keys(), key)
+        changed = client.update_key(found["id"], changes)
+    if as_json:
+        print_json(changed)
+    else:
+        note(f"changed {changed['name']} ({changed['id']})")
 
 
 def remove_command(
@@ -140,6 +214,20 @@ def _heartbeat(key: Key) -> str:
     return "off" if seconds is None else f"{seconds:g} s"
 
 
+def _limits(key: Key) -> str:
+    limits = (
+        (key.get("requests_per_minute"), "requests/min"),
+        (key.get("tokens_per_minute"), "tokens/min"),
+        (key.get("concurrent_max"), "at once"),
+    )
+    return ", ".join(f"{limit} {unit}" for limit, unit in limits if limit is not None) or "none"
+
+
+def _named(**values: str | float | None) -> dict[str, str | float | None]:
+    """Those that were named; nothing instead of a limit of nothing."""
+    return {name: value or None for name, value in values.items() if value is not None}
+
+
 def _match(keys: list[Key], reference: str) -> Key:
     found = [key for key in keys if key["id"] == reference] or [
         key for key in keys if key["name"] == reference
@@ -152,5 +240,10 @@ def _match(keys: list[Key], reference: str) -> Key:
     raise NotFoundError(f"no key {reference!r}; there are: {listed or 'none'}")
 
 
-for _name, _function in (("create", create_command), ("ls", list_command), ("rm", remove_command)):
+for _name, _function in (
+    ("create", create_command),
+    ("ls", list_command),
+    ("update", update_command),
+    ("rm", remove_command),
+):
     app.command(_name, help=help_text(_function))(_function)

@@ -11,6 +11,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Annotated
 
+import structlog
 import typer
 
 from pilotlight.logs import say
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from pilotlight.bootstrap import Installation
     from pilotlight.first_start import FirstStart
     from pilotlight.settings import Settings
+
+_log = structlog.get_logger()
 
 _THREADS_GRACE_S = 0.5
 
@@ -77,6 +80,7 @@ def _end_despite_threads(code: int) -> None:
 
 async def _serve(settings: Settings, *, demo: bool, as_json: bool) -> int:
     from pilotlight.bootstrap import open_installation  # noqa: PLC0415
+    from pilotlight.descriptors import ADVICE, raise_descriptor_limit  # noqa: PLC0415
 
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -88,8 +92,13 @@ async def _serve(settings: Settings, *, demo: bool, as_json: bool) -> int:
     def announce(installation: Installation, first: FirstStart | None) -> None:
         _announce(installation, first, as_json=as_json)
 
+    descriptors = raise_descriptor_limit()
+    if descriptors.shortage:
+        _log.warning("few_descriptors", problem=descriptors.shortage, advice=ADVICE)
     code = 0
-    async with open_installation(settings, announce=announce) as installation:
+    async with open_installation(
+        settings, announce=announce, worker_descriptors=descriptors.inherited
+    ) as installation:
         if demo:
             code = await _run_demo(installation, stop)
         if code == 0:

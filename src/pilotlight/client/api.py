@@ -157,15 +157,24 @@ class PilotlightClient(JobCalls):
         name: str | None = None,
         scope: Literal["admin", "run"] = "run",
         endpoint_ids: list[str],
-        heartbeat_s: float | None = None,
+        terms: Mapping[str, Any] | None = None,
     ) -> Key:
-        """A new key; its secret is in `key`, here and never again."""
-        body: dict[str, Any] = {"scope": scope, "endpoints": endpoint_ids}
+        """A new key; its secret is in `key`, here and never again.
+
+        Args:
+            name: A label; None for a general one.
+            scope: What it may do.
+            endpoint_ids: Whom a run-only key may call.
+            terms: Fields that are not as usual: heartbeats, priority, limits.
+        """
+        body: dict[str, Any] = {"scope": scope, "endpoints": endpoint_ids, **(terms or {})}
         if name is not None:
             body["name"] = name
-        if heartbeat_s is not None:
-            body["heartbeat_s"] = heartbeat_s
         return cast("Key", self._json("POST", "/pilotlight/v1/keys", body))
+
+    def update_key(self, key_id: str, changes: Mapping[str, Any]) -> Key:
+        """The key after the changes; fields that are not named stay as they are."""
+        return cast("Key", self._json("PATCH", f"/pilotlight/v1/keys/{path_part(key_id)}", dict(changes)))
 
     def delete_key(self, key_id: str) -> None:
         """Revoke a key."""

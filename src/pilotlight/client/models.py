@@ -40,6 +40,7 @@ class Endpoint(TypedDict):
     idle_timeout_s: int
     concurrency: int
     flashboot: bool
+    routing: str
     scaler: str
     scaler_value: float
     execution_timeout_ms: int
@@ -141,6 +142,10 @@ class Key(TypedDict):
     scope: str
     endpoints: list[str]
     heartbeat_s: NotRequired[float | None]
+    priority: NotRequired[str]
+    requests_per_minute: NotRequired[int | None]
+    tokens_per_minute: NotRequired[int | None]
+    concurrent_max: NotRequired[int | None]
     created_at: str
     key: NotRequired[str]
 

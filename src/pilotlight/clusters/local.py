@@ -36,6 +36,7 @@ from pilotlight.clusters import memory, processes
 from pilotlight.clusters.logs import WorkerLogs
 from pilotlight.clusters.work_folders import WorkFolders
 from pilotlight.core.storage import VOLUME, chosen_cache
+from pilotlight.descriptors import set_descriptor_limit
 from pilotlight.domain.worker import WORKER_COOKIE, ProcessIdentity
 from pilotlight.errors import ClusterError
 from pilotlight.memory import proportional_bytes
@@ -118,6 +119,7 @@ class LocalCluster:
         host_has_gpus: Whether a worker without devices must be kept from the GPUs that exist.
         close_grace_s: From SIGTERM to SIGKILL in `close`.
         work_folder: Where workers with private folders have them; None means beside the logs.
+        descriptors: Soft limit on open files that workers get; None means the gateway's own.
 
     Attributes:
         logs: The workers' logs, also of those that have ended.
@@ -132,6 +134,7 @@ class LocalCluster:
         host_has_gpus: bool = False,
         close_grace_s: float = 5.0,
         work_folder: Path | None = None,
+        descriptors: int | None = None,
     ) -> None:
         self._folders = WorkFolders(work_folder or log_folder.with_name("work"))
         self.logs = WorkerLogs(log_folder, log_bytes=log_bytes)
@@ -142,6 +145,7 @@ class LocalCluster:
         }
         self._host_has_gpus = host_has_gpus
         self._close_grace_s = close_grace_s
+        self._descriptors = descriptors
         self._children: dict[str, _Child] = {}
         self._closed = False
         # Its own threads, because looking for processes must not wait behind downloads and file reads.
@@ -177,6 +181,8 @@ class LocalCluster:
             ) from error
         finally:
             os.close(output)
+        if self._descriptors is not None:
+            set_descriptor_limit(popen.pid, self._descriptors)
         # From here to the end of `_adopt` nothing awaits: a cancelled caller leaves no stray process.
         return self._adopt(spec, popen, on_exit)
 

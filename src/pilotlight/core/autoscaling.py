@@ -244,7 +244,8 @@ def _desired(
 def _coming(worker: WorkerView, snapshot: ScaleSnapshot, now_ms: int, settings: ScaleSettings) -> int:
     """Slots that a worker has free or soon will; none while its start takes far longer than others did."""
     if worker.state is WorkerState.READY:
-        return worker.capacity - worker.occupied
+        # One whose engine shows strain may have more in hand than it is to have.
+        return max(0, worker.capacity - worker.occupied)
     estimate_ms = snapshot.start_estimate_ms
     if estimate_ms is None or worker.fetching:
         return settings.concurrency

@@ -158,13 +158,14 @@ def _compile(template: str) -> re.Pattern[str]:
 _PATTERNS = tuple((_compile(path), route) for path, route in ROUTES.items() if "{" in path)
 
 
-def check_route(method: str, path: str, *, allow_admin: bool = False) -> RouteDecision:
+def check_route(method: str, path: str, *, allow_admin: bool = False, upgrade: bool = False) -> RouteDecision:
     """The answer to "may this request reach the engine?", with the HTTP status if it may not.
 
     Args:
         method: HTTP method, any case.
         path: Path and query as the caller wrote them, percent-encoding included: `/v1/responses/r_1?x=1`.
         allow_admin: Let routes that change engine state through (`ALLOW_ADMIN_ROUTES=1`).
+        upgrade: Whether this is the handshake of a WebSocket; then only routes that are one are open.
 
     Returns:
         A decision whose `path` and `query` are to be used for the upstream URL instead of the caller's text.
@@ -187,10 +188,9 @@ def check_route(method: str, path: str, *, allow_admin: bool = False) -> RouteDe
     route = find_route(decoded)
     if route is None:
         return _denied(404, "NotFoundError", f"{decoded} is not a route of this service")
-    if route.kind is RouteKind.WEBSOCKET:
-        return _denied(
-            400, "BadRequestError", f"{decoded} is a WebSocket route, which is not served", kind=route.kind
-        )
+    if upgrade is not (route.kind is RouteKind.WEBSOCKET):
+        what = "no WebSocket route" if upgrade else "a WebSocket route, open to handshakes only"
+        return _denied(400, "BadRequestError", f"{decoded} is {what}", kind=route.kind)
     if method not in route.methods:
         allowed = " or ".join(route.methods)
         return _denied(

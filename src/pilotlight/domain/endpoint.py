@@ -37,6 +37,15 @@ class ScalerType(StrEnum):
     REQUEST_COUNT = "REQUEST_COUNT"
 
 
+class Routing(StrEnum):
+    """How the worker of a request is chosen (`core.routing`)."""
+
+    AUTO = "auto"
+    LEAST_LOADED = "least_loaded"
+    SESSION = "session"
+    PREFIX = "prefix"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Volume:
     """What a container sees of the machine.
@@ -118,6 +127,7 @@ class Endpoint:
         execution_timeout_ms: Running time allowed to one attempt of a job.
         concurrency: Requests and jobs one worker serves at a time.
         flashboot: Whether its last workers may be kept frozen.
+        routing: How the worker of a request is chosen.
         created_ms: When it was made.
         updated_ms: When it last changed.
     """
@@ -134,6 +144,7 @@ class Endpoint:
     execution_timeout_ms: int = 600_000
     concurrency: int = 30
     flashboot: bool = True
+    routing: Routing = Routing.AUTO
     created_ms: int = 0
     updated_ms: int = 0
 

@@ -45,6 +45,9 @@ class Outcome(StrEnum):
     CANCELLED = "cancelled"
     TIMED_OUT = "timed_out"
 
+    # That of `Enum` is written in Python, and every count by outcome would call it.
+    __hash__ = str.__hash__
+
 
 class Road(StrEnum):
     """Which of the two roads a request took."""
@@ -53,7 +56,7 @@ class Road(StrEnum):
     JOB = "job"
 
 
-class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
+class RequestRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One row of the request log; holds no prompt, completion, header or key.
 
     Attributes:
@@ -72,6 +75,13 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
         tokens_in: Prompt tokens; None when unknown.
         tokens_out: Completion tokens; None when unknown.
         estimated: Whether the token counts are estimates (a stream that was cut).
+        client_id: The id that the client gave its request; "" for none.
+        streamed: Whether the answer was a stream of events, one for every few tokens; never for a job.
+        continued: How often its stream was continued by another worker.
+        trace: Its span, as `traceparent` of W3C; "" for a request without one.
+        parent_span: Id of the span that the client named as its parent; "" for none.
+
+    The last five are for metrics, access log and traces; no store keeps them.
     """
 
     id: str
@@ -89,6 +99,11 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
     tokens_in: int | None = None
     tokens_out: int | None = None
     estimated: bool = False
+    client_id: str = ""
+    streamed: bool = False
+    continued: int = 0
+    trace: str = ""
+    parent_span: str = ""
 
 
 START_STAGES = (

@@ -23,6 +23,10 @@ ANSWER = "pilotlight.answer"
 GONE = "pilotlight.gone"
 """Key in the scope's `extensions` under which a server offers a future, done once the client has gone."""
 
+BREAK_OFF = "pilotlight.break_off"
+"""Key in the scope's `extensions` under which a server offers to end the connection in the middle of an
+answer by a call without arguments, so that the client cannot take the part it has for the whole."""
+
 Answer = Callable[[bytes, bytes], bool]
 """Takes status line with headers, and body; False when the answer has to go by `send` instead."""
 

@@ -9,6 +9,7 @@ from typing import cast
 
 import msgspec
 
+from pilotlight.core.continuation import is_greedy, with_tokens
 from pilotlight.core.openai_routes import REWRITTEN_FIELDS, STREAM_USAGE_ROUTES, asks_to_stream
 from pilotlight.errors import InvalidInputError
 
@@ -20,6 +21,12 @@ class _StreamOptions(msgspec.Struct):
 class _Asked(msgspec.Struct):
     stream: msgspec.Raw = msgspec.Raw(b"")
     stream_options: msgspec.Raw = msgspec.Raw(b"")
+    max_tokens: msgspec.Raw = msgspec.Raw(b"")
+    max_completion_tokens: msgspec.Raw = msgspec.Raw(b"")
+    max_output_tokens: msgspec.Raw = msgspec.Raw(b"")
+    priority: msgspec.Raw = msgspec.Raw(b"")
+    temperature: msgspec.Raw = msgspec.Raw(b"")
+    user: msgspec.Raw = msgspec.Raw(b"")
 
 
 _Peek = msgspec.defstruct(
@@ -35,12 +42,14 @@ _peek: msgspec.json.Decoder[_Asked] = msgspec.json.Decoder(_Peek)
 _options = msgspec.json.Decoder(_StreamOptions)
 _objects = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _NULLS = (b"", b"null")
+_DIGITS_MAX = 12
+_USER_MAX = 512
 _FALSES = (*_NULLS, b"false")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class BodyPlan:
-    """What to send upstream.
+    """What to send upstream, and what the body says about the request.
 
     Attributes:
         body: The body, with usage asked for where the client had not.
@@ -48,6 +57,11 @@ class BodyPlan:
         hide_usage: Whether the usage event must be taken out of the answer.
         rewrite: Whether the worker program's listener is to rewrite it.
         altered: Whether the answer would be another one without that.
+        tokens_out_max: Most tokens of the answer; None where the body does not say.
+        priority: Of the request, as vLLM has it: smaller comes first.
+        user: The body field `user`; "" for none.
+        survives: Whether the stream can go on with another worker (`core.continuation`).
+        hide_tokens: Whether ids of tokens were asked for that, and the client must not see them.
     """
 
     body: bytes
@@ -55,14 +69,20 @@ class BodyPlan:
     hide_usage: bool = False
     rewrite: bool = False
     altered: bool = False
+    tokens_out_max: int | None = None
+    priority: int = 0
+    user: str = ""
+    survives: bool = False
+    hide_tokens: bool = False
 
 
-def plan_body(route: str, body: bytes) -> BodyPlan:
+def plan_body(route: str, body: bytes, *, survivable: bool = False) -> BodyPlan:
     """Look into a JSON body.
 
     Args:
         route: Path of the engine's route, such as `/v1/chat/completions`.
         body: The client's bytes.
+        survivable: Whether a stream may ask for what it needs to go on with another worker.
 
     Raises:
         InvalidInputError: Not a JSON object.
@@ -77,13 +97,40 @@ def plan_body(route: str, body: bytes) -> BodyPlan:
     if not streamed and stream not in _FALSES and _is_true(stream):
         # How the engine reads it is one thing; from here on there is one spelling.
         streamed, body = True, _with_member(body, "stream", b"true")
-    hide_usage = False
+    hide_usage = survives = hide_tokens = False
     if streamed and route in STREAM_USAGE_ROUTES:
         options = bytes(peek.stream_options)
         hide_usage = options in _NULLS or _lacks_usage(options)
         if hide_usage:
             body = _with_usage(body, options)
-    return BodyPlan(body, streamed, hide_usage, rewrite, altered)
+        survives = survivable and not rewrite and is_greedy(bytes(peek.temperature))
+        asked = with_tokens(body) if survives else None
+        if asked is not None:
+            body, hide_tokens = asked, True
+    return BodyPlan(
+        body,
+        streamed,
+        hide_usage,
+        rewrite,
+        altered,
+        _whole_number(peek.max_completion_tokens or peek.max_tokens or peek.max_output_tokens),
+        _whole_number(peek.priority) or 0,
+        _text(peek.user),
+        survives,
+        hide_tokens,
+    )
+
+
+def _whole_number(value: msgspec.Raw) -> int | None:
+    """A number of few digits; None for anything else, which the engine has its own words about."""
+    text = bytes(value)
+    return int(text) if text.removeprefix(b"-").isdigit() and len(text) <= _DIGITS_MAX else None
+
+
+def _text(value: msgspec.Raw) -> str:
+    """A short text as it is spelt; "" for anything else."""
+    text = bytes(value)
+    return text[1:-1].decode("utf-8", "replace") if text[:1] == b'"' and len(text) <= _USER_MAX else ""
 
 
 def _is_true(stream: bytes) -> bool:

@@ -20,12 +20,17 @@ class _Source(EndpointStore, KeyStore, Protocol):
 
 
 class Directory:
-    """Living endpoints by id, keys by hash."""
+    """Living endpoints by id, keys by hash.
+
+    Attributes:
+        epoch: Another number after each change.
+    """
 
     def __init__(self, store: _Source) -> None:
         self._store = store
         self._endpoints: Mapping[str, Endpoint] = {}
         self._keys: Mapping[str, ApiKey] = {}
+        self.epoch = 0
         self._refreshing = asyncio.Lock()
 
     async def refresh(self) -> None:
@@ -35,6 +40,11 @@ class Directory:
             endpoints = {endpoint.id: endpoint for endpoint in await self._store.endpoints()}
             keys = {key.hash: key for key in await self._store.keys()}
             self._endpoints, self._keys = endpoints, keys
+            self.touch()
+
+    def touch(self) -> None:
+        """Let everybody who remembers something by `epoch` ask again."""
+        self.epoch += 1
 
     def endpoint(self, endpoint_id: str) -> Endpoint | None:
         """A living endpoint; None when unknown or deleted."""

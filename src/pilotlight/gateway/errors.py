@@ -77,6 +77,8 @@ def native_error(
 ) -> Response:
     """An error in the contract's own shape, `{"error", "detail"}` and never a `status` key (§2.14).
 
+    A 401 names the way to say who one is (RFC 9110 §15.5.2).
+
     Args:
         status: HTTP status.
         text: One sentence for the caller.
@@ -86,6 +88,8 @@ def native_error(
     body = {"error": text, "detail": text}
     if code is not None:
         body["code"] = code
+    if status == 401:
+        headers = {"WWW-Authenticate": "Bearer", **(headers or {})}
     return Response(msgspec.json.encode(body), status_code=status, headers=headers, media_type=JSON)
 
 

@@ -15,6 +15,9 @@ _EVENT_MAX = 4 * 1024 * 1024
 """An event longer than this is passed on unparsed; vLLM's are a few hundred bytes."""
 
 
+_PLAIN = b'data: {"id":'
+"""How events of OpenAI's routes begin that are neither an error nor the end."""
+
 _TOKENS_MAX = 2**53
 """Counts beyond it are an engine's mistake and not stored."""
 
@@ -114,8 +117,29 @@ class EventStream:
         self.complete = False
         self.failed = False
 
+    def is_plain(self, chunk: bytes, at: int) -> bool:
+        """Whether a chunk is one event that can be passed on as it is; counts it if so.
+
+        Args:
+            chunk: With its framing.
+            at: Where its data begins; two bytes follow the data.
+        """
+        plain = (
+            chunk.startswith(_PLAIN, at)
+            and chunk.find(b"\n\n", at) == len(chunk) - 4
+            and not self._rest
+            and b'"usage"' not in chunk
+        )
+        self.events += plain
+        return plain
+
     def feed(self, data: bytes) -> bytes:
         """What of the stream can be passed on now; b"" when no event is whole yet."""
+        whole = self.whole(data)
+        return self.shown(whole) if whole else b""
+
+    def whole(self, data: bytes) -> bytes:
+        """The whole events that there are with this data, as the engine sent them; b"" for none."""
         if self._rest:
             data = self._rest + data
         if not self._blank and b"\n" in data:
@@ -127,14 +151,20 @@ class EventStream:
             return b""
         cut = end + len(self._blank) if end >= 0 else len(data)
         self._rest = data[cut:]
-        whole = data if cut == len(data) else data[:cut]
+        return data if cut == len(data) else data[:cut]
+
+    def shown(self, whole: bytes) -> bytes:
+        """What the client is to see of whole events, which are counted."""
+        self._count_events(whole)
+        return whole if b'"usage"' not in whole or not self._blank else self._without_usage(whole)
+
+    def _count_events(self, whole: bytes) -> None:
         self.events += whole.count(self._blank) if self._blank else 0
-        if b"data: [DONE]" in whole:
+        if b"data: [DONE]" in whole and _has_line(whole, b"data: [DONE]"):
             self.complete = True
             self.events -= 1
-        if b'data: {"error"' in whole or b"event: error" in whole:
+        if b'data: {"error"' in whole or (b"event: error" in whole and _has_line(whole, b"event: error")):
             self.failed = True
-        return whole if b'"usage"' not in whole else self._without_usage(whole)
 
     def rest(self) -> bytes:
         """What was left over when the stream ended inside an event."""
@@ -143,7 +173,9 @@ class EventStream:
 
     def _without_usage(self, whole: bytes) -> bytes:
         kept = []
-        for event in whole.split(self._blank)[:-1]:
+        # Nothing follows the last blank line, except where an event was too long to wait for its end.
+        *events, beginning = whole.split(self._blank)
+        for event in events:
             if b'"usage"' in event:
                 at = event.find(b"data:")
                 only_usage = at >= 0 and self._count.note(event[at + 5 :])
@@ -152,4 +184,9 @@ class EventStream:
                     if self._hide_usage:
                         continue
             kept.append(event + self._blank)
-        return b"".join(kept)
+        return b"".join((*kept, beginning))
+
+
+def _has_line(whole: bytes, begin: bytes) -> bool:
+    """Whether a line begins like this; the text of an answer, in which line breaks are escaped, may, too."""
+    return whole.startswith(begin) or b"\n" + begin in whole

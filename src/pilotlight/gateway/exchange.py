@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import Self
 
 from pilotlight.domain.usage import Outcome, RequestRecord, Road
+from pilotlight.gateway.request_ids import new_id
+from pilotlight.gateway.trace_context import TraceContext
 from pilotlight.ports.clock import Clock
 
 
-@dataclass(slots=True)
+@dataclass
 class Exchange:
     """What is known so far of one request.
 
@@ -31,6 +33,10 @@ class Exchange:
         wait_ns: How long it waited for its worker.
         first_byte_ns: When the first byte of the answer's body was passed on; None before.
         head_sent: Whether an answer has begun, so that its status can say nothing more.
+        client_id: The id that the client gave it (`gateway.request_ids`); "" for none.
+        streamed: Whether the answer is a stream of events.
+        continued: How often its stream went on with another worker.
+        context: Its place in a trace; None without traces.
     """
 
     request_id: str
@@ -45,6 +51,10 @@ class Exchange:
     wait_ns: int = 0
     first_byte_ns: int | None = None
     head_sent: bool = False
+    client_id: str = ""
+    streamed: bool = False
+    continued: int = 0
+    context: TraceContext | None = None
 
     @classmethod
     def begin(cls, endpoint_id: str, path: str, *, clock: Clock, entropy: Callable[[int], bytes]) -> Self:
@@ -56,11 +66,12 @@ class Exchange:
             clock: Time.
             entropy: Random bytes, for its id.
         """
+        now_ms = clock.now_ms()
         return cls(
-            request_id=entropy(16).hex(),
+            request_id=new_id(now_ms, entropy),
             endpoint_id=endpoint_id,
             route=path.partition("?")[0],
-            arrival_ms=clock.now_ms(),
+            arrival_ms=now_ms,
             started_ns=clock.monotonic_ns(),
         )
 
@@ -71,8 +82,8 @@ class Exchange:
         tokens_in: int | None = None,
         tokens_out: int | None = None,
         estimated: bool = False,
-    ) -> RequestRecord | None:
-        """Its row in the request log, None for a stranger's: those could push out everybody else's.
+    ) -> RequestRecord:
+        """Its row, for everybody who is told of requests.
 
         Args:
             ended_ns: When it ended, on the monotonic clock.
@@ -80,8 +91,6 @@ class Exchange:
             tokens_out: Tokens of the answer; None when unknown.
             estimated: Whether the tokens were not counted by who made them.
         """
-        if not self.key_id:
-            return None
         first = self.first_byte_ns
         return RequestRecord(
             id=self.request_id,
@@ -99,4 +108,9 @@ class Exchange:
             tokens_in=tokens_in,
             tokens_out=tokens_out,
             estimated=estimated,
+            client_id=self.client_id,
+            streamed=self.streamed,
+            continued=self.continued,
+            trace=self.context.trace if self.context is not None else "",
+            parent_span=self.context.parent_span if self.context is not None else "",
         )

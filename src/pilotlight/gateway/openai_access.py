@@ -19,11 +19,16 @@ def caller_of(directory: Directory, headers: Headers) -> ApiKey:
     """The key of a request. RequestRefusedError (401) without a known one."""
     key = directory.key(secret_of(headers))
     if key is None:
-        raise RequestRefusedError(
-            401, "invalid or missing API key; send `Authorization: Bearer rpa_…`",
-            type="authentication_error", code="invalid_api_key",
-        )  # fmt: skip
+        raise stranger()
     return key
+
+
+def stranger() -> RequestRefusedError:
+    """The answer to a request without a known key."""
+    return RequestRefusedError(
+        401, "invalid or missing API key; send `Authorization: Bearer rpa_…`",
+        type="authentication_error", code="invalid_api_key", headers=[(b"www-authenticate", b"Bearer")],
+    )  # fmt: skip
 
 
 def called_endpoint(directory: Directory, key: ApiKey, endpoint_id: str) -> Endpoint:
@@ -43,8 +48,6 @@ def called_endpoint(directory: Directory, key: ApiKey, endpoint_id: str) -> Endp
 
 def route_refusal(decision: RouteDecision) -> RequestRefusedError:
     """The answer for a route that is not served, or not by this method."""
-    if decision.allowed:
-        return RequestRefusedError(400, "WebSocket routes are not served here")
     headers = [(b"allow", ", ".join(decision.methods).encode())] if decision.status == 405 else []
     return RequestRefusedError(
         decision.status, decision.message, type=decision.error_type or HTTPStatus(decision.status).phrase,

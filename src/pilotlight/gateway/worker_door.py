@@ -39,7 +39,7 @@ class HttpDoor:
 
     async def freeze(self, listener: Address, *, timeout_s: float) -> Kept:
         """See the port."""
-        status, body = await _ask(listener, "POST", "/worker/freeze", timeout_s=timeout_s)
+        status, body = await ask_once(listener, "POST", "/worker/freeze", timeout_s=timeout_s)
         if status == 200:
             try:
                 kept = _kept.decode(body)
@@ -54,19 +54,28 @@ class HttpDoor:
     async def thaw(self, listener: Address, *, answers_s: float, timeout_s: float) -> None:
         """See the port."""
         path = f"/worker/thaw?timeout_s={answers_s:g}"
-        status, body = await _ask(listener, "POST", path, timeout_s=timeout_s)
+        status, body = await ask_once(listener, "POST", path, timeout_s=timeout_s)
         if status != 200:
             raise DoorError(f"the worker program answered {status} to /worker/thaw: {_said(body).message}")
 
     async def look(self, server: Address, path: str, *, timeout_s: float) -> None:
         """See the port."""
-        status, _ = await _ask(server, "GET", path, timeout_s=timeout_s)
+        status, _ = await ask_once(server, "GET", path, timeout_s=timeout_s)
         if status != 200:
             raise DoorError(f"GET {path} was answered {status}")
 
 
-async def _ask(address: Address, method: str, path: str, *, timeout_s: float) -> tuple[int, bytes]:
-    """Status and body of an answer.
+async def ask_once(
+    address: Address, method: str, path: str, *, timeout_s: float, bytes_max: int = _BODY_MAX
+) -> tuple[int, bytes]:
+    """Status and body of an answer, on a connection of its own.
+
+    Args:
+        address: Where to.
+        method: HTTP method.
+        path: Path and query.
+        timeout_s: Longest time for all of it.
+        bytes_max: What is read of the body at least, if there is so much; the rest is not waited for.
 
     Raises:
         DoorError: There is none, or not in time.
@@ -77,7 +86,7 @@ async def _ask(address: Address, method: str, path: str, *, timeout_s: float) ->
             response = await pool.request(address, method, path, _HEADERS, b"", timeout_s=timeout_s)
             try:
                 body = b""
-                while (piece := await response.read(timeout_s)) is not None and len(body) < _BODY_MAX:
+                while (piece := await response.read(timeout_s)) is not None and len(body) < bytes_max:
                     body += piece
                 return response.status, body
             finally:

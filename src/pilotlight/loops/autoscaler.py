@@ -278,7 +278,7 @@ class Autoscaler:
             state=state,
             current=worker.version == endpoint.revision.version,
             occupied=traffic.occupied.get(worker.id, 0),
-            capacity=self._fleet.capacity(worker.id),
+            capacity=traffic.capacity.get(worker.id, self._fleet.capacity(worker.id)),
             idle_since_ms=idle_since_ms,
             healthy=not worker.out_of_rotation,
             since_ms=since_ms,

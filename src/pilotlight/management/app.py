@@ -35,6 +35,7 @@ def management_app(
     home: str,
     webhooks: WebhookDesk,
     launchers: ReadLaunchers,
+    body_s: float,
     describe: Callable[[dict[str, Any]], dict[str, Any]] = lambda description: description,
 ) -> ASGIApp:
     """The management API, guarded by admin keys.
@@ -50,6 +51,7 @@ def management_app(
         home: The data folder, shown in the status.
         webhooks: Webhook secrets and dead letters.
         launchers: The launchers there are.
+        body_s: How long the body of a request may take.
         describe: Adds to the OpenAPI description what others serve.
     """
     app = FastAPI(
@@ -78,4 +80,4 @@ def management_app(
 
     # FastAPI's own way to extend its description.
     app.openapi = openapi  # type: ignore[method-assign]
-    return Guard(app, key_reader)
+    return Guard(app, key_reader, body_s=body_s)

@@ -1,4 +1,4 @@
-"""What stands before every route of the management API: the key, and the size of the body.
+"""What stands before every route of the management API: the key, and the size and duration of the body.
 
 A plain ASGI wrapper and not a dependency, because a framework reads and parses a body before it asks its
 dependencies, and a stranger's body is not worth reading.
@@ -6,8 +6,10 @@ dependencies, and a stranger's body is not worth reading.
 
 from __future__ import annotations
 
+import asyncio
 from typing import Protocol
 
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pilotlight.domain.key import ApiKey
@@ -16,6 +18,8 @@ from pilotlight.management.problems import ProblemResponse, problem
 
 BODY_BYTES_MAX = 1024 * 1024
 """Largest body of a management request; the largest legal environment fits four times."""
+
+_TOO_LARGE = f"the body is larger than {BODY_BYTES_MAX} bytes"
 
 OPEN_PATHS = frozenset({"/pilotlight/v1/docs", "/pilotlight/v1/openapi.json"})
 """Readable without a key."""
@@ -33,27 +37,29 @@ class Guard:
     """Lets admin keys through to the application, and bodies up to a limit.
 
     Args:
-        app: The application.
+        app: The application; turns Starlette's `HTTPException` into an answer.
         keys: Looks keys up.
+        body_s: How long a body may take.
     """
 
-    def __init__(self, app: ASGIApp, keys: KeyReader) -> None:
+    def __init__(self, app: ASGIApp, keys: KeyReader, *, body_s: float) -> None:
         self._app = app
         self._keys = keys
+        self._body_s = body_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer 401, 403 or 413, or pass the request on."""
+        """Answer 401, 403, 408 or 413, or pass the request on."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         refused = None if scope["path"] in OPEN_PATHS else self._check_key(scope)
         declared = _header(scope, b"content-length")
         if refused is None and declared.isdigit() and int(declared) > BODY_BYTES_MAX:
-            refused = _too_large()
+            refused = _refusal(413, _TOO_LARGE)
         if refused is not None:
             await refused(scope, receive, send)
             return
-        await self._app(_as_json(scope), _limited(receive), send)
+        await self._app(_as_json(scope), _limited(receive, self._body_s), send)
 
     def _check_key(self, scope: Scope) -> ProblemResponse | None:
         value = _header(scope, b"authorization").strip()
@@ -75,17 +81,25 @@ def _as_json(scope: Scope) -> Scope:
     return {**scope, "headers": [*headers, (b"content-type", b"application/json")]}
 
 
-def _limited(receive: Receive) -> Receive:
-    total = 0
+def _limited(receive: Receive, body_s: float) -> Receive:
+    """The events of a request; 413 and 408 are raised where the application waits for its body."""
+    total, complete = 0, False
+    deadline: float | None = None
 
     async def limited() -> Message:
-        nonlocal total
-        message = await receive()
-        if message["type"] == "http.request":
-            total += len(message.get("body", b""))
-            if total > BODY_BYTES_MAX:
-                # A body without a declared length looks like one that was cut off, and is answered 400.
-                return {"type": "http.disconnect"}
+        nonlocal total, complete, deadline
+        if complete:
+            return await receive()
+        deadline = deadline or asyncio.get_running_loop().time() + body_s
+        try:
+            async with asyncio.timeout_at(deadline):
+                message = await receive()
+        except TimeoutError as error:
+            raise HTTPException(408, f"the body did not arrive within {body_s:g} s") from error
+        total += len(message.get("body", b""))
+        complete = not message.get("more_body", False)
+        if total > BODY_BYTES_MAX:
+            raise HTTPException(413, _TOO_LARGE)
         return message
 
     return limited
@@ -98,8 +112,3 @@ def _header(scope: Scope, name: bytes) -> bytes:
 def _refusal(status: int, detail: str) -> ProblemResponse:
     headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
     return ProblemResponse(problem(status, detail), status_code=status, headers=headers)
-
-
-def _too_large() -> ProblemResponse:
-    detail = f"the body is larger than {BODY_BYTES_MAX} bytes"
-    return ProblemResponse(problem(413, detail), status_code=413)

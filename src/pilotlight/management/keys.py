@@ -1,9 +1,12 @@
-"""API keys: made, listed, forgotten. Used by the management API and, for the first keys, by `bootstrap`."""
+"""API keys: made, listed, changed, forgotten. For the management API and, for the first keys, `bootstrap`."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
 
 from pilotlight.domain.ids import api_key_secret, short_id
 from pilotlight.domain.key import ApiKey, Scope, hash_secret
@@ -63,7 +66,7 @@ class KeyService:
         name: str | None = None,
         scope: Scope = Scope.RUN,
         endpoint_ids: Sequence[str] = (),
-        heartbeat_s: float | None = None,
+        terms: Mapping[str, Any] = MappingProxyType({}),
     ) -> tuple[ApiKey, str]:
         """A new key and its secret, which is stored nowhere.
 
@@ -71,7 +74,7 @@ class KeyService:
             name: A label; None for a general one.
             scope: What it may do.
             endpoint_ids: Endpoints a run-only key may call.
-            heartbeat_s: Seconds between the comments on streams that wait; None for no comments.
+            terms: Fields of `ApiKey` that are not as usual: heartbeats, priority, limits.
 
         Raises:
             InvalidInputError: An endpoint id that does not exist.
@@ -89,12 +92,31 @@ class KeyService:
             endpoint_ids=frozenset(endpoint_ids),
             hash=hash_secret(secret),
             created_ms=self._clock.now_ms(),
-            heartbeat_s=heartbeat_s,
+            **terms,
         )
         async with self._changing:
             await self._store.add_key(key)
             await self._directory.refresh()
         return key, secret
+
+    async def update(self, key_id: str, changes: Mapping[str, Any]) -> ApiKey:
+        """A key after some changes, which count for the next request.
+
+        Args:
+            key_id: Which.
+            changes: Fields of `ApiKey`: name, heartbeats, priority, limits.
+
+        Raises:
+            NotFoundError: No such key.
+        """
+        async with self._changing:
+            key = next((key for key in await self._store.keys() if key.id == key_id), None)
+            if key is None:
+                raise NotFoundError(f"key {key_id} does not exist")
+            key = replace(key, **changes)
+            await self._store.update_key(key)
+            await self._directory.refresh()
+        return key
 
     async def delete(self, key_id: str) -> None:
         """Forget a key; requests with it are refused from now on.

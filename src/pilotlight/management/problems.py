@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from pilotlight.errors import (
     ClusterError,
@@ -23,6 +24,8 @@ from pilotlight.errors import (
 )
 
 _log = structlog.get_logger(__name__)
+
+_METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
 
 RETRY_AFTER_S = 5
 """Told to callers of what is broken at the moment; an operator or a network has to mend it."""
@@ -111,11 +114,12 @@ def install(app: FastAPI) -> None:
             return ProblemResponse(problem(400, f"the body is not valid JSON: {reason}"), status_code=400)
         return ProblemResponse(problem(422, "Request validation failed.", sentences(faults)), status_code=422)
 
-    async def on_http(_request: Request, error: Exception) -> ProblemResponse:
+    async def on_http(request: Request, error: Exception) -> ProblemResponse:
         assert isinstance(error, HTTPException)
         detail = "resource not found" if error.status_code == 404 else str(error.detail)
+        headers = {"Allow": _allowed(app, request)} if error.status_code == 405 else error.headers
         return ProblemResponse(
-            problem(error.status_code, detail), status_code=error.status_code, headers=error.headers
+            problem(error.status_code, detail), status_code=error.status_code, headers=headers
         )
 
     async def on_ours(_request: Request, error: Exception) -> ProblemResponse:
@@ -129,6 +133,16 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(PilotlightError, on_ours)
     app.add_exception_handler(Exception, on_any)
+
+
+def _allowed(app: FastAPI, request: Request) -> str:
+    """The methods of all routes of a path; Starlette names those of the first one."""
+
+    def answers(method: str) -> bool:
+        scope = {**request.scope, "method": method}
+        return any(route.matches(scope)[0] is Match.FULL for route in app.routes)
+
+    return ", ".join(filter(answers, _METHODS))
 
 
 def _sentence(error: Mapping[str, Any]) -> str:

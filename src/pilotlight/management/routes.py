@@ -14,15 +14,13 @@ from pilotlight.domain.key import Scope
 from pilotlight.errors import EngineEnvironmentError
 from pilotlight.management import views
 from pilotlight.management.checks import Progress
+from pilotlight.management.key_schemas import CreateKey, KeyList, KeyView, NewKeyView, UpdateKey
 from pilotlight.management.keys import KeyService
 from pilotlight.management.ndjson import MEDIA_TYPE, progress_lines, wants_ndjson
 from pilotlight.management.schemas import (
     CreateEndpoint,
-    CreateKey,
     EndpointList,
     EndpointView,
-    KeyList,
-    NewKeyView,
     Problem,
     RequestList,
     ReviseEndpoint,
@@ -86,7 +84,7 @@ def endpoint_routes(service: EndpointService) -> APIRouter:
 
 
 def key_routes(keys: KeyService) -> APIRouter:
-    """Routes that make, list and forget keys."""
+    """Routes that make, list, change and forget keys."""
     router = APIRouter(prefix=PREFIX, tags=["keys"], dependencies=[Depends(BEARER)], responses=PROBLEMS)
 
     @router.get("/keys")
@@ -101,9 +99,14 @@ def key_routes(keys: KeyService) -> APIRouter:
             name=body.name,
             scope=Scope(body.scope),
             endpoint_ids=body.endpoints,
-            heartbeat_s=body.heartbeat_s,
+            terms=body.terms(),
         )
         return NewKeyView(**views.key_view(key).model_dump(), key=secret)
+
+    @router.patch("/keys/{key_id}")
+    async def update_key(key_id: str, body: UpdateKey) -> KeyView:
+        """A key with another name, priority or limits, which count from now on."""
+        return views.key_view(await keys.update(key_id, body.changes()))
 
     @router.delete("/keys/{key_id}", status_code=204)
     async def delete_key(key_id: str) -> Response:

@@ -169,6 +169,7 @@ Scaler = Literal["QUEUE_DELAY", "REQUEST_COUNT"]
 ScalerValue = Annotated[float, Field(gt=0, le=100_000, allow_inf_nan=False)]
 ExecutionTimeout = Annotated[int, Field(ge=EXECUTION_TIMEOUT_MS_MIN, le=EXECUTION_TIMEOUT_MS_MAX)]
 GpuCount = Annotated[int, Field(ge=0, le=64)]
+Routing = Literal["auto", "least_loaded", "session", "prefix"]
 Kind = Literal["vllm", "queue", "load-balancer"]
 Command = Annotated[
     list[str], Field(min_length=1, max_length=COMMAND_ARGUMENTS_MAX), AfterValidator(_check_command)
@@ -251,11 +252,13 @@ def _unset(body: BaseModel) -> AbstractSet[str]:
     return {name for name in body.model_fields_set if getattr(body, name) is None}
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
+    """What a request sends: nothing unknown, nothing converted."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
 
-class VolumeBody(_Body):
+class VolumeBody(Body):
     """What a container sees of the machine."""
 
     source: Annotated[str, Field(max_length=4096), AfterValidator(_check_text), AfterValidator(_check_source)]
@@ -269,7 +272,7 @@ class VolumeBody(_Body):
 Volumes = Annotated[list[VolumeBody], Field(max_length=32)]
 
 
-class CreateEndpoint(_Body):
+class CreateEndpoint(Body):
     """A new endpoint, made from a model, from an engine that runs already, or from any command."""
 
     kind: Kind = "vllm"
@@ -305,6 +308,8 @@ class CreateEndpoint(_Body):
     """Requests and jobs one worker serves at a time."""
     flashboot: bool = True
     """Whether its last workers may be kept frozen."""
+    routing: Routing = "auto"
+    """How the worker of a request is chosen."""
     env: Environment = {}
     """The workers' environment; names of the engine's options in capitals set them."""
     engine_url: EngineUrl | None = None
@@ -335,7 +340,7 @@ class CreateEndpoint(_Body):
         return "REQUEST_COUNT" if self.kind == "load-balancer" and not named else self.scaler
 
 
-class ReviseEndpoint(_Body):
+class ReviseEndpoint(Body):
     """A change of an endpoint: only the fields that are sent change."""
 
     kind: Kind = "vllm"
@@ -368,6 +373,8 @@ class ReviseEndpoint(_Body):
     """Requests and jobs one worker serves at a time."""
     flashboot: bool = True
     """Whether its last workers may be kept frozen."""
+    routing: Routing = "auto"
+    """How the worker of a request is chosen."""
     env: Environment = {}
     """Replaces the environment; a value shown as ******** may be sent back and stays as it is."""
     engine_url: EngineUrl | None = None
@@ -382,27 +389,6 @@ class ReviseEndpoint(_Body):
     """Milliseconds one attempt of a job may run."""
     gpu_count: GpuCount | None = None
     """GPUs per worker; null lets the engine's need decide."""
-
-
-class CreateKey(_Body):
-    """A new API key."""
-
-    name: Name | None = None
-    """A label for lists."""
-    scope: Literal["admin", "run"] = "run"
-    """`admin` may do everything, `run` may call the named endpoints."""
-    endpoints: Annotated[list[Name], Field(max_length=1000)] = []
-    """Ids of the endpoints a run-only key may call."""
-    heartbeat_s: Annotated[float, Field(ge=1, le=60, allow_inf_nan=False)] | None = None
-    """Seconds between the comments that a stream gets while it waits for a worker; null for none."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.scope == "run" and not self.endpoints:
-            raise ValueError("a key of scope run needs at least one endpoint id in endpoints")
-        if self.scope == "admin" and self.endpoints:
-            raise ValueError("a key of scope admin may call every endpoint; leave endpoints out")
-        return self
 
 
 class FailureView(BaseModel):
@@ -436,6 +422,7 @@ class EndpointView(BaseModel):
     idle_timeout_s: int
     concurrency: int
     flashboot: bool
+    routing: Routing
     scaler: Scaler
     scaler_value: float
     execution_timeout_ms: int
@@ -456,30 +443,6 @@ class EndpointList(BaseModel):
     """All endpoints, oldest first."""
 
     endpoints: list[EndpointView]
-
-
-class KeyView(BaseModel):
-    """A stored key, without its secret."""
-
-    id: str
-    name: str
-    status: Literal["active"]
-    scope: Literal["admin", "run"]
-    endpoints: list[str]
-    heartbeat_s: float | None
-    created_at: str
-
-
-class NewKeyView(KeyView):
-    """A new key; the only answer that ever shows its secret."""
-
-    key: str
-
-
-class KeyList(BaseModel):
-    """All keys, oldest first."""
-
-    keys: list[KeyView]
 
 
 class StageView(BaseModel):

@@ -21,6 +21,7 @@ from pilotlight.domain.endpoint import (
     Endpoint,
     EndpointKind,
     Revision,
+    Routing,
     ScalerType,
 )
 from pilotlight.domain.ids import short_id
@@ -286,6 +287,7 @@ class EndpointService:
                 execution_timeout_ms=body.execution_timeout_ms,
                 concurrency=body.concurrency,
                 flashboot=body.flashboot,
+                routing=Routing(body.routing),
                 created_ms=now,
                 updated_ms=now,
             )
@@ -500,6 +502,7 @@ def _apply_settings(endpoint: Endpoint, body: ReviseEndpoint) -> Endpoint:
         ),
         concurrency=body.concurrency if "concurrency" in sent else endpoint.concurrency,
         flashboot=body.flashboot if "flashboot" in sent else endpoint.flashboot,
+        routing=Routing(body.routing) if "routing" in sent else endpoint.routing,
     )
     try:
         check_workers(changed.workers_min, changed.workers_max)

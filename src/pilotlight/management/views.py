@@ -23,12 +23,12 @@ from pilotlight.domain.endpoint import ENGINE_VERSION_VARIABLE, Container, Endpo
 from pilotlight.domain.key import ApiKey
 from pilotlight.domain.usage import RequestRecord, StartRecord, UsageInterval
 from pilotlight.domain.worker import Failure, Rung, Worker, WorkerState
+from pilotlight.management.key_schemas import KeyView
 from pilotlight.management.schemas import (
     MASK,
     EndpointView,
     FailureView,
     IntervalView,
-    KeyView,
     RequestView,
     StageView,
     StartView,
@@ -150,6 +150,7 @@ def endpoint_view(
         idle_timeout_s=endpoint.idle_timeout_ms // 1000,
         concurrency=endpoint.concurrency,
         flashboot=endpoint.flashboot,
+        routing=endpoint.routing.value,
         scaler=endpoint.scaler.value,
         scaler_value=endpoint.scaler_value,
         execution_timeout_ms=endpoint.execution_timeout_ms,
@@ -195,6 +196,10 @@ def key_view(key: ApiKey) -> KeyView:
         scope=key.scope.value,
         endpoints=sorted(key.endpoint_ids),
         heartbeat_s=key.heartbeat_s,
+        priority=key.priority.value,
+        requests_per_minute=key.requests_per_minute,
+        tokens_per_minute=key.tokens_per_minute,
+        concurrent_max=key.concurrent_max,
         created_at=timestamp(key.created_ms),
     )
 

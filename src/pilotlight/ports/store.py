@@ -65,6 +65,10 @@ class KeyStore(Protocol):
         """Store a new key. ConflictError when the id or hash exists."""
         ...
 
+    async def update_key(self, key: ApiKey) -> None:
+        """Replace a key's name, heartbeats, priority and limits. NotFoundError when unknown."""
+        ...
+
     async def delete_key(self, key_id: str) -> None:
         """Forget a key. NotFoundError when unknown."""
         ...

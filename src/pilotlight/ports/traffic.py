@@ -17,6 +17,8 @@ class Traffic:
         oldest_held_ms: Since when the oldest of them waits; None when none does.
         overdue_held: Held requests that have waited longer than the threshold asked for.
         occupied: Slots in use per worker id, requests and leased jobs together.
+        capacity: Slots in all per worker id: fewer than configured while its engine shows strain
+            (`core.engine_capacity`), none while it is passed over because it fails.
         idle_since_ms: Per worker id with no slot in use: since when.
         requests_in_flight: Requests (not jobs) being served, all workers together.
     """
@@ -25,6 +27,7 @@ class Traffic:
     oldest_held_ms: int | None = None
     overdue_held: int = 0
     occupied: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    capacity: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     idle_since_ms: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     requests_in_flight: int = 0
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import msgspec
 
-from pilotlight.domain.endpoint import Container, Endpoint, EndpointKind, Revision, ScalerType
+from pilotlight.domain.endpoint import Container, Endpoint, EndpointKind, Revision, Routing, ScalerType
 from pilotlight.domain.job import Attempt, Job, JobStatus
-from pilotlight.domain.key import ApiKey, Scope
+from pilotlight.domain.key import ApiKey, Priority, Scope
 from pilotlight.domain.usage import Outcome, RequestRecord, Road, StartRecord, UsageInterval
 from pilotlight.domain.worker import Failure, ProcessIdentity, Stage, Worker, WorkerState
 
@@ -39,6 +39,7 @@ def settings_row(endpoint: Endpoint) -> tuple[Any, ...]:
         endpoint.created_ms,
         endpoint.updated_ms,
         endpoint.kind.value,
+        endpoint.routing.value,
     )
 
 
@@ -58,7 +59,8 @@ def endpoint_of(row: Row) -> Endpoint:
         created_ms=row[10],
         updated_ms=row[11],
         kind=EndpointKind(row[12]),
-        revision=revision_of(row[13:]),
+        routing=Routing(row[13]),
+        revision=revision_of(row[14:]),
     )
 
 
@@ -103,7 +105,18 @@ def key_row(key: ApiKey) -> tuple[Any, ...]:
         _json(sorted(key.endpoint_ids)),
         key.hash,
         key.created_ms,
+        *key_terms(key),
+    )
+
+
+def key_terms(key: ApiKey) -> tuple[Any, ...]:
+    """What may change of a key, after its name."""
+    return (
         key.heartbeat_s,
+        key.priority.value,
+        key.requests_per_minute,
+        key.tokens_per_minute,
+        key.concurrent_max,
     )
 
 
@@ -117,6 +130,10 @@ def key_of(row: Row) -> ApiKey:
         hash=row[4],
         created_ms=row[5],
         heartbeat_s=row[6],
+        priority=Priority(row[7]),
+        requests_per_minute=row[8],
+        tokens_per_minute=row[9],
+        concurrent_max=row[10],
     )
 
 

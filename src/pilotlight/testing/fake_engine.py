@@ -3,13 +3,15 @@
 `python -m pilotlight.testing.fake_engine --uds PATH [--model M] [--served-model-name N…]` takes the arguments
 of the real one (the rest is ignored), asks for `VLLM_API_KEY` under `/v1`, prints the log lines by which the
 stages of a start are recognised, and answers by repeating what it is told, one word per token. A prompt
-`count to N` is answered with N words, `pick one A B …` with one of the words, each sequence with another. The
-longer a word, the less likely it is. Answers depend on the request alone.
+`count to N` is answered with N words, `count NAME to N` with N words in which the name is, `pick one A B …`
+with one of the words, each sequence with another. The longer a word, the less likely it is. Answers depend on
+the request alone. A stream tells its tokens where it is asked to (`return_token_ids`), and goes on from where
+another one ended when it is given the tokens of its prompt and of its words (`fake_tokens`).
 
 With `VLLM_SERVER_DEV_MODE=1` it sleeps and wakes up as vLLM does: what is asked while it sleeps waits, and
 weights that it gave up (level 2) are nonsense until they are read again.
 
-Misbehaviour by environment:
+Misbehaviour by request: see `fake_trouble`. By environment:
 
 | variable | effect |
 |---|---|
@@ -47,12 +49,14 @@ import os
 import signal
 import subprocess
 import sys
-import zlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 from aiohttp import web
+
+from pilotlight.testing.fake_tokens import answer_tokens, prompt_tokens, read_prompt
+from pilotlight.testing.fake_trouble import Trouble
 
 VERSION = "0.32.0"
 
@@ -81,7 +85,6 @@ class FakeEngine:
         self._record_path = os.environ.get("FAKE_ENGINE_RECORD")
         self._running = 0
         self._stop = asyncio.Event()
-        self._words: dict[int, str] = {}
         self._asleep: set[str] = set()
         self._awake = asyncio.Event()
         self._awake.set()
@@ -184,9 +187,7 @@ class FakeEngine:
     async def _tokenize(self, request: web.Request) -> web.Response:
         body = await request.json()
         self._record("request", path=request.path, body=body)
-        words = (_chat_text(body) if "messages" in body else str(body.get("prompt", ""))).split()
-        tokens = [zlib.crc32(word.encode()) for word in words]
-        self._words |= dict(zip(tokens, words, strict=True))
+        tokens = prompt_tokens(_chat_text(body) if "messages" in body else str(body.get("prompt", "")))
         limit = self._options.max_model_len
         return web.json_response({"count": len(tokens), "max_model_len": limit, "tokens": tokens})
 
@@ -268,8 +269,11 @@ class FakeEngine:
         self._running += 1
         try:
             await self._awake.wait()
+            trouble = Trouble.of(body)
+            if (answer := await trouble.before(request)) is not None:
+                return answer
             if body.get("stream"):
-                return await self._stream(request, body, chat=chat)
+                return await self._stream(request, body, trouble, chat=chat)
             # A request for one token is a worker warming up.
             if body.get("max_tokens") != 1:
                 await _until_exists(os.environ.get("FAKE_ENGINE_HOLD_WHOLE_FILE"))
@@ -289,32 +293,39 @@ class FakeEngine:
         problem = _sampling_problem(body, chat=chat)
         if problem:
             return _error(400, problem)
-        limit = self._options.max_model_len
-        if (body.get("max_tokens") or 0) > limit:
+        longest = self._options.max_model_len
+        if (body.get("max_tokens") or 0) > longest:
             return _error(
-                400, f"max_tokens={body['max_tokens']} cannot be greater than max_model_len={limit}."
+                400, f"max_tokens={body['max_tokens']} cannot be greater than max_model_len={longest}."
             )
+        limit, least = _limit(body, chat=chat) or longest, body.get("min_tokens") or 0
+        if least > limit:
+            return _error(400, f"min_tokens must be less than or equal to max_tokens={limit}, got {least}.")
+        try:
+            self._sequences(body, chat=chat)
+        except ValueError as error:
+            return _error(400, str(error))
         return None
 
-    def _sequences(self, body: dict[str, Any], *, chat: bool) -> tuple[list[str], list[list[str]]]:
-        """Prompts, and the words of every sequence, prompt-major."""
+    def _sequences(self, body: dict[str, Any], *, chat: bool) -> tuple[list[list[int]], list[list[str]]]:
+        """Tokens of the prompts, and the words of every sequence, prompt-major.
+
+        Raises:
+            ValueError: A prompt is no beginning of anything.
+        """
         prompt = _chat_text(body) if chat else body.get("prompt", "")
         parts = prompt if isinstance(prompt, list) else [prompt]
         if parts and all(isinstance(part, int) for part in parts):
             parts = [parts]
-        prompts = [
-            " ".join(self._words.get(token, str(token)) for token in part)
-            if isinstance(part, list)
-            else str(part)
-            for part in parts
-        ]
-        limit = body.get("max_tokens") or (None if chat else 16)
+        prompts = [part if isinstance(part, list) else prompt_tokens(str(part)) for part in parts]
+        limit = _limit(body, chat=chat)
         n = body.get("n") or 1
         if self._forgotten:
             return prompts, [["!"] for _ in prompts for _ in range(n)]
         sequences = []
-        for text in prompts:
-            group = [_reply(text, index)[:limit] for index in range(n)]
+        for part in parts:
+            text, done = read_prompt(part) if isinstance(part, list) else (str(part), 0)
+            group = [_reply(text, index)[done:][:limit] for index in range(n)]
             sequences += sorted(group, key=_score, reverse=True) if body.get("use_beam_search") else group
         return prompts, sequences
 
@@ -356,21 +367,23 @@ class FakeEngine:
             request.transport.abort()
             asyncio.get_running_loop().call_later(0.2, os._exit, 1)
 
-    async def _stream(self, request: web.Request, body: dict[str, Any], *, chat: bool) -> web.StreamResponse:
+    async def _stream(
+        self, request: web.Request, body: dict[str, Any], trouble: Trouble, *, chat: bool
+    ) -> web.StreamResponse:
         response = await _open_stream(request)
         exit_after = int(os.environ.get("FAKE_ENGINE_EXIT_AFTER_EVENTS", "0"))
         error_after = int(os.environ.get("FAKE_ENGINE_ERROR_AFTER_EVENTS", "0"))
         count = 0
         with contextlib.suppress(ConnectionResetError):
             async for event in self._events(body, chat=chat):
-                await _write_event(response, b"data: " + json.dumps(event, ensure_ascii=False).encode())
+                await _write_event(response, event)
                 count += 1
                 if count == 1:
                     await _until_exists(os.environ.get("FAKE_ENGINE_HOLD_FILE"))
                 if count == exit_after:
                     await asyncio.sleep(0.05)  # let the bytes leave
                     os._exit(7)
-                if count == error_after:
+                if await trouble.at(count, request) or count == error_after:
                     failure = {
                         "error": {
                             "message": os.environ.get("FAKE_ENGINE_ERROR_TEXT", "boom"),
@@ -393,16 +406,26 @@ class FakeEngine:
         head = self._head(body, "chat.completion.chunk" if chat else "text_completion")
         wanted = body.get("stream_options") or {}
         per_prompt = body.get("n") or 1
+        told = bool(body.get("return_token_ids"))
+        begun = read_prompt(prompts[0])[1] if told else 0
+        of_prompt = {"prompt_token_ids": prompts[0]} if told else {}
         for index in range(len(sequences)) if chat else ():
             delta = {"role": "assistant", "content": ""}
-            yield {**head, "choices": [{"index": index, "delta": delta, "finish_reason": None}]}
+            yield {**head, "choices": [{"index": index, "delta": delta, "finish_reason": None}], **of_prompt}
         for step in range(max(map(len, sequences), default=0)):
             for index, words in enumerate(sequences):
                 if step >= len(words):
                     continue
                 last = step == len(words) - 1
                 content = {"delta": {"content": words[step]}} if chat else {"text": words[step]}
-                choice = {"index": index, **content, "finish_reason": "stop" if last else None}
+                choice: dict[str, Any] = {
+                    "index": index,
+                    **content,
+                    "finish_reason": "stop" if last else None,
+                }
+                if told:
+                    choice["token_ids"] = answer_tokens(begun + step, 1)
+                    choice |= of_prompt if not (chat or step) else {}
                 event: dict[str, Any] = {**head, "choices": [choice]}
                 if wanted.get("continuous_usage_stats"):
                     event["usage"] = _usage([prompts[index // per_prompt]], [words[: step + 1]])
@@ -420,6 +443,8 @@ def _reply(text: str, index: int = 0) -> list[str]:
     words = text.split()
     if words[:2] == ["pick", "one"] and len(words) > 2:
         return [words[2 + index % (len(words) - 2)]]
+    if words[:1] == ["count"] and words[2:3] == ["to"] and words[3:] and words[3].isdigit():
+        return [f" {words[1]}-{number}" for number in range(1, int(words[3]) + 1)]
     if words[:2] == ["count", "to"] and words[-1].isdigit():
         return [f" {number}" for number in range(1, int(words[-1]) + 1)]
     return [f" {word}" if position else word for position, word in enumerate(words)] or [""]
@@ -459,8 +484,13 @@ def _chat_text(body: dict[str, Any]) -> str:
     return content if isinstance(content, str) else json.dumps(content)
 
 
-def _usage(prompts: list[str], sequences: list[list[str]]) -> dict[str, int]:
-    prompt = sum(len(text.split()) for text in prompts)
+def _limit(body: dict[str, Any], *, chat: bool) -> int | None:
+    """Most words of an answer."""
+    return body.get("max_tokens") or (None if chat else 16)
+
+
+def _usage(prompts: list[list[int]], sequences: list[list[str]]) -> dict[str, int]:
+    prompt = sum(map(len, prompts))
     completion = sum(len(words) for words in sequences)
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
@@ -481,9 +511,11 @@ async def _open_stream(request: web.Request) -> web.StreamResponse:
     return response
 
 
-async def _write_event(response: web.StreamResponse, event: bytes) -> None:
+async def _write_event(response: web.StreamResponse, event: dict[str, Any]) -> None:
+    """As vLLM writes it: without spaces."""
     size = int(os.environ.get("FAKE_ENGINE_SPLIT_BYTES", "0"))
-    data = (b": keep-alive\n\n" if size else b"") + event + b"\n\n"
+    text = json.dumps(event, ensure_ascii=False, separators=(",", ":"))
+    data = (b": keep-alive\n\n" if size else b"") + f"data: {text}\n\n".encode()
     for start in range(0, len(data), size or len(data)):
         await response.write(data[start : start + size] if size else data)
         if size:

@@ -355,6 +355,14 @@ def says_started(line: str) -> bool:
     return bool(_STARTED.search(line))
 
 
+_ASKED_FOR_LOAD: Final = '"GET /metrics/?name'
+
+
+def tells_of_question(line: str) -> bool:
+    """Whether a line only tells that the gateway asked for the engine's load, as it does every second."""
+    return _ASKED_FOR_LOAD in line
+
+
 _CONCURRENCY: Final = re.compile(r"Maximum concurrency for [\d,]+ tokens per request: ([\d.]+)x")
 
 

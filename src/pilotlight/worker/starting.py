@@ -71,6 +71,7 @@ from pilotlight.worker.stages import (
     says_drained,
     says_started,
     stuck_failure,
+    tells_of_question,
     timeout_failure,
 )
 from pilotlight.worker.timeline import Timeline
@@ -514,8 +515,10 @@ class EngineStart:
         self.registration["models"] = [entry["id"] for entry in listed]
 
     def _on_line(self, line: bytes) -> None:
-        self._log.line(line)
         text = line.decode("utf-8", "replace")
+        if tells_of_question(text):
+            return
+        self._log.line(line)
         self.tail.add(text, self._clock())
         self._timeline.read(text, _now_ms())
         if says_started(text):

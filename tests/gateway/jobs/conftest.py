@@ -28,6 +28,7 @@ from pilotlight.gateway.jobs.batch_routes import batch_routes
 from pilotlight.gateway.jobs.buckets import Buckets
 from pilotlight.gateway.jobs.http import JobRoad
 from pilotlight.gateway.jobs.openai import JobOpenAI
+from pilotlight.gateway.key_limits import KeyLimits
 from pilotlight.gateway.outlook import Outlook
 from pilotlight.gateway.protocol import GatewayProtocol
 from pilotlight.gateway.slots import SlotTable
@@ -39,6 +40,7 @@ from pilotlight.ports.store import Store
 from pilotlight.sealing import InstallationSecret
 from pilotlight.settings import JobSettings, LimitSettings, Settings
 from pilotlight.stores import MemoryStore, open_sqlite_store
+from pilotlight.system import SystemClock
 
 ADMIN = "rpa_ADMIN"
 RUNNER = "rpa_RUNNER"
@@ -296,7 +298,13 @@ async def serving(app: JobRoad) -> AsyncIterator[str]:
 
 def job_openai(platform: Platform) -> JobOpenAI:
     """What serves OpenAI's routes by jobs."""
-    return JobOpenAI(platform.service, platform.directory, platform.settings.limits, platform.outlook)
+    return JobOpenAI(
+        platform.service,
+        platform.directory,
+        platform.settings.limits,
+        platform.outlook,
+        KeyLimits(SystemClock()),
+    )
 
 
 def settings_with(
@@ -367,7 +375,14 @@ async def build(settings: Settings, store: Store) -> Platform:
     slots.on_free = service.slots_freed
     routes = [
         *worker_routes(service, fleet, limits=settings.limits),
-        *job_routes(service, directory, slots=slots, fleet=fleet, limits=settings.limits),
+        *job_routes(
+            service,
+            directory,
+            slots=slots,
+            fleet=fleet,
+            limits=settings.limits,
+            key_limits=KeyLimits(clock),
+        ),
         *batch_routes(service.batches, directory, limits=settings.limits, rates=service.rates),
     ]
     app = JobRoad(routes)

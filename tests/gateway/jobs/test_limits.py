@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -229,6 +230,23 @@ async def test_which_routes_share_a_count(limited, group):
                 assert f"rate limit exceeded: {how} to {group} of endpoint ep1" in answer.json()["error"]
             else:
                 assert answer.status_code != 429, path
+
+
+async def test_a_key_with_a_limit_of_its_own_may_submit_so_many_jobs_and_ask_for_them_as_often_as_it_likes(
+    platform,
+):
+    await platform.store.update_key(replace(platform.key, requests_per_minute=2))
+    await platform.directory.refresh()
+    for verb in ("/run", "/runsync?wait=1000"):
+        assert (await platform.call("POST", verb, json={"input": 1})).status_code == 200
+    job = (await platform.call("GET", "/requests")).json()["requests"][0]["id"]
+    for verb in ("/run", "/runsync"):
+        answer = await platform.call("POST", verb, json={"input": 1})
+        assert answer.status_code == 429
+        assert 0 < int(answer.headers["retry-after"]) <= 30
+        assert answer.json()["error"].startswith(f"rate limit reached for key {platform.key.id}: 2 requests")
+    assert (await platform.call("GET", f"/status/{job}")).status_code == 200
+    assert [row.outcome for row in platform.records if row.status == 429] == [Outcome.REJECTED] * 2
 
 
 @pytest.mark.parametrize("requests", [1999, 2000])

@@ -546,6 +546,16 @@ async def rest(lines: Any) -> str:
     return "\n".join(told)
 
 
+async def test_a_key_over_its_own_limit_is_told_in_openais_words(platform, beating):
+    await platform.store.update_key(replace(platform.key, requests_per_minute=1))
+    await platform.directory.refresh()
+    async with commented(platform, beating):
+        answer = await platform.client.post(f"{beating}/chat/completions", headers=KEY, json=STREAM)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+    assert answer.headers["x-ratelimit-remaining-requests"] == "0"
+    assert 0 < int(answer.headers["retry-after"]) <= 60
+
+
 async def test_a_stream_that_waits_for_a_worker_gets_comments_and_then_its_words(platform, beating):
     async with commented(platform, beating) as (answer, lines):
         job_id = await taken(platform, answer)

@@ -14,8 +14,10 @@ import pytest
 from pilotlight.domain.endpoint import RESERVED_ENDPOINT_IDS, EndpointKind
 from pilotlight.gateway.app import Gateway
 from pilotlight.gateway.asgi import send_json
+from pilotlight.gateway.key_limits import KeyLimits
 from pilotlight.gateway.load_balancer import LoadBalancer
 from pilotlight.settings import LoadBalancerSettings
+from pilotlight.system import SystemClock
 
 from .conftest import ADMIN, ENDPOINT, Platform, job_openai, serving
 
@@ -43,7 +45,9 @@ async def whole(platform: Platform) -> AsyncIterator[Whole]:
 
     road = job_openai(platform)
     app = Gateway(
-        openai=lambda _: road,
+        data_path=None,
+        openai=road,
+        serves_directly=lambda _: False,
         jobs=platform.app,
         management=management,
         balancer=LoadBalancer(
@@ -55,6 +59,7 @@ async def whole(platform: Platform) -> AsyncIterator[Whole]:
             settings=LoadBalancerSettings(),
             entropy=bytes,
             record=platform.records.append,
+            key_limits=KeyLimits(SystemClock()),
             start_failed=NeverError,
         ),
     )

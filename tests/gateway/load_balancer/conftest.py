@@ -19,11 +19,12 @@ from pilotlight.domain.worker import Address, Registration, Worker, WorkerState
 from pilotlight.errors import NotFoundError
 from pilotlight.gateway.app import Gateway
 from pilotlight.gateway.directory import Directory
+from pilotlight.gateway.key_limits import KeyLimits
 from pilotlight.gateway.load_balancer import LoadBalancer
-from pilotlight.gateway.load_balancer.tunnel import WebSocketTunnel
 from pilotlight.gateway.outlook import Outlook
 from pilotlight.gateway.protocol import GatewayProtocol
 from pilotlight.gateway.slots import SlotTable
+from pilotlight.gateway.tunnel import WebSocketTunnel
 from pilotlight.ports.fleet import Health
 from pilotlight.settings import LoadBalancerSettings
 from pilotlight.stores.memory import MemoryStore
@@ -101,9 +102,17 @@ class Balanced:
             settings=LoadBalancerSettings(**settings),
             entropy=bytes,
             record=self.rows.append,
+            key_limits=KeyLimits(self.clock),
             start_failed=self.start_failed,
         )
-        self.app = Gateway(openai=None, jobs=None, management=None, balancer=self.balancer)
+        self.app = Gateway(
+            data_path=None,
+            openai=None,
+            serves_directly=lambda _: False,
+            jobs=None,
+            management=None,
+            balancer=self.balancer,
+        )
         self.url = ""
         self.client = None
         self.stack = contextlib.AsyncExitStack()

@@ -11,6 +11,10 @@ from dataclasses import replace
 import pytest
 from aiohttp import web
 
+from pilotlight.gateway.slots import Ask
+
+ASK = Ask(1)
+
 ID = "lbendpoint1234"
 HEADER = "X-Runpod-Worker-Id"
 
@@ -36,7 +40,7 @@ async def test_a_preference_falls_back_silently(balanced):
     """§3: `<id>` prefers; empty is the normal selection."""
     await balanced.worker("w1", named("w1"))
     await balanced.worker("w2", named("w2"), capacity=1)
-    balanced.slots.take_of(ID, "w2")
+    balanced.slots.take_of(ID, "w2", ASK)
     for wanted in ("w2", "never", ""):
         async with balanced.ask(headers={HEADER: wanted}) as answer:
             assert (answer.status, answer.headers[HEADER]) == (200, "w1")
@@ -46,14 +50,14 @@ async def test_a_strict_pin_waits_for_its_worker_while_others_are_free(balanced)
     """§3: only that worker."""
     await balanced.worker("w1", named("w1"))
     await balanced.worker("w2", named("w2"), capacity=1)
-    taken = balanced.slots.take_of(ID, "w2")
+    taken = balanced.slots.take_of(ID, "w2", ASK)
     asking = asyncio.create_task(
         balanced.client.get(f"{balanced.url}/lb/{ID}/", headers={HEADER: "strict w2"})
     )
     await balanced.waiting.wait()
     async with balanced.ask() as answer:
         assert await answer.text() == "w1", "others are not held up by it"
-    balanced.slots.release_request(taken)
+    balanced.slots.release_request(taken, ASK)
     async with await asking as answer:
         assert await answer.text() == "w2"
 
@@ -62,7 +66,7 @@ async def test_a_strict_pin_that_waits_in_vain_is_400_with_its_reason(make_balan
     """§3: `timed out waiting for worker`, reason `worker_timeout`."""
     balanced = await make_balanced(pinned_wait_s=1)
     await balanced.worker("w1", named("w1"), capacity=1)
-    balanced.slots.take_of(ID, "w1")
+    balanced.slots.take_of(ID, "w1", ASK)
     async with balanced.ask(headers={HEADER: "strict w1"}) as answer:
         assert answer.status == 400
         assert await answer.json() == {"error": "timed out waiting for worker", "reason": "worker_timeout"}
@@ -78,7 +82,7 @@ async def test_a_worker_that_is_gone_is_404(balanced, pin):
 
 async def test_a_worker_that_goes_while_it_is_waited_for_is_404(balanced):
     await balanced.worker("w1", named("w1"), capacity=1)
-    balanced.slots.take_of(ID, "w1")
+    balanced.slots.take_of(ID, "w1", ASK)
     asking = asyncio.create_task(
         balanced.client.get(f"{balanced.url}/lb/{ID}/", headers={HEADER: "strict w1"})
     )
@@ -212,7 +216,7 @@ async def test_strict_resume_waits_for_an_end_no_longer_than_for_a_worker(make_b
 
 async def test_strict_resume_outlives_a_drain_that_begins_while_it_waits(balanced):
     port = await balanced.worker("w1", named("w1"), capacity=1)
-    balanced.slots.take_of(ID, "w1")
+    balanced.slots.take_of(ID, "w1", ASK)
     asking = resuming(balanced)
     await balanced.waiting.wait()
     balanced.drain("w1")

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import io
+from dataclasses import replace
 
 import aiohttp
 import pytest
 from aiohttp import web
 
 from pilotlight.domain.endpoint import EndpointKind
+from pilotlight.domain.key import Priority, Scope
 from pilotlight.settings import LoadBalancerSettings
 
 ID = "lbendpoint1234"
@@ -43,6 +45,31 @@ def test_limits_are_those_of_the_contract():
     assert (settings.wait_s, settings.pinned_wait_s, settings.request_s) == (120, 300, 330)
     assert (settings.body_bytes, settings.response_bytes) == (30 * 1_048_576, 30 * 1_048_576)
     assert settings.unhealthy_s == 480
+
+
+async def test_a_key_may_have_limits_of_its_own(balanced):
+    """A request counts as one that is under way until its answer is complete."""
+    arrived, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow(_):
+        arrived.set()
+        await go_on.wait()
+        return web.Response(text="done")
+
+    await balanced.worker("w1", slow)
+    (key,) = [key for key in await balanced.store.keys() if key.scope is Scope.RUN]
+    await balanced.store.update_key(replace(key, concurrent_max=1, priority=Priority.HIGH))
+    await balanced.directory.refresh()
+    first = asyncio.create_task(balanced.client.get(f"{balanced.url}/lb/{ID}/x"))
+    await arrived.wait()
+    async with balanced.client.get(f"{balanced.url}/lb/{ID}/x") as refused:
+        assert (refused.status, refused.headers["retry-after"]) == (429, "1")
+        assert "1 requests at once" in (await refused.json())["error"]
+    go_on.set()
+    async with await first as answer:
+        assert await answer.text() == "done"
+    async with balanced.client.get(f"{balanced.url}/lb/{ID}/x") as answer:
+        assert answer.status == 200
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"])

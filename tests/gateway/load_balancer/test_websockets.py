@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 from aiohttp import WSMsgType, web
 
-from pilotlight.gateway.load_balancer import tunnel
+from pilotlight.gateway import tunnel
 
 ID = "lbendpoint1234"
 

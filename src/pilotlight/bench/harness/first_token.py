@@ -14,11 +14,14 @@ import time
 
 import uvloop
 
-from pilotlight.bench.harness.streams import BODY
+from pilotlight.bench.harness.streams import body
 from pilotlight.bench.harness.wire import Connection, connect, request_bytes
 
 WARM_UP = 20
 """Turns that are not counted."""
+
+EVENTS = 8
+"""Per stream; only the first one is timed."""
 
 
 class _First:
@@ -45,7 +48,7 @@ async def _ask_ms(connection: Connection, request: bytes) -> float:
 async def main(count: int, roads: dict[str, tuple[int, str]]) -> None:
     """Print `{road: [milliseconds, …]}`."""
     connections = {name: await connect(port) for name, (port, _) in roads.items()}
-    requests = {name: request_bytes(path, BODY) for name, (_, path) in roads.items()}
+    requests = {name: request_bytes(path, body(EVENTS, 0.0)) for name, (_, path) in roads.items()}
     measured: dict[str, list[float]] = {name: [] for name in roads}
     names = list(roads)
     for turn in range(-WARM_UP, count):
@@ -58,11 +61,12 @@ async def main(count: int, roads: dict[str, tuple[int, str]]) -> None:
     sys.stdout.write(json.dumps(measured) + "\n")
 
 
-def _road(text: str) -> tuple[str, tuple[int, str]]:
+def road(text: str) -> tuple[str, tuple[int, str]]:
+    """Name, port and path of an argument `NAME=PORT:PATH`."""
     name, _, where = text.partition("=")
     port, _, path = where.partition(":")
     return name, (int(port), path)
 
 
 if __name__ == "__main__":
-    uvloop.run(main(int(sys.argv[1]), dict(map(_road, sys.argv[2:]))))
+    uvloop.run(main(int(sys.argv[1]), dict(map(road, sys.argv[2:]))))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import httptools
@@ -18,12 +19,32 @@ class ConnectionLostError(Exception):
     """The peer closed the connection inside an answer."""
 
 
-def request_bytes(path: str, body: dict[str, Any]) -> bytes:
-    """A POST of this JSON body with the key of the environment variable KEY."""
+def allow_descriptors(wanted: int) -> int:
+    """Raise the limit of this process's open files to `wanted`, or as far as it may go; the limit then."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return wanted
+    limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    return limit
+
+
+def request_bytes(
+    path: str, body: dict[str, Any], *, key: str | None = None, headers: Mapping[str, str] | None = None
+) -> bytes:
+    """A POST of this JSON body.
+
+    Args:
+        path: Where to.
+        body: What.
+        key: API key; None takes that of the environment variable KEY.
+        headers: More headers.
+    """
     content = json.dumps(body, separators=(",", ":")).encode()
-    key = os.environ.get("KEY", "none")
+    key = os.environ.get("KEY", "none") if key is None else key
+    more = "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items())
     head = (
-        f"POST {path} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {key}\r\n"
+        f"POST {path} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {key}\r\n{more}"
         f"content-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
     )
     return head.encode("ascii") + content
@@ -61,8 +82,14 @@ class Connection(asyncio.Protocol):
         if self._done is not None and not self._done.done():
             self._done.set_result(self._parser.get_status_code())
 
-    async def ask(self, request: bytes, on_body: Callable[[bytes], None]) -> int:
+    async def ask(self, request: bytes, on_body: Callable[[bytes], None], *, rest: bytes = b"") -> int:
         """Send a request, hand over its answer's body piece by piece; its status once it is complete.
+
+        Args:
+            request: The request, or its head.
+            on_body: Gets the pieces of the answer's body.
+            rest: What is left of the request, in a write of its own (which is one also for the kernel only
+                with asyncio's own event loop; uvloop's joins them).
 
         Raises:
             ConnectionLostError: The peer closed before that.
@@ -73,6 +100,8 @@ class Connection(asyncio.Protocol):
         self._parser, self._on_body = httptools.HttpResponseParser(self), on_body
         self._done = asyncio.get_running_loop().create_future()
         self._transport.write(request)
+        if rest:
+            self._transport.write(rest)
         return await asyncio.wait_for(self._done, ANSWER_S)
 
     def close(self) -> None:

@@ -1,5 +1,6 @@
-"""Programs around other job queues, and the lock of the environment in which they run (`bench.queue_peers`).
+"""Locks of the packages that benchmarks compare with (`bench.environments`), and programs that run there.
 
-They are run by path with that environment's interpreter, so they import nothing of ours. Each one both holds
-the no-op task for the queue's own worker and, started as a program, is a client of it.
+The programs are those around other job queues (`bench.queue_peers`). They are run by path with that
+environment's interpreter, so they import nothing of ours. Each one both holds the no-op task for the queue's
+own worker and, started as a program, is a client of it.
 """

@@ -26,8 +26,8 @@ from pilotlight.gateway.repeated import WholeRequest
 _log = structlog.get_logger()
 
 _DISCARDED_MAX = 64 * 1024 * 1024
-"""Bytes of an oversize body that are read and thrown away, so that the client reads our answer instead of
-meeting a closed connection."""
+"""Bytes of an oversize body that are read and thrown away where its size matters, as a worker's result does,
+whose job fails by it."""
 
 BODY_S = 120.0
 """How long a body may take where nothing else is said; the default of `limits.body_s`."""
@@ -88,12 +88,15 @@ class Call:
         """`async with` it to have a future that is done when the client has gone; after the body was read."""
         return watched(self.scope, self.receive)
 
-    async def body(self, *, limit: int, within_s: float | None = None) -> tuple[bytes | None, int]:
+    async def body(
+        self, *, limit: int, within_s: float | None = None, discarded_max: int = _DISCARDED_MAX
+    ) -> tuple[bytes | None, int]:
         """The body and its size; None for the body when it is over the limit.
 
         Args:
             limit: Bytes.
             within_s: How long it may take; None means as long as the road gives everybody, `body_s`.
+            discarded_max: Bytes over the limit that are read to learn the size.
 
         Raises:
             ClientGoneError: The client went away before the end.
@@ -103,24 +106,27 @@ class Call:
             within_s = self._body_s
         try:
             async with asyncio.timeout(within_s):
-                return await self._read(limit)
+                return await self._read(limit, discarded_max)
         except TimeoutError as error:
             raise BodyTimeoutError(f"the request body did not arrive within {within_s:g} s") from error
 
     async def whole_body(self, *, limit: int) -> bytes:
-        """The body of a client's request.
+        """The body of a client's request; one that is too large is not read to its end.
 
         Raises:
             PayloadTooLargeError: It is over the limit (serverless-api.md §2.13).
             ClientGoneError: The client went away before the end.
             BodyTimeoutError: It did not send all of it within `body_s`.
         """
-        body, _ = await self.body(limit=limit)
+        announced = self.headers.get(b"content-length", b"")
+        body = None
+        if not announced.isdigit() or int(announced) <= limit:
+            body, _ = await self.body(limit=limit, discarded_max=0)
         if body is None:
             raise PayloadTooLargeError(f"request body exceeds {limit / 1_048_576:g} MB limit")
         return body
 
-    async def _read(self, limit: int) -> tuple[bytes | None, int]:
+    async def _read(self, limit: int, discarded_max: int) -> tuple[bytes | None, int]:
         chunks: list[bytes] = []
         size = 0
         while True:
@@ -137,7 +143,7 @@ class Call:
                 if size > limit:
                     return None, size
                 return (chunks[0] if len(chunks) == 1 else b"".join(chunks)), size
-            if size > limit + _DISCARDED_MAX:
+            if size > limit + discarded_max:
                 return None, size
 
 
@@ -196,6 +202,7 @@ class WholeCall(Call):
         *,
         limit: int,
         within_s: float | None = None,  # noqa: ARG002 - the body has arrived already
+        discarded_max: int = 0,  # noqa: ARG002 - the same
     ) -> tuple[bytes | None, int]:
         """The body and its size; None for the body when it is over the limit."""
         body = self._request.body

@@ -26,7 +26,7 @@ from pilotlight.core.openai_jobs import (
     wants_stream,
     whole_answer,
 )
-from pilotlight.core.openai_routes import RouteDecision, RouteKind, check_route, speaks_anthropic
+from pilotlight.core.openai_routes import RouteDecision, check_route, speaks_anthropic
 from pilotlight.domain.endpoint import Endpoint, EndpointKind
 from pilotlight.domain.job import Job, JobStatus
 from pilotlight.domain.key import ApiKey
@@ -41,6 +41,7 @@ from pilotlight.gateway.jobs.readers import StreamPart
 from pilotlight.gateway.jobs.service import JobService
 from pilotlight.gateway.jobs.submission import NOT_FOR_QUEUES, Submission, check_readable
 from pilotlight.gateway.jobs.waiting import Gone, watched
+from pilotlight.gateway.key_limits import KeyLimits
 from pilotlight.gateway.openai_access import called_endpoint, caller_of, models_answer, route_refusal
 from pilotlight.gateway.outlook import Outlook
 from pilotlight.gateway.refusal import RequestRefusedError, error_object
@@ -70,15 +71,22 @@ class JobOpenAI:
         directory: Endpoints and keys.
         limits: Bounds.
         outlook: Asked what callers that wait are told.
+        key_limits: What keys may ask for.
     """
 
     def __init__(
-        self, service: JobService, directory: Directory, limits: LimitSettings, outlook: Outlook
+        self,
+        service: JobService,
+        directory: Directory,
+        limits: LimitSettings,
+        outlook: Outlook,
+        key_limits: KeyLimits,
     ) -> None:
         self._service = service
         self._directory = directory
         self._limits = limits
         self._outlook = outlook
+        self._key_limits = key_limits
 
     async def __call__(
         self, scope: Scope, receive: Receive, send: Send, *, endpoint_id: str, path: str
@@ -111,7 +119,7 @@ class JobOpenAI:
             raise RequestRefusedError(400, NOT_FOR_QUEUES)
         decision = check_route(scope["method"], path) if endpoint.kind is EndpointKind.VLLM else None
         if decision is not None:
-            if not decision.allowed or decision.kind is RouteKind.WEBSOCKET:
+            if not decision.allowed:
                 raise route_refusal(decision)
             if decision.path.startswith("/v1/models"):
                 await send_json(send, 200, models_answer(endpoint, decision.path), [])
@@ -119,6 +127,17 @@ class JobOpenAI:
             if endpoint.workers_max == 0:
                 raise RequestRefusedError(503, _PAUSED, code="no_worker", retry_after_s=_RETRY_PAUSED_S)
         call = _plan(decision, path, await self._body(headers, receive))
+        taken = self._key_limits.take(key, 0)
+        if taken.refused is not None:
+            raise taken.refused
+        try:
+            await self._call(scope, receive, send, endpoint, key, call)
+        finally:
+            self._key_limits.give_back(key, taken, None)
+
+    async def _call(
+        self, scope: Scope, receive: Receive, send: Send, endpoint: Endpoint, key: ApiKey, call: _Call
+    ) -> None:
         job = await self._submit(endpoint, key, call)
         async with watched(scope, receive) as gone:
             answered = False

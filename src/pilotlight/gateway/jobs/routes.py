@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import contextlib
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 
 import structlog
@@ -18,6 +19,7 @@ from pilotlight.gateway.asgi import Response
 from pilotlight.gateway.directory import Directory
 from pilotlight.gateway.errors import (
     AccessDeniedError,
+    QueueFullError,
     RateLimitedError,
     UnauthorizedError,
 )
@@ -44,6 +46,7 @@ from pilotlight.gateway.jobs.views import (
     submitted_view,
     timeline_view,
 )
+from pilotlight.gateway.key_limits import KeyLimits
 from pilotlight.gateway.slots import SlotTable
 from pilotlight.ports.fleet import Fleet
 from pilotlight.settings import LimitSettings
@@ -76,6 +79,7 @@ def job_routes(
     slots: SlotTable,
     fleet: Fleet,
     limits: LimitSettings,
+    key_limits: KeyLimits,
 ) -> list[SegmentRoute]:
     """Routes for clients. Put them behind REST v2's own roots below `/v2/`, which they leave alone.
 
@@ -85,8 +89,9 @@ def job_routes(
         slots: For `/health`.
         fleet: For `/health`.
         limits: Sizes of bodies.
+        key_limits: What keys may ask for; submitting jobs counts.
     """
-    api = _JobApi(service, slots, fleet, limits)
+    api = _JobApi(service, slots, fleet, limits, key_limits)
     group = OperationGroup
     table: dict[tuple[str, int], tuple[frozenset[str], OperationGroup, _Serve]] = {
         ("run", 0): (_POST, group.RUN, api.run),
@@ -171,20 +176,30 @@ def authorize(call: Call, directory: Directory, *, for_queues: bool = True) -> t
 
 
 class _JobApi:
-    def __init__(self, service: JobService, slots: SlotTable, fleet: Fleet, limits: LimitSettings) -> None:
+    def __init__(
+        self,
+        service: JobService,
+        slots: SlotTable,
+        fleet: Fleet,
+        limits: LimitSettings,
+        key_limits: KeyLimits,
+    ) -> None:
         self._service = service
         self._slots = slots
         self._fleet = fleet
         self._limits = limits
+        self._key_limits = key_limits
 
     async def run(self, call: Call, endpoint: Endpoint, key: ApiKey) -> Response:
-        submitted = await self._submit(call, endpoint, key, sync=False)
+        with self._counted(endpoint, key, sync=False):
+            submitted = await self._submit(call, endpoint, key, sync=False)
         return json_answer(submitted_view(submitted.job), _headers(endpoint, submitted))
 
     async def runsync(self, call: Call, endpoint: Endpoint, key: ApiKey) -> Response:
         wait_ms = _wait(call, _WAIT_DEFAULT_MS)
-        submitted = await self._submit(call, endpoint, key, sync=True)
-        job = await self._result(call, submitted.job, wait_ms)
+        with self._counted(endpoint, key, sync=True):
+            submitted = await self._submit(call, endpoint, key, sync=True)
+            job = await self._result(call, submitted.job, wait_ms)
         return json_answer(job_view(job), _headers(endpoint, submitted))
 
     async def status(self, call: Call, endpoint: Endpoint, _: ApiKey) -> Response:
@@ -264,6 +279,16 @@ class _JobApi:
         )
         return json_answer(body)
 
+    @contextlib.contextmanager
+    def _counted(self, endpoint: Endpoint, key: ApiKey, *, sync: bool) -> Iterator[None]:
+        with contextlib.ExitStack() as counted:
+            try:
+                counted.enter_context(self._key_limits.admitted(key))
+            except RateLimitedError:
+                self._service.refused(endpoint.id, key, sync=sync, status=429)
+                raise
+            yield
+
     async def _submit(self, call: Call, endpoint: Endpoint, key: ApiKey, *, sync: bool) -> Submitted:
         limit = self._limits.body_bytes if sync else self._limits.run_body_bytes
         given_ms = _wait(call, 0) if sync else 0
@@ -279,8 +304,8 @@ class _JobApi:
         except ConflictError:
             self._service.refused(endpoint.id, key, sync=sync, status=409)
             raise
-        except RateLimitedError:
-            self._service.refused(endpoint.id, key, sync=sync, status=429)
+        except QueueFullError:
+            self._service.refused(endpoint.id, key, sync=sync, status=429, full=True)
             raise
 
     async def _result(self, call: Call, job: Job, wait_ms: int) -> Job:

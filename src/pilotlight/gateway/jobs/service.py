@@ -265,8 +265,8 @@ class JobService:
             s3_config=None if secrets is None else self._buckets.seal(job_id, secrets),
         )
 
-    def refused(self, endpoint_id: str, key: ApiKey, *, sync: bool, status: int) -> None:
-        """Leave a row in the request log for a submission that became no job."""
+    def refused(self, endpoint_id: str, key: ApiKey, *, sync: bool, status: int, full: bool = False) -> None:
+        """Leave a row in the request log for a submission that became no job; `full`: for want of room."""
         self._record(
             RequestRecord(
                 id=make_job_id(self._entropy(16), sync=sync, created_ms=self._clock.now_ms()),
@@ -275,7 +275,7 @@ class JobService:
                 key_id=key.id,
                 route="/runsync" if sync else "/run",
                 status=status,
-                outcome=Outcome.SHED if status == 429 else Outcome.REJECTED,
+                outcome=Outcome.SHED if full else Outcome.REJECTED,
                 arrival_ms=self._clock.now_ms(),
             )
         )

@@ -9,24 +9,29 @@ second try. WebSockets take the same steps and then become a tunnel.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import structlog
 
 from pilotlight.core.affinity import HEADER, parse_affinity
 from pilotlight.domain.endpoint import Endpoint, EndpointKind
+from pilotlight.domain.key import ApiKey
 from pilotlight.domain.usage import Outcome, RequestRecord
-from pilotlight.gateway.asgi import Headers, Receive, Scope, Send
+from pilotlight.gateway.asgi import BREAK_OFF, Headers, Receive, Scope, Send
 from pilotlight.gateway.directory import Directory, secret_of
+from pilotlight.gateway.errors import RateLimitedError
 from pilotlight.gateway.exchange import Exchange
+from pilotlight.gateway.key_limits import KeyLimits
 from pilotlight.gateway.load_balancer.body import ClientBody
 from pilotlight.gateway.load_balancer.choice import WorkerChoice
 from pilotlight.gateway.load_balancer.forward import Forwarder
 from pilotlight.gateway.load_balancer.head import Call, Framing, request_head, upgrade_head
 from pilotlight.gateway.load_balancer.refusal import Refusal
-from pilotlight.gateway.load_balancer.tunnel import TUNNEL, WebSocketTunnel
 from pilotlight.gateway.outlook import Outlook
-from pilotlight.gateway.slots import SlotTable, WorkerSlots
+from pilotlight.gateway.request_ids import client_id
+from pilotlight.gateway.slots import Ask, SlotTable, WorkerSlots
+from pilotlight.gateway.tunnel import TUNNEL, Handshake, TunnelBounds, WebSocketTunnel, attended, carry
 from pilotlight.gateway.upstream import UpstreamError
 from pilotlight.ports.clock import Clock
 from pilotlight.ports.fleet import Fleet
@@ -47,6 +52,7 @@ class LoadBalancer:
         settings: Bounds.
         entropy: Random bytes, for ids in the request log.
         record: Takes the row of the request log.
+        key_limits: What keys may ask for.
         start_failed: The class of errors with which held requests fail when their endpoint gives up.
 
     Attributes:
@@ -64,6 +70,7 @@ class LoadBalancer:
         settings: LoadBalancerSettings,
         entropy: Callable[[int], bytes],
         record: Callable[[RequestRecord], None],
+        key_limits: KeyLimits,
         start_failed: type[Exception],
     ) -> None:
         self._directory = directory
@@ -72,6 +79,7 @@ class LoadBalancer:
         self._settings = settings
         self._entropy = entropy
         self._record = record
+        self._key_limits = key_limits
         self._choice = WorkerChoice(
             directory=directory,
             slots=slots,
@@ -108,21 +116,24 @@ class LoadBalancer:
         tunnel: WebSocketTunnel | None = (scope.get("extensions") or {}).get(TUNNEL)
         try:
             call = Call(scope, Headers(scope["headers"]), path, prefix)
-            endpoint = self._authorise(exchange, call)
-            if tunnel is not None:
-                await self._upgrade(exchange, endpoint, call, tunnel)
-            else:
-                await self._request(exchange, endpoint, call, receive, send)
+            exchange.client_id = client_id(call.headers.get(b"x-request-id"))
+            key, endpoint = self._authorise(exchange, call)
+            ask = Ask(0, key.id, key.share)
+            with self._admitted(key):
+                if tunnel is not None:
+                    await self._upgrade(exchange, endpoint, call, ask, tunnel)
+                else:
+                    await self._request(exchange, endpoint, call, ask, receive, send)
         except Refusal as refusal:
             exchange.outcome, exchange.status = refusal.outcome, refusal.status
-            await self._refuse(exchange, refusal, tunnel, send)
+            await self._refuse(exchange, refusal, scope, send)
         except Exception:  # noqa: BLE001 - logged whole and answered
             _log.exception("load_balancer_failed", request=exchange.request_id, endpoint=endpoint_id)
-            await self._refuse(exchange, Refusal.broken(), tunnel, send)
+            await self._refuse(exchange, Refusal.broken(), scope, send)
         finally:
             self._finish(exchange)
 
-    def _authorise(self, exchange: Exchange, call: Call) -> Endpoint:
+    def _authorise(self, exchange: Exchange, call: Call) -> tuple[ApiKey, Endpoint]:
         key = self._directory.key(secret_of(call.headers))
         if key is None:
             raise Refusal.unauthorized()
@@ -134,10 +145,18 @@ class LoadBalancer:
             raise Refusal.access_denied()
         if endpoint.kind is not EndpointKind.LOAD_BALANCER:
             raise Refusal.wrong_kind()
-        return endpoint
+        return key, endpoint
+
+    @contextlib.contextmanager
+    def _admitted(self, key: ApiKey) -> Iterator[None]:
+        try:
+            with self._key_limits.admitted(key):
+                yield
+        except RateLimitedError as error:
+            raise Refusal.rate_limited(error) from error
 
     async def _request(
-        self, exchange: Exchange, endpoint: Endpoint, call: Call, receive: Receive, send: Send
+        self, exchange: Exchange, endpoint: Endpoint, call: Call, ask: Ask, receive: Receive, send: Send
     ) -> None:
         limit, framing = self._settings.body_bytes, Framing.of(call.scope["headers"])
         if (framing.length or 0) > limit:
@@ -149,7 +168,7 @@ class LoadBalancer:
         body = ClientBody(receive, framing, limit=limit, on_gone=task.cancel)
         body.start()
         try:
-            slots = await self._slot(exchange, endpoint, call)
+            slots = await self._slot(exchange, endpoint, call, ask)
             try:
                 async with asyncio.timeout(self._settings.request_s):
                     await self._forwarder.forward(exchange, method, head, body, slots, send)
@@ -160,7 +179,7 @@ class LoadBalancer:
                 )  # fmt: skip
                 raise Refusal.timed_out() from error
             finally:
-                self._slots.release_request(slots)
+                self._slots.release_request(slots, ask)
         except asyncio.CancelledError:
             if not body.gone:
                 raise
@@ -170,61 +189,47 @@ class LoadBalancer:
             await body.stop()
 
     async def _upgrade(
-        self, exchange: Exchange, endpoint: Endpoint, call: Call, tunnel: WebSocketTunnel
+        self, exchange: Exchange, endpoint: Endpoint, call: Call, ask: Ask, tunnel: WebSocketTunnel
     ) -> None:
-        head = upgrade_head(call, endpoint)
-        task = asyncio.current_task()
-        assert task is not None
-        tunnel.on_gone = task.cancel
-        slots: WorkerSlots | None = None
-        try:
-            slots = await self._slot(exchange, endpoint, call)
-            assert slots.registration is not None
-            async with asyncio.timeout(self._settings.websocket_s):
-                exchange.status = await tunnel.relay(
-                    slots.registration.engine,
-                    head,
-                    worker_id=slots.worker_id,
-                    answer_s=self._settings.request_s,
-                    answer_bytes=self._settings.response_bytes,
-                )
-            exchange.outcome = Outcome.OK if exchange.status == 101 else Outcome.REJECTED
-        except UpstreamError as error:
-            raise self._forwarder.refusal(exchange, error) from error
-        except TimeoutError:
-            exchange.outcome = Outcome.TIMED_OUT
-        except asyncio.CancelledError:
-            if not tunnel.gone:
-                raise
-            task.uncancel()
-            exchange.outcome = Outcome.DISCONNECTED
-        finally:
-            tunnel.on_gone = None
-            if slots is not None:
-                self._slots.release_request(slots)
-            if exchange.outcome is not Outcome.FAILED:
-                tunnel.close()
+        settings = self._settings
+        bounds = TunnelBounds(
+            life_s=settings.websocket_s, answer_s=settings.request_s, answer_bytes=settings.response_bytes
+        )
 
-    async def _slot(self, exchange: Exchange, endpoint: Endpoint, call: Call) -> WorkerSlots:
+        def own(_: Handshake) -> list[tuple[bytes, bytes]]:
+            return [(HEADER.encode(), exchange.worker_id.encode())]
+
+        with attended(tunnel, exchange):
+            slots = await self._slot(exchange, endpoint, call, ask)
+            assert slots.registration is not None
+            try:
+                address, head = slots.registration.engine, upgrade_head(call, endpoint)
+                await carry(exchange, tunnel, address, head, own, bounds)
+            except UpstreamError as error:
+                raise self._forwarder.refusal(exchange, error) from error
+            finally:
+                self._slots.release_request(slots, ask)
+
+    async def _slot(self, exchange: Exchange, endpoint: Endpoint, call: Call, ask: Ask) -> WorkerSlots:
         affinity = parse_affinity(call.headers.get(HEADER.encode()).decode("latin-1"))
-        slots = await self._choice.take(endpoint, affinity)
+        slots = await self._choice.take(endpoint, affinity, ask)
         exchange.worker_id = slots.worker_id
         exchange.wait_ns = self._clock.monotonic_ns() - exchange.started_ns
         return slots
 
-    async def _refuse(
-        self, exchange: Exchange, refusal: Refusal, tunnel: WebSocketTunnel | None, send: Send
-    ) -> None:
+    async def _refuse(self, exchange: Exchange, refusal: Refusal, scope: Scope, send: Send) -> None:
         """Answer an error, unless an answer has begun; that stays visibly incomplete."""
-        headers = refusal.headers(exchange.worker_id)
+        headers, extensions = refusal.headers(exchange.worker_id), scope.get("extensions") or {}
+        tunnel: WebSocketTunnel | None = extensions.get(TUNNEL)
+        break_off: Callable[[], object] | None = extensions.get(BREAK_OFF)
         if tunnel is not None:
             tunnel.refuse(refusal.status, refusal.body, headers)
         elif not exchange.head_sent:
             exchange.head_sent = True
             await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
             await send({"type": "http.response.body", "body": refusal.body})
+        elif break_off is not None:
+            break_off()
 
     def _finish(self, exchange: Exchange) -> None:
-        row = exchange.row(self._clock.monotonic_ns())
-        if row is not None:
-            self._record(row)
+        self._record(exchange.row(self._clock.monotonic_ns()))

@@ -12,6 +12,7 @@ from pilotlight.domain.usage import Outcome
 from pilotlight.domain.worker import Address
 from pilotlight.gateway.asgi import Send
 from pilotlight.gateway.exchange import Exchange
+from pilotlight.gateway.hop import BODILESS
 from pilotlight.gateway.load_balancer.body import BodyTooLargeError, ClientBody
 from pilotlight.gateway.load_balancer.head import response_headers
 from pilotlight.gateway.load_balancer.refusal import Refusal
@@ -127,9 +128,9 @@ class Forwarder:
     async def _await_head(self, response: UpstreamResponse, sending: asyncio.Task[None] | None) -> None:
         """Wait for the head of the answer, or for what is wrong with the request's body."""
         if sending is None:
-            await response.head(self._settings.request_s)
+            await response.wait_head(self._settings.request_s)
             return
-        arrival = asyncio.create_task(response.head(self._settings.request_s), name="await-head")
+        arrival = asyncio.create_task(response.wait_head(self._settings.request_s), name="await-head")
         try:
             await asyncio.wait({arrival, sending}, return_when=asyncio.FIRST_COMPLETED)
             if sending.done() and isinstance(sending.exception(), BodyTooLargeError):
@@ -149,7 +150,14 @@ class Forwarder:
             )
             raise Refusal.bad_gateway()
         exchange.status, exchange.head_sent = response.status, True
+        exchange.streamed = any(
+            name == b"content-type" and value.startswith(b"text/event-stream")
+            for name, value in response.headers
+        )
         headers = response_headers(response.headers, exchange.worker_id)
+        if response.status in BODILESS:
+            # It tells of a body that another answer would have.
+            headers = [(name, value) for name, value in headers if name != b"content-length"]
         await send({"type": "http.response.start", "status": response.status, "headers": headers})
         size = 0
         while (data := await response.read(self._settings.request_s)) is not None:

@@ -8,38 +8,10 @@ from dataclasses import dataclass
 from pilotlight.core.affinity import HEADER
 from pilotlight.domain.endpoint import Endpoint
 from pilotlight.gateway.asgi import Headers, Scope
+from pilotlight.gateway.hop import without_hop
 
 FORWARD_KEY_VARIABLE = "FORWARD_AUTHORIZATION"
 """Set to `false` in an endpoint's environment, its workers do not see the keys of its callers."""
-
-_HOP = frozenset(
-    {
-        b"connection",
-        b"expect",
-        b"http2-settings",
-        b"keep-alive",
-        b"proxy-authenticate",
-        b"proxy-authorization",
-        b"proxy-connection",
-        b"te",
-        b"trailer",
-        b"transfer-encoding",
-        b"upgrade",
-    }
-)
-"""Headers between two neighbours (RFC 9110 §7.6.1), and what a proxy answers by itself."""
-
-_KEEP = frozenset(
-    {
-        b"content-length",
-        b"host",
-        b"x-forwarded-for",
-        b"x-forwarded-host",
-        b"x-forwarded-prefix",
-        b"x-forwarded-proto",
-    }
-)
-"""Not to be removed by naming them in `Connection`: where a message ends, and what we say of its sender."""
 
 _KEYS = frozenset({b"authorization", b"x-api-key"})
 
@@ -123,13 +95,13 @@ def response_headers(headers: Iterable[_Header], worker_id: str) -> list[_Header
     """
     # The date is set by our own server; two of them would be one too many.
     own = {b"date", HEADER.encode()}
-    passed = [header for header in _without_hop(list(headers)) if header[0] not in own]
+    passed = [header for header in without_hop(list(headers)) if header[0] not in own]
     return [*passed, (HEADER.encode(), worker_id.encode())]
 
 
 def _forwarded(call: Call, endpoint: Endpoint) -> list[_Header]:
     scope = call.scope
-    headers = _without_hop(list(scope["headers"]))
+    headers = without_hop(list(scope["headers"]))
     if not _forwards_key(endpoint):
         headers = [header for header in headers if header[0] not in _KEYS]
     given = dict(headers)
@@ -148,16 +120,6 @@ def _forwarded(call: Call, endpoint: Endpoint) -> list[_Header]:
 
 def _forwards_key(endpoint: Endpoint) -> bool:
     return endpoint.revision.env.get(FORWARD_KEY_VARIABLE, "true").strip().lower() not in {"false", "0", "no"}
-
-
-def _without_hop(headers: list[_Header]) -> list[_Header]:
-    named = {
-        token.strip().lower()
-        for name, value in headers
-        if name == b"connection"
-        for token in value.split(b",")
-    } - _KEEP
-    return [header for header in headers if header[0] not in _HOP and header[0] not in named]
 
 
 def _encode(method: str, path: str, headers: list[_Header], endpoint_id: str) -> bytes:

@@ -8,6 +8,7 @@ import msgspec
 
 from pilotlight.core.affinity import HEADER
 from pilotlight.domain.usage import Outcome
+from pilotlight.gateway.errors import RateLimitedError
 from pilotlight.gateway.jobs.submission import NOT_FOR_QUEUES
 
 
@@ -43,6 +44,7 @@ class Refusal(Exception):  # noqa: N818 - an answer to a client, not a fault of 
         """
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(self.body))]
         headers += _optional(b"retry-after", self._retry_after_s)
+        headers += _optional(b"www-authenticate", "Bearer" if self.status == 401 else None)
         headers += _optional(HEADER.encode(), worker_id or None)
         return headers
 
@@ -80,6 +82,11 @@ class Refusal(Exception):  # noqa: N818 - an answer to a client, not a fault of 
     def worker_gone(cls) -> Refusal:
         """The worker that a request is pinned to does not exist any more."""
         return cls(404, "affinity_worker_gone")
+
+    @classmethod
+    def rate_limited(cls, error: RateLimitedError) -> Refusal:
+        """A key that asks for more than it may have at this moment."""
+        return cls(429, str(error), retry_after_s=error.retry_after_s)
 
     @classmethod
     def too_large(cls) -> Refusal:

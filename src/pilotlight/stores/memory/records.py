@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from pilotlight.domain.endpoint import Endpoint, Revision
 from pilotlight.domain.key import ApiKey
@@ -89,6 +90,22 @@ class MemoryRecords:
         if key.id in self._keys or any(other.hash == key.hash for other in self._keys.values()):
             raise common.id_taken("API key", key.id)
         self._keys[key.id] = key
+
+    async def update_key(self, key: ApiKey) -> None:
+        """See `KeyStore.update_key`."""
+        self._check_open()
+        stored = self._keys.get(key.id)
+        if stored is None:
+            raise common.key_not_found(key.id)
+        self._keys[key.id] = replace(
+            stored,
+            name=key.name,
+            heartbeat_s=key.heartbeat_s,
+            priority=key.priority,
+            requests_per_minute=key.requests_per_minute,
+            tokens_per_minute=key.tokens_per_minute,
+            concurrent_max=key.concurrent_max,
+        )
 
     async def delete_key(self, key_id: str) -> None:
         """See `KeyStore.delete_key`."""

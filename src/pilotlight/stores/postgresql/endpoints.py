@@ -58,6 +58,12 @@ async def add_key(transaction: Transaction, key: ApiKey) -> None:
         raise common.id_taken("API key", key.id)
 
 
+async def update_key(transaction: Transaction, key: ApiKey) -> None:
+    """Change what may change of a key."""
+    if not await transaction.run("update_key", key.name, *rows.key_terms(key), key.id):
+        raise common.key_not_found(key.id)
+
+
 async def delete_key(transaction: Transaction, key_id: str) -> None:
     """Forget a key."""
     if not await transaction.run("delete_key", key_id):

@@ -67,6 +67,13 @@ class PostgresqlRegistry:
         )
         self._news.configuration_changed()
 
+    async def update_key(self, key: ApiKey) -> None:
+        """See `KeyStore.update_key`."""
+        await self._database.write(
+            lambda transaction: endpoints.update_key(transaction, key), begin=Begin.CONFIGURATION
+        )
+        self._news.configuration_changed()
+
     async def delete_key(self, key_id: str) -> None:
         """See `KeyStore.delete_key`."""
         await self._database.write(

@@ -54,6 +54,12 @@ def add_key(transaction: Transaction, key: ApiKey) -> None:
         raise common.id_taken("API key", key.id)
 
 
+def update_key(transaction: Transaction, key: ApiKey) -> None:
+    """Change what may change of a key."""
+    if transaction.execute("update_key", (key.name, *rows.key_terms(key), key.id)).rowcount == 0:
+        raise common.key_not_found(key.id)
+
+
 def delete_key(transaction: Transaction, key_id: str) -> None:
     """Forget a key."""
     if transaction.execute("delete_key", (key_id,)).rowcount == 0:

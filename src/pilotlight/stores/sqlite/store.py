@@ -144,6 +144,10 @@ class SqliteStore:
         """See `KeyStore.add_key`."""
         await self._writer.call(lambda transaction: endpoints.add_key(transaction, key))
 
+    async def update_key(self, key: ApiKey) -> None:
+        """See `KeyStore.update_key`."""
+        await self._writer.call(lambda transaction: endpoints.update_key(transaction, key))
+
     async def delete_key(self, key_id: str) -> None:
         """See `KeyStore.delete_key`."""
         await self._writer.call(lambda transaction: endpoints.delete_key(transaction, key_id))

@@ -2,17 +2,17 @@
 -- Stores a new endpoint.
 INSERT INTO endpoints (
     id, name, version, workers_min, workers_max, idle_timeout_ms, scaler, scaler_value,
-    execution_timeout_ms, concurrency, flashboot, created_ms, updated_ms, kind
+    execution_timeout_ms, concurrency, flashboot, created_ms, updated_ms, kind, routing
 )
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14);
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15);
 
 -- name: update_endpoint
 -- Replaces the settings of an endpoint.
 UPDATE endpoints SET
     name = $1, version = $2, workers_min = $3, workers_max = $4, idle_timeout_ms = $5, scaler = $6,
     scaler_value = $7, execution_timeout_ms = $8, concurrency = $9, flashboot = $10, created_ms = $11, updated_ms = $12,
-    kind = $13
-WHERE id = $14;
+    kind = $13, routing = $14
+WHERE id = $15;
 
 -- name: insert_revision
 -- Adds a revision of an endpoint.
@@ -47,7 +47,7 @@ UPDATE endpoints SET deleted_ms = $1 WHERE id = $2 AND deleted_ms IS NULL;
 SELECT
     endpoints.id, endpoints.name, endpoints.workers_min, endpoints.workers_max, endpoints.idle_timeout_ms,
     endpoints.scaler, endpoints.scaler_value, endpoints.execution_timeout_ms, endpoints.concurrency,
-    endpoints.flashboot, endpoints.created_ms, endpoints.updated_ms, endpoints.kind,
+    endpoints.flashboot, endpoints.created_ms, endpoints.updated_ms, endpoints.kind, endpoints.routing,
     revisions.endpoint_id, revisions.version, revisions.model, revisions.env, revisions.engine_url,
     revisions.gpu_count, revisions.memory_bytes, revisions.created_ms, revisions.command, revisions.container
 FROM endpoints

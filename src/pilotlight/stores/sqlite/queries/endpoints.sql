@@ -2,16 +2,16 @@
 -- Stores a new endpoint.
 INSERT INTO endpoints (
     id, name, version, workers_min, workers_max, idle_timeout_ms, scaler, scaler_value,
-    execution_timeout_ms, concurrency, flashboot, created_ms, updated_ms, kind
+    execution_timeout_ms, concurrency, flashboot, created_ms, updated_ms, kind, routing
 )
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?);
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?);
 
 -- name: update_endpoint
 -- Replaces the settings of an endpoint.
 UPDATE endpoints SET
     name = ?, version = ?, workers_min = ?, workers_max = ?, idle_timeout_ms = ?, scaler = ?,
     scaler_value = ?, execution_timeout_ms = ?, concurrency = ?, flashboot = ?, created_ms = ?, updated_ms = ?,
-    kind = ?
+    kind = ?, routing = ?
 WHERE id = ?;
 
 -- name: insert_revision
@@ -47,7 +47,7 @@ UPDATE endpoints SET deleted_ms = ? WHERE id = ? AND deleted_ms IS NULL;
 SELECT
     endpoints.id, endpoints.name, endpoints.workers_min, endpoints.workers_max, endpoints.idle_timeout_ms,
     endpoints.scaler, endpoints.scaler_value, endpoints.execution_timeout_ms, endpoints.concurrency,
-    endpoints.flashboot, endpoints.created_ms, endpoints.updated_ms, endpoints.kind,
+    endpoints.flashboot, endpoints.created_ms, endpoints.updated_ms, endpoints.kind, endpoints.routing,
     revisions.endpoint_id, revisions.version, revisions.model, revisions.env, revisions.engine_url,
     revisions.gpu_count, revisions.memory_bytes, revisions.created_ms, revisions.command, revisions.container
 FROM endpoints

@@ -3,24 +3,30 @@
 Uvicorn hands a connection that asks for a WebSocket to the class given as its `ws` protocol; that is
 `WebSocketTunnel`. It makes an ASGI scope of the request and calls the application, which finds the tunnel in
 the scope's `extensions` and either refuses or connects it to a worker. Frames, extensions and subprotocols
-are between client and worker, so the gateway needs no WebSocket library and adds no limits of one.
+are between client and worker, so the gateway needs no WebSocket library and adds no limits of one: frames of
+any size pass in pieces, and no more of them is kept than the connections' buffers.
+
+The load balancer and `gateway.realtime` use it alike: inside `attended`, a worker is found and `carry` joins
+the two.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, cast
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import httptools
 import structlog
 
-from pilotlight.core.affinity import HEADER
+from pilotlight.domain.usage import Outcome
 from pilotlight.domain.worker import Address
-from pilotlight.gateway.upstream import UpstreamError
+from pilotlight.gateway.exchange import Exchange
+from pilotlight.gateway.upstream import UpstreamError, dial
 
 _log = structlog.get_logger()
 
@@ -30,8 +36,6 @@ TUNNEL = "pilotlight.tunnel"
 _HEAD_MAX = 64 * 1024
 _EARLY_MAX = 64 * 1024
 """Sent by a client before the answer to its handshake; an honest one sends nothing."""
-
-_CONNECT_TIMEOUT_S = 5.0
 
 _LINGER_S = 5.0
 """How long a closed connection may take to send what was written to it, before it is cut."""
@@ -154,6 +158,32 @@ class _Worker(_Side):
             self.transport.abort()
 
 
+@dataclass(frozen=True, slots=True)
+class Handshake:
+    """What a worker answered to a handshake; nothing of it has been passed on.
+
+    Attributes:
+        status: HTTP status; 101 for a WebSocket.
+        head: Status line and headers, without the empty line.
+        rest: What has come after the head.
+        worker: The connection.
+    """
+
+    status: int
+    head: bytes
+    rest: bytes
+    worker: _Worker
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the worker speaks WebSocket from here on."""
+        return self.status == HTTPStatus.SWITCHING_PROTOCOLS
+
+    def named(self, name: bytes) -> bool:
+        """Whether there is a header of this name (in lower case)."""
+        return any(line.partition(b":")[0].lower() == name for line in self.head.split(b"\r\n")[1:])
+
+
 class WebSocketTunnel(_Side):
     """The client's connection; Uvicorn makes one for each WebSocket request.
 
@@ -163,6 +193,7 @@ class WebSocketTunnel(_Side):
         app_state: Unused; part of Uvicorn's call.
 
     Attributes:
+        answered: Whether the client has got an answer to its handshake.
         gone: Whether the client has closed its connection.
         on_gone: Called when it does.
     """
@@ -177,7 +208,7 @@ class WebSocketTunnel(_Side):
         self._headers: list[tuple[bytes, bytes]] = []
         self._early = b""
         self._called = False
-        self._answered = False
+        self.answered = False
         self._joined = False
         self.gone = False
         self.on_gone: Callable[[], object] | None = None
@@ -208,7 +239,7 @@ class WebSocketTunnel(_Side):
         if self._called:
             if self._joined and self.other is not None:
                 self.other.write(data)
-            elif self._answered:
+            elif self.answered:
                 return  # No WebSocket: what a client still says is for nobody.
             elif len(self._early) + len(data) > _EARLY_MAX:
                 self.close()
@@ -252,7 +283,7 @@ class WebSocketTunnel(_Side):
             "asgi": {"version": "3.0", "spec_version": "2.4"},
             "http_version": "1.1",
             "method": "GET",
-            "scheme": "ws",
+            "scheme": "ws" if self.transport.get_extra_info("sslcontext") is None else "wss",
             "path": unquote(path.decode("latin-1")),
             "raw_path": path,
             "query_string": target.query or b"",
@@ -265,77 +296,158 @@ class WebSocketTunnel(_Side):
             await self._app(scope, _never_receive, _never_send)
         except Exception:  # noqa: BLE001 - the end of a task: nobody above could know
             _log.exception("websocket_failed")
-        if not self._answered:
+        if not self.answered:
             self.refuse(500, b'{"error":"internal server error"}', _JSON)
 
     # The application.
 
     def refuse(self, status: int, body: bytes, headers: Iterable[tuple[bytes, bytes]]) -> None:
         """Answer the handshake with an error and close; only close when it has been answered already."""
-        if not self._answered:
-            self._answered = True
+        if not self.answered:
+            self.answered = True
             lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}".encode()]
             lines += [name + b": " + value for name, value in headers if name != b"content-length"]
             lines += [b"content-length: %d" % len(body), b"connection: close"]
             self.write(b"\r\n".join(lines) + b"\r\n\r\n" + body)
         self.close()
 
+    @contextlib.asynccontextmanager
+    async def ask(self, address: Address, head: bytes, *, timeout_s: float) -> AsyncIterator[Handshake]:
+        """The answer of a worker to a handshake; its connection is closed when the block ends.
+
+        Args:
+            address: Where the worker listens.
+            head: The request as the worker gets it.
+            timeout_s: Longest wait for the answer.
+
+        Raises:
+            UpstreamError: The worker cannot be reached, or gave no answer.
+        """
+        worker = await dial(address, _Worker)
+        try:
+            worker.write(head)
+            try:
+                async with asyncio.timeout(timeout_s):
+                    answer, rest = await worker.head
+            except TimeoutError as error:
+                raise UpstreamError("no answer to the handshake in time", timed_out=True) from error
+            yield Handshake(_status_of(answer), answer, rest, worker)
+        finally:
+            self.other = None
+            worker.other = None
+            worker.close()
+
     async def relay(
-        self, address: Address, head: bytes, *, worker_id: str, answer_s: float, answer_bytes: int
-    ) -> int:
-        """Pass the handshake to a worker, and then everything both ways until either side closes.
+        self, handshake: Handshake, own: Iterable[tuple[bytes, bytes]], *, answer_s: float, answer_bytes: int
+    ) -> None:
+        """Pass a worker's answer on, and then everything both ways until either side closes.
 
         An answer other than 101 is passed on within the limits of any answer, and ends the connection;
         nothing more of the client's reaches the worker then.
 
         Args:
-            address: Where the worker listens.
-            head: The request as the worker gets it.
-            worker_id: Named in the answer.
-            answer_s: Longest wait for the answer, and longest duration of one that is not 101.
+            handshake: The answer.
+            own: Our headers in it, with names in lower case; they replace the worker's.
+            answer_s: Longest duration of an answer that is not 101.
             answer_bytes: Largest body of one that is not 101.
-
-        Returns:
-            Status of the worker's answer: 101 for a WebSocket; anything else was passed on as it is.
-
-        Raises:
-            UpstreamError: The worker cannot be reached, or gave no answer.
         """
-        worker = await _connect(address)
-        try:
-            worker.write(head)
-            try:
-                async with asyncio.timeout(answer_s):
-                    answer, rest = await worker.head
-            except TimeoutError as error:
-                raise UpstreamError("no answer to the handshake in time", timed_out=True) from error
-            status = _status_of(answer)
-            switched = status == HTTPStatus.SWITCHING_PROTOCOLS
-            own = f"{HEADER}: {worker_id}".encode()
-            self._answered = True
-            # Before the first write, which may find the client slow already.
-            worker.other, self.other = self, worker
-            if switched:
-                self.write(answer + b"\r\n" + own + b"\r\n\r\n" + rest)
-                worker.on_data, self._joined = self.write, True
-                if self._early:
-                    worker.write(self._early)
-            else:
-                # Nothing says when such an answer ends but the answer itself.
-                end = _AnswerEnd(worker.close, self.write, limit=answer_bytes)
-                self.write(_closing(answer) + b"\r\n" + own + b"\r\n\r\n")
-                worker.on_data = end.feed
-                end.begin(answer + b"\r\n\r\n")
-                end.feed(rest)
-            self._early, worker.waits = b"", False
-            worker.adjust_reading()
-            async with asyncio.timeout(None if switched else answer_s):
-                await worker.lost.wait()
-            return status
-        finally:
-            self.other = None
-            worker.other = None
-            worker.close()
+        worker = handshake.worker
+        self.answered = True
+        # Before the first write, which may find the client slow already.
+        worker.other, self.other = self, worker
+        if handshake.accepted:
+            self.write(_passed(handshake.head, own) + handshake.rest)
+            worker.on_data, self._joined = self.write, True
+            if self._early:
+                worker.write(self._early)
+        else:
+            # Nothing says when such an answer ends but the answer itself.
+            end = _AnswerEnd(worker.close, self.write, limit=answer_bytes)
+            self.write(_passed(handshake.head, own, closing=True))
+            worker.on_data = end.feed
+            end.begin(handshake.head + b"\r\n\r\n")
+            end.feed(handshake.rest)
+        self._early, worker.waits = b"", False
+        worker.adjust_reading()
+        async with asyncio.timeout(None if handshake.accepted else answer_s):
+            await worker.lost.wait()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TunnelBounds:
+    """Bounds of one WebSocket.
+
+    Attributes:
+        life_s: Longest life, in seconds.
+        answer_s: Longest wait for the answer to the handshake, and longest duration of one that is not 101.
+        answer_bytes: Largest body of one that is not 101.
+    """
+
+    life_s: float
+    answer_s: float
+    answer_bytes: int
+
+
+@contextlib.contextmanager
+def attended(tunnel: WebSocketTunnel, exchange: Exchange) -> Iterator[None]:
+    """Serve a client in the block for as long as it is there; that it has gone ends the block, and is noted.
+
+    A tunnel that has been answered is closed at the end of the block.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    tunnel.on_gone = task.cancel
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not tunnel.gone:
+            raise
+        task.uncancel()
+        exchange.outcome = Outcome.DISCONNECTED
+    finally:
+        tunnel.on_gone = None
+        if tunnel.answered:
+            tunnel.close()
+
+
+async def carry(
+    exchange: Exchange,
+    tunnel: WebSocketTunnel,
+    address: Address,
+    head: bytes,
+    own: Callable[[Handshake], Sequence[tuple[bytes, bytes]]],
+    bounds: TunnelBounds,
+) -> None:
+    """Join a client and a worker until either leaves, or for as long as may be; notes what became of it.
+
+    Args:
+        exchange: Gets status and outcome.
+        tunnel: The client.
+        address: Where the worker listens.
+        head: The handshake as the worker gets it.
+        own: Our headers in the answer. What it raises is raised here, before anything has been passed on.
+        bounds: How long and how much.
+
+    Raises:
+        UpstreamError: The worker cannot be reached, or gave no answer.
+    """
+    try:
+        async with (
+            asyncio.timeout(bounds.life_s),
+            tunnel.ask(address, head, timeout_s=bounds.answer_s) as handshake,
+        ):
+            headers = own(handshake)
+            exchange.status, exchange.head_sent = handshake.status, True
+            await tunnel.relay(handshake, headers, answer_s=bounds.answer_s, answer_bytes=bounds.answer_bytes)
+    except TimeoutError as error:
+        if not tunnel.answered:
+            raise UpstreamError("no answer to the handshake in time", timed_out=True) from error
+        exchange.outcome = Outcome.TIMED_OUT
+        return
+    if exchange.status >= 500:
+        exchange.outcome = Outcome.FAILED
+    else:
+        exchange.outcome = Outcome.OK if handshake.accepted else Outcome.REJECTED
 
 
 class _AnswerEnd:
@@ -384,17 +496,6 @@ class _AnswerEnd:
         self._on_end()
 
 
-async def _connect(address: Address) -> _Worker:
-    parts = urlsplit(address.url)
-    loop = asyncio.get_running_loop()
-    try:
-        async with asyncio.timeout(_CONNECT_TIMEOUT_S):
-            _, worker = await loop.create_connection(_Worker, parts.hostname or "", parts.port or 80)
-    except (TimeoutError, OSError) as error:
-        raise UpstreamError(f"the worker cannot be reached: {error}", sent=False) from error
-    return worker
-
-
 def _status_of(head: bytes) -> int:
     words = head.split(b"\r\n", 1)[0].split(b" ", 2)
     if len(words) < 2 or not words[0].startswith(b"HTTP/1.") or not words[1].isdigit():
@@ -402,11 +503,19 @@ def _status_of(head: bytes) -> int:
     return int(words[1])
 
 
-def _closing(head: bytes) -> bytes:
-    """A head that says the connection is closed after the answer."""
-    lines = head.split(b"\r\n")
-    kept = [line for line in lines if not line.lower().startswith((b"connection:", b"keep-alive:"))]
-    return b"\r\n".join([*kept, b"connection: close"])
+def _passed(head: bytes, own: Iterable[tuple[bytes, bytes]], *, closing: bool = False) -> bytes:
+    """A worker's head as the client gets it, with the empty line.
+
+    Args:
+        head: Status line and headers.
+        own: Our headers; they replace the worker's.
+        closing: Whether the connection is closed after the answer, and this has to be said.
+    """
+    own = [*own, (b"connection", b"close")] if closing else list(own)
+    left_out = {name for name, _ in own} | ({b"keep-alive"} if closing else set())
+    status, *lines = head.split(b"\r\n")
+    kept = [line for line in lines if line.partition(b":")[0].lower() not in left_out]
+    return b"\r\n".join([status, *kept, *(b"%b: %b" % header for header in own), b"", b""])
 
 
 async def _never_receive() -> dict[str, Any]:
