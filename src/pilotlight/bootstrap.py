@@ -287,6 +287,7 @@ class Installation:
         await self.jobs.endpoint_deleted(endpoint_id)
         self.fleet.forgive(endpoint_id)
         self.estimates.forget(endpoint_id)
+        self.elsewhere.forget(endpoint_id)
 
     async def _endpoint_deleted_elsewhere(self, endpoint_id: str) -> None:
         await self.endpoint_deleted(endpoint_id)

@@ -334,7 +334,7 @@ class AccessLogSettings(_Section):
     """One line of JSON for each request (docs/guides/observability.md)."""
 
     target: Literal["file", "stderr", "off"] = "file"
-    """Where lines go: `logs/access.log` in the data folder, stderr with the gateway's own log, or nowhere."""
+    """Where lines go: `access/access.log` in the data folder, stderr with the own log, or nowhere."""
     file_bytes: Annotated[int, Field(ge=1024 * 1024)] = 10 * 1024 * 1024
     """Size at which the file is rotated."""
     older_files: Annotated[int, Field(ge=1, le=1000)] = 4

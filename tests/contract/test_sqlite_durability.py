@@ -270,7 +270,9 @@ class TestGroups:
         self, sqlite_store: SqliteStore, new_job: NewJob
     ) -> None:
         def half(transaction: Transaction) -> None:
-            transaction.execute("insert_key", ("k", "", "admin", "[]", "h", 1, None))
+            transaction.execute(
+                "insert_key", ("k", "", "admin", "[]", "h", 1, None, "normal", None, None, None)
+            )
             raise ZeroDivisionError
 
         def twice(transaction: Transaction) -> None:

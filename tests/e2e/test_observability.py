@@ -190,7 +190,7 @@ def test_a_request_is_found_by_its_clients_id_and_trace_everywhere(make_installa
     )
     assert installation.interrupt() == 0
     lines = [
-        json.loads(line) for line in (installation.home / "logs" / "access.log").read_text().splitlines()
+        json.loads(line) for line in (installation.home / "access" / "access.log").read_text().splitlines()
     ]
     assert [(line["status"], line["outcome"]) for line in lines] == [(200, "ok"), (401, "rejected")]
     known = {"id": row["id"], "client_id": "checkout-7", "endpoint_id": endpoint.id, "streamed": True}

@@ -47,7 +47,7 @@ def check_accounts(site: Site, jobs: Mapping[str, str]) -> Counter[str]:
     if counts["rows_of_garbage"] > site.counts["garbage.refused"] + site.counts["garbage.closed"]:
         site.report(f"{counts['rows_of_garbage']} rows of garbage, more than was sent")
     for name, sent in site.sent.items():
-        problem = _compare(sent, by_client.pop(name, []))
+        problem = problem_with(sent, by_client.pop(name, []))
         if problem:
             site.report(f"row of {name}, {sent}: {problem}")
     for name, found in by_client.items():
@@ -59,12 +59,12 @@ def check_accounts(site: Site, jobs: Mapping[str, str]) -> Counter[str]:
 
 def access_log(home: Path) -> Iterator[dict[str, Any]]:
     """All lines, of the older files, too."""
-    for file in sorted((home / "logs").glob("access.log*"), reverse=True):
+    for file in sorted((home / "access").glob("access.log*"), reverse=True):
         with file.open() as text:
             yield from map(json.loads, text)
 
 
-def _compare(sent: Sent, rows: list[dict[str, Any]]) -> str:
+def problem_with(sent: Sent, rows: list[dict[str, Any]]) -> str:
     """What is wrong with the rows of a request; "" if nothing is."""
     if len(rows) != 1:
         return "" if not rows and sent.end == "left_early" else f"{len(rows)} rows: {rows}"

@@ -60,7 +60,7 @@ COMMANDS: dict[str, Entry] = {
         f"{_CLI}.manage", "scale_command", "Serve", "Change how many workers an endpoint may have."
     ),
     "rm": Entry(f"{_CLI}.manage", "remove_command", "Serve", "Delete an endpoint with its workers and jobs."),
-    "keys": Entry(f"{_CLI}.keys", "app", "Serve", "Create, list and revoke API keys."),
+    "keys": Entry(f"{_CLI}.keys", "app", "Serve", "Create, list, change and revoke API keys."),
     "webhooks": Entry(
         f"{_CLI}.webhooks", "app", "Serve", "Show what signs webhooks, and deal with undelivered ones."
     ),

@@ -23,7 +23,7 @@ from pilotlight.gateway.row_thread import RowThread
 from pilotlight.logs import ForgivingStream
 from pilotlight.settings import AccessLogSettings
 
-ACCESS_LOG = Path("logs", "access.log")
+ACCESS_LOG = Path("access", "access.log")
 """Where the file is in the data folder."""
 
 _encode_into = msgspec.json.Encoder().encode_into

@@ -205,6 +205,10 @@ class Elsewhere:
         """An endpoint was made or changed here: it is no news any more."""
         self._acted_on[endpoint.id] = endpoint
 
+    def forget(self, endpoint_id: str) -> None:
+        """An endpoint was deleted here."""
+        self._acted_on.pop(endpoint_id, None)
+
     def jobs_changed(self, job_ids: Sequence[str]) -> None:
         """See `StoreListener.jobs_changed`."""
         self._jobs.changed(job_ids)
