@@ -693,7 +693,11 @@ def mixed_load(make_installation: Callable[..., Installation]) -> Callable[..., 
         installation.environment |= standin.settings(census)
         installation.start()
         site = Site(
-            port=installation.port, key=installation.admin_key, home=installation.home, pid=installation.pid
+            port=installation.port,
+            key=installation.admin_key,
+            home=installation.home,
+            pid=installation.pid,
+            log=installation.log,
         )
 
         def end() -> None:

@@ -12,6 +12,7 @@ from aiohttp import web
 from pilotlight.domain.usage import Outcome
 from pilotlight.domain.worker import Address, Registration
 from pilotlight.gateway.body import BodyPlan
+from pilotlight.gateway.data_path import survival
 from pilotlight.gateway.data_path.streams import EventPass
 from pilotlight.gateway.events import TokenCount
 from pilotlight.system import SystemClock
@@ -30,12 +31,15 @@ class Worker:
         self.path = path
         self.dies_after = self.dies_always = None
         self.says_so = False
+        self.stays_broken = self.broken = False
         self.bodies = []
 
     async def handle(self, request):
         body = json.loads(await request.read())
         self.bodies.append(body)
         engine = Engine()
+        if self.broken:
+            return web.json_response({"error": {"message": "dead", "code": 500}}, status=500)
         if not body.get("stream") or body.get("min_tokens", 0) > 1000:
             return web.Response(status=400, body=engine.refusal(body), content_type="application/json")
         response = web.StreamResponse(headers={"content-type": "text/event-stream; charset=utf-8"})
@@ -52,6 +56,7 @@ class Worker:
 
     async def die(self, request, response, event):
         """In the midst of an event, or with the last words of vLLM's server."""
+        self.broken = self.stays_broken
         if self.says_so:
             error = {"error": {"message": "EngineCore died", "type": "InternalServerError", "code": 500}}
             await response.write(f"data: {json.dumps(error)}\n\ndata: [DONE]\n\n".encode())
@@ -61,8 +66,9 @@ class Worker:
 
 
 @pytest.fixture
-async def pair(rig, tmp_path):
+async def pair(rig, tmp_path, monkeypatch):
     """Two workers of the endpoint."""
+    monkeypatch.setattr(survival, "OTHERS_S", 0.2)
     workers = [Worker(tmp_path / name) for name in ("one", "two")]
     async with contextlib.AsyncExitStack() as stack:
         for worker in workers:
@@ -124,6 +130,22 @@ async def test_the_next_worker_may_die_too(rig, pair):
         worker.dies_after = 3
     assert told(await stream(rig)) == undisturbed
     assert (await rig.row()).continued == 2
+
+
+async def test_the_only_worker_goes_on_by_itself_if_it_has_only_lost_a_connection(rig, pair):
+    undisturbed = told(await stream(rig))
+    first, second = pair
+    rig.slots.drop_worker(second.path.name)
+    first.dies_after = 2
+    assert told(await stream(rig)) == undisturbed
+
+
+async def test_a_worker_whose_server_outlives_its_engine_is_passed_over(rig, pair):
+    """Its answers with status 500 are no answer; the other worker goes on."""
+    undisturbed = told(await stream(rig))
+    for worker in pair:
+        worker.dies_after, worker.stays_broken = 2, worker is pair[0]
+    assert told(await stream(rig)) == undisturbed
 
 
 async def test_a_request_that_kills_whatever_it_meets_meets_few(rig, pair):

@@ -32,11 +32,12 @@ def test_streams_of_real_engines_that_die_all_along():
                 key=installation.key,
                 home=installation.home,
                 pid=installation.process.pid,
+                log=installation.home / "up.log",
             )
 
             def end() -> None:
                 installation.stop()
                 assert installation.process.returncode == 0
-                assert "Traceback" not in (installation.home / "up.log").read_text()
+                assert "Traceback" not in site.log.read_text()
 
             Campaign(site, real.plan(seconds=SECONDS, seed=SEED, census=census)).run(end)

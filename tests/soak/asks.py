@@ -25,6 +25,7 @@ SILENCE_S = 3
 """`limits.upstream_read_s` of a soak."""
 
 Ends = frozenset[str]
+NEVER: Ends = frozenset()
 EXACT: Ends = frozenset({"exact"})
 CUT_SHORT: Ends = frozenset({"exact", "error_event"})
 """A stream whose engine fails it goes on elsewhere, exactly, or says what happened."""
@@ -215,7 +216,8 @@ def troubled(choice: random.Random, name: str) -> Ask:
     elif what.startswith("error"):
         ends = CUT_SHORT if begun else EXACT
     elif late:
-        ends = CUT_SHORT | {"504"} if begun else frozenset({"504"})
+        # Where it looks as if a worker came too late, it is refused at once.
+        ends = (CUT_SHORT if begun else NEVER) | {"504", "429"}
     else:
         ends = CUT_SHORT if begun else frozenset({"502"})
     headers = {"X-Request-Timeout": "1"} if late else {}

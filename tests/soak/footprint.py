@@ -19,8 +19,12 @@ from .site import Site
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
-HELD = re.compile(r"Exchange|Call|Connection|Waiting|Response|Cycle|Protocol|EventPass|Splice|Taken|Ask$")
-"""Objects that belong to a request or to a connection: none is left when nobody asks."""
+HELD = re.compile(
+    r"^(pilotlight|uvicorn|uvloop|asyncio)\..*"
+    r"(Exchange|Call|Connection|Waiting|Response|Cycle|Protocol|EventPass|Splice|Taken|Ask|TimerHandle"
+    r"|WorkerSlots|_Line|\.Endpoint)$"
+)
+"""Objects of requests, connections, workers and endpoints: none is left when these are gone."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,16 @@ def _is_zombie(pid: str) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except OSError:
         return False
+
+
+def workers_of(pid: int) -> list[str]:
+    """Children of the gateway that are worker programs."""
+    found = []
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        with contextlib.suppress(OSError):
+            if b"pilotlight.worker" in Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0"):
+                found.append(child)
+    return found
 
 
 async def census(site: Site, file: Path) -> dict[str, Any]:

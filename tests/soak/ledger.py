@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sqlite3
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -55,6 +56,16 @@ def check_accounts(site: Site, jobs: Mapping[str, str]) -> Counter[str]:
     counts["strangers"] = sum(not line["key_id"] for line in lines)
     _check_stored(site, lines, jobs)
     return counts
+
+
+def streams_lost(log: Path) -> Counter[str]:
+    """Why streams could not go on with another worker, as the gateway's own log tells it."""
+    found: Counter[str] = Counter()
+    for line in log.read_text(errors="replace").splitlines():
+        if " stream_lost " in line:
+            reason = re.search(r"reason=('[^']*'|\"[^\"]*\"|\S+)", line)
+            found[re.sub(r"\d+", "N", reason[1].strip("'\"")) if reason else line] += 1
+    return found
 
 
 def access_log(home: Path) -> Iterator[dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Any
 from .asks import CHAT, COMPLETIONS, MODEL, Answer, Ask
 from .campaign import Plan
 from .disturbance import Faults
-from .site import Site, Target
+from .site import Sent, Site, Target
 from .standin import WATCH
 
 _ENV = {"ENFORCE_EAGER": "true", "NUM_GPU_BLOCKS_OVERRIDE": "512", "MAX_NUM_SEQS": "32"}
@@ -50,7 +50,9 @@ class Questions:
             # Else most answers of the small model are short.
             body["ignore_eos"] = number % 3 > 0
             route = CHAT if chat else COMPLETIONS
-            said = await site.managed("POST", f"/v2/{target.id}/openai{route}", body)
+            name = site.name()
+            status, said = await site.call("POST", f"/v2/{target.id}/openai{route}", body, name=name)
+            assert status == 200, said
             (choice,), usage = said["choices"], said["usage"]
             answer = Answer(
                 choice["message"]["content"] if chat else choice["text"],
@@ -58,6 +60,7 @@ class Questions:
                 usage["completion_tokens"],
                 choice["finish_reason"],
             )
+            site.sent[name] = Sent(target.id, "exact", status, (answer.tokens_in, answer.tokens_out))
             self._known.append((route, body, answer))
 
     def ask(self, choice: random.Random, _: str) -> Ask:
@@ -83,7 +86,7 @@ def plan(*, seconds: float, seed: int, census: Path, clients: int = 12) -> Plan:
         return [target]
 
     def disturb(site: Site, _: list[Target]) -> list[Awaitable[None]]:
-        return [Faults(site, f"{seed}-faults", every_s=20, kinds=("kill_program", "kill_engine")).run()]
+        return [Faults(site, f"{seed}-faults", every_s=8, kinds=("kill_program", "kill_engine")).run()]
 
     return Plan(
         seconds=seconds,

@@ -100,13 +100,15 @@ class Site:
         key: An admin key.
         home: Its data folder.
         pid: Its process.
+        log: What it tells of itself.
     """
 
-    def __init__(self, *, port: int, key: str, home: Path, pid: int) -> None:
+    def __init__(self, *, port: int, key: str, home: Path, pid: int, log: Path) -> None:
         self.port = port
         self.key = key
         self.home = home
         self.pid = pid
+        self.log = log
         self.host = f"127.0.0.1:{port}"
         self.targets: list[Target] = []
         self.sent: dict[str, Sent] = {}
@@ -135,14 +137,22 @@ class Site:
             return True
         return False
 
-    async def call(self, method: str, path: str, body: Any = None, *, key: str = "") -> tuple[int, Any]:
-        """Status and JSON of one call over a connection of its own."""
+    async def call(self, method: str, path: str, body: Any = None, *, name: str = "") -> tuple[int, Any]:
+        """Status and JSON of one call over a connection of its own.
+
+        Args:
+            method: Of HTTP.
+            path: With its query.
+            body: What becomes the body.
+            name: Of the request, for its row; "" for none.
+        """
         data = b"" if body is None else json.dumps(body).encode()
         connection = await Connection.open(self.port)
         try:
             await connection.send(
                 f"{method} {path} HTTP/1.1\r\nHost: {self.host}\r\nContent-Type: application/json\r\n"
-                f"Authorization: Bearer {key or self.key}\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+                f"Authorization: Bearer {self.key}\r\nX-Request-Id: {name or 'manager'}\r\n"
+                f"Content-Length: {len(data)}\r\n\r\n".encode()
                 + data
             )
             head = await connection.head(method)

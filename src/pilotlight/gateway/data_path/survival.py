@@ -7,6 +7,8 @@ questions, and passes the rest of the stream on.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
 
 _CONTINUATIONS_MAX = 3
 """A request that is the end of every worker it meets must not meet all of them."""
+
+OTHERS_S = 10.0
+"""How long another worker is waited for before the one that broke off may go on by itself."""
 
 SUSPENSION_S = 1.0
 """How long a worker is passed over that could not be reached or broke off. By then its end is known, or it
@@ -109,8 +114,8 @@ class Survival:
                 raise StreamLostError(f"{plan.reason}: {plan.detail}" if plan.detail else plan.reason)
             if self._road.directory.endpoint(self._endpoint_id) is None:
                 raise StreamLostError("the endpoint was deleted")
-            # It may have lost no more than this connection. Where it ended, that is known by then.
             self._road.slots.suspend_worker(died_id, SUSPENSION_S)
+            ask.tried |= {died_id}
             slots = await self._slot(ask, hold_s)
             died_id = slots.worker_id
             if await self._go_on(slots, ask, plan if isinstance(plan, Continuation) else None):
@@ -118,8 +123,16 @@ class Survival:
         raise StreamLostError(f"{_CONTINUATIONS_MAX} more workers died")
 
     async def _slot(self, ask: Ask, hold_s: float) -> WorkerSlots:
+        """A slot of another worker; of one that was tried, if no other comes and it lives all the same."""
+        hold = functools.partial(self._road.slots.hold, self._endpoint_id, ask)
         try:
-            return await self._road.slots.hold(self._endpoint_id, ask, timeout_s=hold_s)
+            with contextlib.suppress(HoldExpiredError):
+                return await hold(timeout_s=min(OTHERS_S, hold_s))
+            tried = [self._road.slots.worker(worker_id) for worker_id in ask.tried]
+            if any(slots is not None and slots.open for slots in tried):
+                # It has lost no more than a connection: of a worker that ended, that is known by now.
+                ask.tried = frozenset()
+            return await hold(timeout_s=max(0.0, hold_s - OTHERS_S))
         except (HoldExpiredError, WorkerGoneError, StartFailedError, DisplacedError) as error:
             raise StreamLostError(str(error)) from error
 
@@ -161,6 +174,8 @@ class Survival:
         timeout_s = self._road.limits.upstream_read_s
         response = await self._post(address, self._route, limit_question(self._body))
         try:
+            if response.status >= 500:
+                raise UpstreamError(f"it answered with status {response.status}")
             answer = b""
             while (data := await response.read(timeout_s)) is not None and len(answer) < _ANSWER_MAX:
                 answer += data
@@ -173,6 +188,8 @@ class Survival:
         head = response.head
         if head is None or head.status != 200 or not head.content_type.startswith(b"text/event-stream"):
             response.close()
+            if response.status >= 500:
+                raise UpstreamError(f"it answered with status {response.status}")
             raise StreamLostError(f"the next worker answered with status {response.status}")
         return response
 
