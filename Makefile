@@ -64,7 +64,7 @@ bench: setup ## every benchmark, one JSON line per figure
 	@$(BIN)/pilotlight bench worker --json
 
 soak: setup setup-dev ## what takes long: soaks and whole crash campaigns
-	$(BIN)/pytest -m soak --timeout 0 $(PYTEST_ARGS)
+	$(BIN)/pytest -m soak --timeout 0 -s $(PYTEST_ARGS)
 
 footprint: ## build the base installation in a temporary folder and measure it against its limit
 	$(PYTHON) tools/footprint.py

@@ -7,4 +7,4 @@ import pytest
 
 @pytest.mark.timeout(240)
 def test_mixed_load_for_a_moment(mixed_load):
-    mixed_load(seconds=20, clients=16)
+    mixed_load(seconds=15, clients=16)

@@ -21,7 +21,7 @@ MESSAGES = "/v1/messages"
 BODY_MAX = 256 * 1024
 """`limits.body_bytes` of a soak: small, so that more than that is soon sent."""
 
-SILENCE_S = 3
+SILENCE_S = 5
 """`limits.upstream_read_s` of a soak."""
 
 Ends = frozenset[str]

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os  # LOOSE
 import re
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,7 +70,7 @@ class Plan:
     pause_s: float
     mix: Mapping[bool, Mapping[Maker, float]]
     prepare: Callable[[Site], Awaitable[list[Target]]]
-    disturb: Callable[[Site, list[Target]], list[Awaitable[None]]]
+    disturb: Callable[[Site, list[Target]], list[Coroutine[Any, Any, None]]]
     jobs_every_s: float | None
     census: Path
     maker: Maker = plain
@@ -148,7 +147,7 @@ class Campaign:
                 *([self._jobs.run()] if plan.jobs_every_s else []),
                 watch(site, self.footprints),
             ):
-                group.create_task(_whole(work))
+                group.create_task(work)
             await site.pause(plan.seconds)
             site.over.set()
         seconds = time.monotonic() - began_s
@@ -156,11 +155,7 @@ class Campaign:
         await self._check_places(targets)
         await self._settle()
         after, held_after = Footprint.of(site.pid), await census(site, plan.census)
-        self._check_footprint(before, after, seconds)
-        if os.environ.get("SOAK_CENSUS_OUT"):  # LOOSE
-            Path(os.environ["SOAK_CENSUS_OUT"]).write_text(
-                json.dumps([held_before, held_after, [(f.at_s, f.memory_mb) for f in self.footprints]])
-            )  # LOOSE
+        self._check_footprint(before, after)
         blocks = held_after["blocks"] - held_before["blocks"]
         if blocks > GROWTH_BLOCKS:
             site.report(f"{blocks} live blocks more than before")
@@ -221,7 +216,7 @@ class Campaign:
                 for client in clients:
                     client.close()
 
-    def _check_footprint(self, before: Footprint, after: Footprint, seconds: float) -> None:
+    def _check_footprint(self, before: Footprint, after: Footprint) -> None:
         site = self.site
         more = after.descriptors - before.descriptors
         if more.total() > 4:
@@ -238,7 +233,3 @@ class Campaign:
             "descriptors": [before.descriptors.total(), after.descriptors.total()],
             "zombies": after.zombies,
         }  # fmt: skip
-
-
-async def _whole(work: Awaitable[None]) -> None:
-    await work

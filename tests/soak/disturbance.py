@@ -77,7 +77,7 @@ class Faults:
         for each in doomed:
             send_signal(each, signal.SIGSTOP)
         # Some are shorter than the silence that is borne, some are longer.
-        await asyncio.sleep(self._choice.uniform(0.2, 5))
+        await asyncio.sleep(self._choice.uniform(0.2, 8))
         for each in doomed:
             send_signal(each, signal.SIGCONT)
 

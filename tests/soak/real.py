@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Awaitable
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ def plan(*, seconds: float, seed: int, census: Path, clients: int = 12) -> Plan:
         await questions.learn(site, target)
         return [target]
 
-    def disturb(site: Site, _: list[Target]) -> list[Awaitable[None]]:
+    def disturb(site: Site, _: list[Target]) -> list[Coroutine[Any, Any, None]]:
         return [Faults(site, f"{seed}-faults", every_s=8, kinds=("kill_program", "kill_engine")).run()]
 
     return Plan(

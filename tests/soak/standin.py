@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 from .asks import BODY_MAX, SILENCE_S, large, messages, models, plain, refused, troubled
 from .campaign import Plan
 from .disturbance import Faults, deletions, keys, revisions, tides
 from .site import Site, Target
 
-WATCH = Path(__import__("os").environ.get("SOAK_WATCH") or Path(__file__).with_name("watch"))  # LOOSE
+WATCH = Path(__file__).with_name("watch")
 LIMITED = frozenset({"429"})
 
 _CALM = {plain: 10.0, large: 0.5, messages: 1.0, models: 0.5, refused: 1.0}
@@ -62,7 +63,7 @@ def plan(*, seconds: float, seed: int, census: Path, clients: int = 40) -> Plan:
         census: File for what the gateway tells of itself.
     """
 
-    def disturb(site: Site, targets: list[Target]) -> list[Awaitable[None]]:
+    def disturb(site: Site, targets: list[Target]) -> list[Coroutine[Any, Any, None]]:
         calm, stormy = targets
         return [
             tides(site, calm, f"{seed}-calm"),

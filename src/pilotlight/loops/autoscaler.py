@@ -196,6 +196,7 @@ class Autoscaler:
         """Read, decide, apply, record; the decision taken, None for an endpoint that is gone."""
         endpoint = self._endpoint(endpoint_id)
         if endpoint is None:
+            self._look_again(endpoint_id, None)
             return None
         now = self._clock.now_ms()
         snapshot = await self._read(endpoint, now)
