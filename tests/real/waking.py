@@ -131,9 +131,11 @@ import ctypes, os, sys
 libc = ctypes.CDLL(None, use_errno=True)
 libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
 threads = {int(thread) for thread in os.listdir(f"/proc/{sys.argv[1]}/task")}
-for thread in threads:
+for thread in sorted(threads):
     if libc.ptrace(16, thread, None, None):  # PTRACE_ATTACH
-        sys.exit(os.strerror(ctypes.get_errno()))
+        if ctypes.get_errno() != 3:  # ESRCH: it has ended meanwhile
+            sys.exit(os.strerror(ctypes.get_errno()))
+        threads.remove(thread)
 print("held", flush=True)
 while threads:
     thread, status = os.waitpid(-1, 0x40000000)  # __WALL
