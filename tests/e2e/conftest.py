@@ -29,6 +29,7 @@ import httpx
 import pytest
 from tests.soak import standin
 from tests.soak.campaign import Campaign
+from tests.soak.disturbance import words
 from tests.soak.site import Site
 
 from .job_campaign import JobCampaign
@@ -626,19 +627,6 @@ class CrashCampaign:
             "restart_s_max": round(max(self.restarts_s), 2),
         }
         print(json.dumps({"crash_campaign": figure}))
-
-
-def words(output: Any) -> Iterator[str]:
-    """The tokens of a job's output, whichever of its forms (vllm-worker.md §3.3)."""
-    if isinstance(output, dict):
-        for name, value in output.items():
-            if name == "tokens":
-                yield from value
-            elif name != "usage":
-                yield from words(value)
-    elif isinstance(output, list):
-        for value in output:
-            yield from words(value)
 
 
 @pytest.fixture

@@ -210,7 +210,7 @@ class Jobs:
 
 
 def words(output: Any) -> Iterator[str]:
-    """The tokens of a job's output, whichever of its forms."""
+    """The tokens of a job's output, whichever of its forms (vllm-worker.md §3.3)."""
     if isinstance(output, dict):
         for name, value in output.items():
             if name == "tokens":

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from typing import TYPE_CHECKING
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from pilotlight.gateway.cycle import AsgiCycle, Flow
+from pilotlight.gateway.writing import write_now
 
 if TYPE_CHECKING:
     from pilotlight.gateway.call import ClientCall
@@ -56,26 +56,8 @@ class Connection(HttpToolsProtocol):
     def send(self, data: bytes) -> bool:
         """Write to the client; False when it reads slowly."""
         if not self.transport.is_closing():
-            self._send(data)
+            write_now(self.transport, self._descriptor, data)
         return not self.flow.write_paused
-
-    def _send(self, data: bytes) -> None:
-        """Write to a connection that is not closing, by a system call that lets other threads run.
-
-        The transport keeps the interpreter while the kernel hands the bytes over and wakes the receiver,
-        which is a third of what a job costs the event loop, and the store's writer waits for it. Measured:
-        an eighth less time of the processor per job.
-        """
-        if self._descriptor is not None and not self.transport.get_write_buffer_size():
-            # What does not fit, or cannot be sent at all, is the transport's to deal with.
-            try:
-                written = os.write(self._descriptor, data)
-            except OSError:
-                written = 0
-            if written == len(data):
-                return
-            data = data[written:]
-        self.transport.write(data)
 
     def end_of_head(self, *, keep_alive: bool) -> bytes:
         """The headers of every answer, and the empty line."""

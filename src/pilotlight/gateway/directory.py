@@ -66,7 +66,7 @@ class Directory:
         return self._keys.get(secret_hash)
 
 
-class _Headers(Protocol):
+class HeaderValues(Protocol):
     """Header lookup by lower-case name."""
 
     def get(self, name: bytes, default: bytes, /) -> bytes:
@@ -74,7 +74,7 @@ class _Headers(Protocol):
         ...
 
 
-def secret_of(headers: _Headers) -> str:
+def secret_of(headers: HeaderValues) -> str:
     """The secret a client sent, "" when none (serverless-api.md §10).
 
     Accepted are `Authorization: Bearer KEY`, the bare `Authorization: KEY`, and `x-api-key: KEY` as
@@ -92,7 +92,7 @@ def secret_of(headers: _Headers) -> str:
     return secret.decode("latin-1")
 
 
-def secret_hash_of(headers: _Headers) -> str:
+def secret_hash_of(headers: HeaderValues) -> str:
     """The hash of the secret a client sent, as it is stored with a key; "" when there is none."""
     secret = secret_of(headers)
     return hash_secret(secret) if secret else ""

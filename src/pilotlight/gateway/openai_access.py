@@ -9,15 +9,14 @@ import msgspec
 from pilotlight.core.openai_routes import RouteDecision
 from pilotlight.domain.endpoint import Endpoint
 from pilotlight.domain.key import ApiKey
-from pilotlight.gateway.asgi import Headers
-from pilotlight.gateway.directory import Directory, secret_of
+from pilotlight.gateway.directory import Directory, HeaderValues, secret_hash_of
 from pilotlight.gateway.model_cards import model_cards
 from pilotlight.gateway.refusal import RequestRefusedError
 
 
-def caller_of(directory: Directory, headers: Headers) -> ApiKey:
+def caller_of(directory: Directory, headers: HeaderValues) -> ApiKey:
     """The key of a request. RequestRefusedError (401) without a known one."""
-    key = directory.key(secret_of(headers))
+    key = directory.key_of_hash(secret_hash_of(headers))
     if key is None:
         raise stranger()
     return key
@@ -31,13 +30,19 @@ def stranger() -> RequestRefusedError:
     )  # fmt: skip
 
 
-def called_endpoint(directory: Directory, key: ApiKey, endpoint_id: str) -> Endpoint:
-    """The endpoint a key calls. RequestRefusedError: 404 for an unknown one, 403 outside the key's scope."""
+def living_endpoint(directory: Directory, endpoint_id: str) -> Endpoint:
+    """An endpoint by its id. RequestRefusedError (404) for an unknown or deleted one."""
     endpoint = directory.endpoint(endpoint_id)
     if endpoint is None:
         raise RequestRefusedError(
             404, "endpoint not found", type="not_found_error", code="endpoint_not_found"
         )
+    return endpoint
+
+
+def called_endpoint(directory: Directory, key: ApiKey, endpoint_id: str) -> Endpoint:
+    """The endpoint a key calls. RequestRefusedError: 404 for an unknown one, 403 outside the key's scope."""
+    endpoint = living_endpoint(directory, endpoint_id)
     if not key.may_call(endpoint.id):
         raise RequestRefusedError(
             403, f"access denied: this key may not call endpoint {endpoint.id}", type="permission_error",

@@ -1,17 +1,12 @@
-"""Uvicorn's HTTP protocol with two doors more, past ASGI's `send`, straight to the connection.
+"""Uvicorn's HTTP protocol with three ways past ASGI, whose `send` and `receive` cost more than most answers.
 
-ASGI's `send` is a coroutine. For a streamed token that means waking a task, walking down to its innermost
-await and back, and a dictionary, which together cost more than reading and writing the token. The data
-path sends the head and the end of an answer by ASGI like everybody else, and writes the chunks in between
-from the callback in which they arrive.
+Whole answers (`gateway.asgi.Response`) are one write instead of two, without a walk over headers that were
+made a moment ago by ourselves; and whoever holds a request open is told when its client goes, without a task
+that waits for it.
 
-The second door is for whole answers (`gateway.asgi.Response`): one write instead of two, and no walk over
-headers that were made a moment ago by ourselves. And whoever holds a request open is told when its client
-goes, without a task that waits for it.
-
-And there are two ways past all of it. A request that needs no parser (`gateway.repeated`) is offered to the
-application's `serve_whole`, without a scope, events and the bookkeeping of a body that is still to come. And
-what the application's `call_road` wants for itself is served by callbacks (`gateway.call`).
+A request that needs no parser (`gateway.repeated`) is offered to the application's `serve_whole`, without a
+scope, events and the bookkeeping of a body that is still to come. And what the application's `call_road`
+wants for itself is served by callbacks (`gateway.call`).
 """
 
 from __future__ import annotations
@@ -64,7 +59,7 @@ EXTENSION = "pilotlight.client_stream"
 
 
 class ClientStream:
-    """The client's connection: to write an answer without a length to it, and to see whether it stands."""
+    """The client's connection: to see whether it stands."""
 
     __slots__ = ("_flow", "_transport")
 
@@ -76,21 +71,6 @@ class ClientStream:
     def open(self) -> bool:
         """Whether the connection stands, as far as we know: the client has not closed it."""
         return not (self._transport.is_closing() or self._flow.ended)
-
-    def write(self, data: bytes) -> bool:
-        """Write one chunk of the body; False when the client reads slowly and `drain` is due.
-
-        Args:
-            data: Not empty; an empty chunk would end the body.
-        """
-        if not self.open:
-            return True  # The client has gone; whoever watches it will end the stream.
-        self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
-        return not self._flow.write_paused
-
-    async def drain(self) -> None:
-        """Wait until the client has read enough for more to be written."""
-        await self._flow.drain()
 
 
 ServeWhole = Callable[
@@ -262,7 +242,7 @@ class GatewayProtocol(Connection):
     def _write_whole(self, response: Response) -> None:
         if self.transport.is_closing():
             return
-        self._send(b"".join((response.head(), self.end_of_head(keep_alive=not self._last), response.body)))
+        self.send(b"".join((response.head(), self.end_of_head(keep_alive=not self._last), response.body)))
         self.server_state.total_requests += 1
         if self._last:
             self.end_connection()

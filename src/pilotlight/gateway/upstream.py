@@ -18,7 +18,15 @@ from urllib.parse import urlsplit
 from pilotlight.domain.worker import Address
 from pilotlight.gateway.upstream_connection import AnswerHead, UpstreamError, UpstreamResponse
 
-__all__ = ["AnswerHead", "UpstreamError", "UpstreamPool", "UpstreamResponse", "dial", "request_bytes"]
+__all__ = [
+    "AnswerHead",
+    "UpstreamError",
+    "UpstreamPool",
+    "UpstreamResponse",
+    "dial",
+    "request_bytes",
+    "request_head",
+]
 
 _CONNECT_TIMEOUT_S = 5.0
 _IDLE_MAX_PER_ADDRESS = 512
@@ -185,7 +193,7 @@ def _base_path(url: str) -> str:
 
 
 @functools.lru_cache(maxsize=1024)
-def _request_head(address: Address, method: str, target: str) -> bytes:
+def request_head(address: Address, method: str, target: str) -> bytes:
     """Request line and the headers that are ours to set; the same few are asked for all the time."""
     base = _base_path(address.url)
     host = "localhost" if address.url.startswith("unix:") else urlsplit(address.url).netloc
@@ -206,7 +214,7 @@ def request_bytes(
         headers: Names in lower case, beside host, length and key.
         body: The whole body.
     """
-    parts = [_request_head(address, method, target)]
+    parts = [request_head(address, method, target)]
     parts += [b"%b: %b\r\n" % header for header in headers]
     if body or method == "POST":
         parts.append(b"content-length: %d\r\n" % len(body))

@@ -10,7 +10,6 @@ memory.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
@@ -19,6 +18,7 @@ import httptools
 
 from pilotlight.domain.worker import Address
 from pilotlight.gateway.head import Lane, lane_of
+from pilotlight.gateway.writing import write_now
 
 if TYPE_CHECKING:
     from pilotlight.gateway.upstream import UpstreamPool
@@ -183,14 +183,8 @@ class UpstreamResponse(asyncio.Protocol):
             self._between_chunks = False
         if first and self._keep_alive and self._complete and self._lane_misses < _LANE_MISSES_MAX:
             self._learn_lane(data)
-        if (
-            self._arrived is None
-            and self._buffered > _BUFFER_HIGH
-            and not self._paused
-            and self._transport is not None
-        ):
-            self._transport.pause_reading()
-            self._paused = True
+        if self._arrived is None and self._buffered > _BUFFER_HIGH:
+            self.pause()
         self._wake()
 
     def _take_whole(self, head: AnswerHead, body: bytes) -> None:
@@ -319,7 +313,11 @@ class UpstreamResponse(asyncio.Protocol):
 
     def resume(self) -> None:
         """Read again."""
-        self._resume()
+        if self._paused and self._transport is not None:
+            self._transport.resume_reading()
+            self._paused = False
+            if self._arrived is not None:
+                self._expect_in(self._silence_s)
 
     def send(self, data: bytes) -> None:
         """Write a whole request.
@@ -330,16 +328,7 @@ class UpstreamResponse(asyncio.Protocol):
         if self._transport is None or not self.alive:
             raise UpstreamError(self._broken or _CLOSED, sent=False)
         self._idle = False
-        if self._descriptor is not None and not self._transport.get_write_buffer_size():
-            # As `GatewayProtocol` does it; what does not fit, or cannot be sent at all, is the transport's.
-            try:
-                written = os.write(self._descriptor, data)
-            except OSError:
-                written = 0
-            if written == len(data):
-                return
-            data = data[written:]
-        self._transport.write(data)
+        write_now(self._transport, self._descriptor, data)
 
     async def write(self, data: bytes) -> None:
         """Write a piece of a request; returns when more may be written.
@@ -372,7 +361,7 @@ class UpstreamResponse(asyncio.Protocol):
         if not self._chunks:
             return None
         data = self._take()
-        self._resume()
+        self.resume()
         return data
 
     def _take(self) -> bytes:
@@ -380,13 +369,6 @@ class UpstreamResponse(asyncio.Protocol):
         self._chunks.clear()
         self._buffered = 0
         return data
-
-    def _resume(self) -> None:
-        if self._paused and self._transport is not None:
-            self._transport.resume_reading()
-            self._paused = False
-            if self._arrived is not None:
-                self._expect_in(self._silence_s)
 
     def release(self) -> None:
         """Give the connection back to the pool, or close it when the answer was not read to its end.

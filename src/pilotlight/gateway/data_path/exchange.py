@@ -36,13 +36,14 @@ from pilotlight.errors import InvalidInputError
 from pilotlight.gateway.body import BodyPlan, plan_body
 from pilotlight.gateway.data_path.answer import lines, passed_head
 from pilotlight.gateway.data_path.client_side import ClientSide, on_event
-from pilotlight.gateway.data_path.opened import Opened, caller_of, open_request
+from pilotlight.gateway.data_path.opened import Opened, open_request
 from pilotlight.gateway.data_path.refusals import StartFailedError
 from pilotlight.gateway.data_path.streams import ONE_EVENT_MAX, EventPass, one_event
 from pilotlight.gateway.data_path.survival import SUSPENSION_S, StreamLostError, Survival
 from pilotlight.gateway.errors import RateLimitedError
 from pilotlight.gateway.heartbeats import AT_ONCE
 from pilotlight.gateway.hop import BODILESS
+from pilotlight.gateway.openai_access import caller_of, living_endpoint
 from pilotlight.gateway.prefix import PROMPT_ROUTES, prompt_blocks
 from pilotlight.gateway.refusal import RequestRefusedError
 from pilotlight.gateway.request_ids import client_id, for_engine
@@ -106,7 +107,7 @@ class OpenAIExchange(ClientSide):
             self.route = path = f"/{rest[0].decode('latin-1') if rest else ''}"
             if head.query:
                 path = f"{path}?{head.query.decode('latin-1')}"
-            key = caller_of(head, road.directory)
+            key = caller_of(road.directory, head.headers)
             self.key_id = key.id
             opened = open_request(
                 head, key, self.endpoint_id, path, directory=road.directory, limits=road.limits
@@ -214,10 +215,7 @@ class OpenAIExchange(ClientSide):
 
     def _seek(self) -> None:
         road, endpoint, ask = self.road, self.opened.endpoint, self._ask
-        if road.directory.endpoint(endpoint.id) is None:
-            raise RequestRefusedError(
-                404, "endpoint not found", type="not_found_error", code="endpoint_not_found"
-            )
+        living_endpoint(road.directory, endpoint.id)
         admission, slots = road.slots.admit(endpoint.id, ask)
         if slots is not None:
             self._use(slots)

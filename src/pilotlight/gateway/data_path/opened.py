@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from typing import Final
-from urllib.parse import urlsplit
 
 from pilotlight.core.deadlines import Deadline, request_deadline
 from pilotlight.core.openai_routes import RouteDecision, check_route
@@ -13,11 +12,13 @@ from pilotlight.domain.key import ApiKey
 from pilotlight.domain.worker import Address
 from pilotlight.errors import InvalidInputError
 from pilotlight.gateway.asgi import Headers
-from pilotlight.gateway.directory import Directory, secret_hash_of
+from pilotlight.gateway.data_path.answer import lines
+from pilotlight.gateway.directory import Directory
 from pilotlight.gateway.head import Head
-from pilotlight.gateway.openai_access import called_endpoint, route_refusal, stranger
+from pilotlight.gateway.openai_access import called_endpoint, route_refusal
 from pilotlight.gateway.refusal import RequestRefusedError
 from pilotlight.gateway.request_ids import client_id
+from pilotlight.gateway.upstream import request_head
 from pilotlight.settings import LimitSettings
 
 _PASSED_ON: Final = (b"content-type", b"accept", b"user-agent", b"tracestate")
@@ -72,10 +73,8 @@ class Opened:
         self.session = headers.get(b"x-session-id", b"").decode("latin-1")
         self.client_id = client_id(headers.get(b"x-request-id", b""))
         self._method = head.method
-        self._passed = b"".join(
-            b"%b: %b\r\n" % (name, headers[name]) for name in _PASSED_ON if name in headers
-        )
-        self._traced = b"".join(b"%b: %b\r\n" % (name, headers[name]) for name in _TRACE if name in headers)
+        self._passed = lines((name, headers[name]) for name in _PASSED_ON if name in headers)
+        self._traced = lines((name, headers[name]) for name in _TRACE if name in headers)
         self._heads: dict[tuple[Address, bool], bytes] = {}
 
     def request_head(self, address: Address, *, traced: bool) -> bytes:
@@ -87,27 +86,13 @@ class Opened:
         """
         made = self._heads.get((address, traced))
         if made is None:
-            unix = address.url.startswith("unix:")
-            parts = urlsplit("" if unix else address.url)
-            base = parts.path.strip("/")
-            target = f"{'/' + base if base else ''}{self.decision.target}"
-            key = f"authorization: Bearer {address.key}\r\n" if address.key else ""
-            line = (
-                f"{self._method} {target} HTTP/1.1\r\nhost: {'localhost' if unix else parts.netloc}\r\n{key}"
-            )
-            made = line.encode("latin-1") + self._passed + (b"" if traced else self._traced)
+            made = request_head(address, self._method, self.decision.target) + self._passed
+            if not traced:
+                made += self._traced
             if len(self._heads) >= _HEADS_MAX:
                 self._heads.clear()
             self._heads[address, traced] = made
         return made
-
-
-def caller_of(head: Head, directory: Directory) -> ApiKey:
-    """The key of a request. RequestRefusedError (401) without a known one."""
-    key = directory.key_of_hash(secret_hash_of(head.headers))
-    if key is None:
-        raise stranger()
-    return key
 
 
 def open_request(
