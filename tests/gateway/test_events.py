@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -113,3 +114,53 @@ def test_a_messages_stream_that_is_cut_has_no_count_of_its_own():
 def test_an_absurd_count_is_not_taken():
     event = b'data: {"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":99999999999999999}}\n\n'
     assert passed([event], hide_usage=True)[2].tokens_out is None
+
+
+@pytest.mark.parametrize("end", [b"", b"}"])
+def test_a_chunk_is_known_whatever_its_size(end):
+    stream = begun()
+    for size in range(1, 5000):
+        data = b'data: {"id":' + b"x" * size + end + b"\n\n"
+        assert stream.is_plain_chunk(b"%x\r\n%b\r\n" % (len(data), data))
+    assert stream.events == 5000
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        b"",
+        b"\r\n",
+        b"1",
+        b"0\r\n\r\n",
+        b'10\r\ndata: {"id":1}\n\n',
+        b'10\r\ndata: {"id":1}\n\n\n\n',
+        b'010\r\ndata: {"id":1}\n\n\r\n',
+        b'10;a=b\r\ndata: {"id":1}\n\n\r\n',
+        b'11\r\ndata: {"id":1}\n\n\r\n',
+        b'f\r\ndata: {"id":1}\n\n\r\n',
+        b'10\r\nDATA: {"id":1}\n\n\r\n',
+        b'22\r\ndata: {"id":1}\n\ndata: {"id":12}\n\n\r\n',
+        b'10\r\ndata: {"id":1}\n\n\r\n10\r\ndata: {"id":1}\n\n\r\n',
+        b'1f\r\ndata: {"id":1,"usage":"none"}\n\n\r\n',
+        b"e\r\ndata: [DONE]\n\n\r\n",
+    ],
+)
+def test_everything_else_is_looked_at_more_closely(piece):
+    stream = begun()
+    assert not stream.is_plain_chunk(piece)
+    assert stream.events == 1
+
+
+def test_neither_the_first_event_nor_what_follows_a_part_of_one_is_passed_on_unseen():
+    chunk = b'10\r\ndata: {"id":1}\n\n\r\n'
+    assert not EventStream(TokenCount(), hide_usage=False).is_plain_chunk(chunk)
+    stream = begun()
+    stream.feed(b'data: {"id":')
+    assert not stream.is_plain_chunk(chunk)
+
+
+def begun():
+    """A stream of which one event has come."""
+    stream = EventStream(TokenCount(), hide_usage=False)
+    assert stream.feed(b'data: {"id":0}\n\n')
+    return stream

@@ -227,8 +227,8 @@ class Client:
         self.seen += data
         return True
 
-    def write_chunk(self, chunk, at):
-        return self.write(chunk[at:-2])
+    def send_chunk(self, chunk):
+        raise AssertionError("passed on as it came")
 
 
 def test_a_stream_that_became_too_long_to_be_kept_still_hides_its_tokens():
@@ -236,9 +236,9 @@ def test_a_stream_that_became_too_long_to_be_kept_still_hides_its_tokens():
     plan = BodyPlan(b"", stream=True, survives=True, hide_tokens=True)
     passing = EventPass(client, plan, TokenCount(), kept_bytes=100, clock=SystemClock())
     event = b'data: {"id":"c","choices":[{"index":0,"text":"a","token_ids":[7]}]}\n\n'
-    chunk = b"%x\r\n%b\r\n" % (len(event), event)
     for _ in range(4):
-        assert passing.chunk(chunk, chunk.index(b"data"))
+        assert passing.feed(event)
+        assert passing.passes_chunks() is None
     assert passing.delivered is None
     assert client.seen == event.replace(b"[7]", b"null") * 4
 

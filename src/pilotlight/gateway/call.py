@@ -10,6 +10,7 @@ request-response cycles.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
@@ -201,9 +202,13 @@ class ClientCall(RequestResponseCycle):
             data = b"%x\r\n%b\r\n" % (len(data), data)
         return self._protocol.send(data)
 
-    def write_chunk(self, chunk: bytes, at: int) -> bool:
-        """The same for a piece that is framed as one chunk already, in which the data begins at `at`."""
-        return self._protocol.send(chunk if self._chunked else chunk[at:-2])
+    @property
+    def send_chunk(self) -> Callable[[bytes], bool] | None:
+        """Does the same for a piece that is framed as one chunk already; None if the body is not chunked.
+
+        Only after `start`.
+        """
+        return self._protocol.send if self._chunked else None
 
     def end(self, data: bytes = b"") -> None:
         """Complete the answer, with a last piece of its body."""

@@ -7,6 +7,8 @@ that carries nothing but usage is taken out on its way back.
 
 from __future__ import annotations
 
+import functools
+
 import msgspec
 
 from pilotlight.core.openai_routes import STREAM_USAGE_ROUTES, speaks_anthropic
@@ -17,6 +19,9 @@ _EVENT_MAX = 4 * 1024 * 1024
 
 _PLAIN = b'data: {"id":'
 """How events of OpenAI's routes begin that are neither an error nor the end."""
+
+_IMPOSSIBLE = b"\n"
+"""How no chunk begins."""
 
 _TOKENS_MAX = 2**53
 """Counts beyond it are an engine's mistake and not stored."""
@@ -117,18 +122,23 @@ class EventStream:
         self.complete = False
         self.failed = False
 
-    def is_plain(self, chunk: bytes, at: int) -> bool:
-        """Whether a chunk is one event that can be passed on as it is; counts it if so.
+    def is_plain_chunk(self, piece: bytes) -> bool:
+        """Whether a piece of a chunked body is one chunk, and that one event which can be passed on as it is.
+
+        Counts it if so. The first event of a stream never is one, nor is a chunk with extensions, or with a
+        length that is written in another way than usual.
 
         Args:
-            chunk: With its framing.
-            at: Where its data begins; two bytes follow the data.
+            piece: Begins where a chunk does.
         """
+        size = len(piece)
         plain = (
-            chunk.startswith(_PLAIN, at)
-            and chunk.find(b"\n\n", at) == len(chunk) - 4
+            piece.startswith(_plain_chunk(size))
+            and piece.find(b"\n\n") == size - 4
+            and piece.endswith(b"\r\n")
+            and b'"usage"' not in piece
             and not self._rest
-            and b'"usage"' not in chunk
+            and self.events > 0
         )
         self.events += plain
         return plain
@@ -185,6 +195,16 @@ class EventStream:
                         continue
             kept.append(event + self._blank)
         return b"".join((*kept, beginning))
+
+
+@functools.lru_cache(maxsize=4096)
+def _plain_chunk(size: int) -> bytes:
+    """How a chunk begins that has so many bytes with its framing, and whose data is a plain event."""
+    for digits in range(1, 9):
+        length = size - digits - 4
+        if length > 0 and len(line := b"%x\r\n" % length) == digits + 2:
+            return line + _PLAIN
+    return _IMPOSSIBLE
 
 
 def _has_line(whole: bytes, begin: bytes) -> bool:

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 _BUFFER_HIGH = 256 * 1024
 _HEAD_MAX = 64 * 1024
-_CHUNK_LINE_MAX = 10
 _LANE_STATUS = 200
 _LANE_MISSES_MAX = 8
 """Heads in a row that were learnt for nothing, after which a connection's heads are not learnt any more."""
@@ -112,7 +111,7 @@ class UpstreamResponse(asyncio.Protocol):
         self._timed_out = False
         self._waiter: asyncio.Future[None] | None = None
         self._arrived: Callable[[], None] | None = None
-        self._chunk: Callable[[bytes, int], None] | None = None
+        self._pass_on: Callable[[bytes], bool | None] | None = None
         self._silence_s = 0.0
         self._between_chunks = False
 
@@ -148,11 +147,12 @@ class UpstreamResponse(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Feed the parser (asyncio)."""
-        if self._between_chunks and self._chunk is not None:
-            at = _one_chunk(data)
-            if at:
+        if self._between_chunks and self._pass_on is not None:
+            passed = self._pass_on(data)
+            if passed is not None:
                 self._deadline = self._loop.time() + self._silence_s
-                self._chunk(data, at)
+                if not passed:
+                    self.pause()
                 return
         if self._complete or self._idle:
             self._abort(_UNASKED)
@@ -292,14 +292,16 @@ class UpstreamResponse(asyncio.Protocol):
         self._arrived, self._silence_s = arrived, silence_s
         self._expect_in(silence_s)
 
-    def pass_chunks(self, chunk: Callable[[bytes, int], None]) -> None:
-        """Have whole chunks told of without parsing them, in place of `arrived`.
+    def pass_chunks(self, pass_on: Callable[[bytes], bool | None]) -> None:
+        """Offer pieces of a chunked body as they come before they are parsed.
 
         Args:
-            chunk: Given a chunk of the body as it came, with its framing, and where in it its data begins;
-                two bytes follow the data. Only called when everything before has been taken; must not raise.
+            pass_on: Given a piece that begins where a chunk does. None if it is to be parsed, and `arrived`
+                told; otherwise it was one whole chunk, not the last, has been passed on, and the value
+                says whether more may come, or nothing until `resume`. Only called when everything before has
+                been taken; must not raise.
         """
-        self._chunk = chunk
+        self._pass_on = pass_on
 
     def take(self) -> bytes:
         """What has come of the body since the last call; b"" for nothing."""
@@ -438,16 +440,3 @@ class UpstreamResponse(asyncio.Protocol):
             return
         self._timed_out = True
         self._abort("the engine sent nothing in time")
-
-
-def _one_chunk(data: bytes) -> int:
-    """Where its data begins, if this is exactly one chunk of a chunked body and not the last; else 0."""
-    line = data.find(b"\r\n", 0, _CHUNK_LINE_MAX)
-    digits = data[:line] if line > 0 else b""
-    if not digits.isalnum() or not data.endswith(b"\r\n"):
-        return 0
-    try:
-        size = int(digits, 16)
-    except ValueError:
-        return 0
-    return line + 2 if size and len(data) == line + size + 4 else 0

@@ -438,17 +438,9 @@ class OpenAIExchange(ClientSide):
             if not self.beating:
                 self.start_stream(passed_head(head) + lines(AT_ONCE))
             self.head_sent = True
-            connection.pass_chunks(self._pass_chunk)
-
-    @on_event
-    def _pass_chunk(self, chunk: bytes, at: int) -> None:
-        stream, connection = self._stream, self._connection
-        assert stream is not None
-        assert connection is not None
-        if not stream.chunk(chunk, at):
-            connection.pause()
-        if stream.died:
-            self._failed(UpstreamError("the engine reports that it failed"))
+            pass_on = self._stream.passes_chunks()
+            if pass_on is not None:
+                connection.pass_chunks(pass_on)
 
     def _pass_events(self, stream: EventPass, connection: UpstreamResponse) -> None:
         data = connection.take()

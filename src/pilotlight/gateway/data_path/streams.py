@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from pilotlight.gateway.body import BodyPlan
 from pilotlight.gateway.call import ClientCall
 from pilotlight.gateway.continuation import failure_at, hide_tokens
@@ -34,7 +36,7 @@ class EventPass:
     """
 
     __slots__ = (
-        "_as_it_came", "_call", "_clock", "_hides", "_kept", "_kept_bytes", "died", "events", "first_byte_ns",
+        "_call", "_clock", "_hides", "_kept", "_kept_bytes", "died", "events", "first_byte_ns",
     )  # fmt: skip
 
     def __init__(
@@ -45,7 +47,6 @@ class EventPass:
         self._hides = plan.hide_tokens
         self._kept: list[bytes] | None = [] if plan.survives else None
         self._kept_bytes = kept_bytes
-        self._as_it_came = not (plan.survives or plan.hide_tokens)
         self.events = EventStream(count, hide_usage=plan.hide_usage)
         self.first_byte_ns: int | None = None
         self.died = False
@@ -71,11 +72,20 @@ class EventPass:
             self.first_byte_ns = self._clock.monotonic_ns()
         return self._call.write(shown)
 
-    def chunk(self, chunk: bytes, at: int) -> bool:
-        """The same for a chunk (`UpstreamResponse.pass_chunks`), passed on as it came where that will do."""
-        if self._as_it_came and self.first_byte_ns is not None and self.events.is_plain(chunk, at):
-            return self._call.write_chunk(chunk, at)
-        return self.feed(chunk[at:-2])
+    def passes_chunks(self) -> Callable[[bytes], bool | None] | None:
+        """What passes on chunks as they come (`UpstreamResponse.pass_chunks`), if that will do.
+
+        It is the whole of what an event costs while nothing is to be kept or hidden, and the client's answer
+        is chunked, too: one look at a piece, which is usually one chunk that is one event, and one write.
+        """
+        send, events = self._call.send_chunk, self.events
+        if send is None or self._hides or self._kept is not None:
+            return None
+
+        def pass_on(piece: bytes) -> bool | None:
+            return send(piece) if events.is_plain_chunk(piece) else None
+
+        return pass_on
 
     def begin_again(self) -> None:
         """Another worker goes on: what had begun of an event is void."""
@@ -91,7 +101,6 @@ class EventPass:
         self._kept_bytes -= len(whole)
         if self._kept_bytes < 0:
             self._kept = None
-            self._as_it_came = not self._hides
         return whole
 
 
