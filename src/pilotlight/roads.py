@@ -9,6 +9,7 @@ from pilotlight.clusters.devices import read_host
 from pilotlight.gateway.app import Gateway, OpenAIRoad
 from pilotlight.gateway.asgi import App
 from pilotlight.gateway.data_path import DataPath, StartFailedError
+from pilotlight.gateway.data_path.desk import LocalDesk
 from pilotlight.gateway.jobs import job_routes
 from pilotlight.gateway.jobs.batch_routes import batch_routes
 from pilotlight.gateway.jobs.http import JobRoad
@@ -51,16 +52,20 @@ def data_path(parts: Installation) -> DataPath:
     """What serves the OpenAI routes of endpoints whose engines are reached."""
     return DataPath(
         directory=parts.directory,
-        slots=parts.slots,
+        desk=LocalDesk(
+            directory=parts.directory,
+            slots=parts.slots,
+            key_limits=parts.key_limits,
+            fleet=parts.fleet,
+            outlook=parts.outlook,
+            limits=parts.settings.limits,
+            observed=parts.router.observed,
+        ),
         pool=parts.pool,
-        fleet=parts.fleet,
-        outlook=parts.outlook,
         clock=parts.clock,
         limits=parts.settings.limits,
         entropy=os.urandom,
         record=parts.recorder.record,
-        key_limits=parts.key_limits,
-        observed=parts.router.observed,
         rates=parts.jobs.rates,
         tracer=parts.observability.tracer,
     )

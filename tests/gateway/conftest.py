@@ -18,6 +18,7 @@ from pilotlight.domain.key import ApiKey, Scope, hash_secret
 from pilotlight.domain.worker import Address, Registration
 from pilotlight.gateway.app import Gateway
 from pilotlight.gateway.data_path import DataPath, StartFailedError
+from pilotlight.gateway.data_path.desk import LocalDesk
 from pilotlight.gateway.directory import Directory
 from pilotlight.gateway.key_limits import KeyLimits
 from pilotlight.gateway.load_balancer import LoadBalancer
@@ -128,15 +129,21 @@ class Rig:
         self.address = Address(url=f"unix:{folder}/engine", key="engine-key")
         self.recorded = asyncio.Event()
         counter = itertools.count(1)
-        self.data_path = data_path = DataPath(
+        self.key_limits = KeyLimits(self.clock)
+        self.desk = LocalDesk(
             directory=self.directory,
             slots=self.slots,
-            pool=self.pool,
+            key_limits=self.key_limits,
             fleet=self.fleet,
             outlook=self.outlook,
+            limits=self.limits,
+        )
+        self.data_path = data_path = DataPath(
+            directory=self.directory,
+            desk=self.desk,
+            pool=self.pool,
             clock=self.clock,
             limits=self.limits,
-            key_limits=KeyLimits(self.clock),
             entropy=lambda count: next(counter).to_bytes(count, "big"),
             record=self.record,
         )

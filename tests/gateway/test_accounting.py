@@ -32,12 +32,12 @@ async def metered(rig):
     await rig.store.add_key(METERED)
     await rig.directory.refresh()
     rig.told = []
-    rig.data_path.observed = lambda worker_id, *, failed, first_byte_ms: rig.told.append((worker_id, failed))
+    rig.desk.observed = lambda worker_id, *, failed, first_byte_ms: rig.told.append((worker_id, failed))
     return rig
 
 
 def remaining(rig):
-    headers = dict(rig.data_path.key_limits.take(METERED, 0).headers)
+    headers = dict(rig.key_limits.take(METERED, 0).headers)
     return int(headers[b"x-ratelimit-remaining-tokens"])
 
 
@@ -103,7 +103,7 @@ async def test_an_engine_that_answers_500_is_at_fault(metered):
 
 
 async def test_a_key_over_its_limit_is_told_apart_from_a_full_endpoint(metered):
-    metered.data_path.key_limits.take(METERED, LIMIT)
+    metered.key_limits.take(METERED, LIMIT)
     answer = await metered.client.post(CHAT, json=BODY, headers=HEADERS)
     assert (answer.status_code, answer.json()["error"]["code"]) == (429, "rate_limit_exceeded")
     row = await metered.row()

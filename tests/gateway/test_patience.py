@@ -32,7 +32,7 @@ async def test_what_the_client_will_not_wait_for_is_answered_before_it_gives_up(
 async def test_what_could_not_be_served_in_time_is_shed_at_once(rig):
     rig.open_worker(capacity=1)
     for _ in range(3):
-        rig.data_path.patience.served("ep", 60_000)
+        rig.desk.patience.served("ep", 60_000)
     held = asyncio.Event()
 
     async def slow(request, body):
@@ -147,7 +147,7 @@ async def test_a_stream_has_the_headers_too_and_real_tokens_count_in_the_end(lim
         assert answer.headers["x-ratelimit-remaining-requests"] == "1"
         await answer.aread()
     row = await limited.row()
-    use = limited.data_path.key_limits._uses["limited"]
+    use = limited.key_limits._uses["limited"]
     spent = 100_000 - use.tokens.remaining
     assert spent <= row.tokens_in + row.tokens_out + 1
 

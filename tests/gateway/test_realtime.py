@@ -302,7 +302,7 @@ def open_dead(rig, worker_id):
 
 async def test_a_worker_that_is_not_reached_is_passed_over_for_another(site):
     observed = []
-    site.rig.data_path.observed = lambda worker_id, *, failed, **_: observed.append((worker_id, failed))
+    site.rig.desk.observed = lambda worker_id, *, failed, **_: observed.append((worker_id, failed))
     open_dead(site.rig, "dead")
     site.rig.open_worker()
     async with site.connect() as talk:

@@ -20,18 +20,17 @@ from typing import Final
 
 import structlog
 
-from pilotlight.core.admission import Verdict
-from pilotlight.core.deadlines import Deadline, hold_bound, hopeless, request_deadline
+from pilotlight.core.deadlines import Deadline, hold_bound, request_deadline
 from pilotlight.core.fair_queue import cost_of, expected_tokens
 from pilotlight.core.openai_routes import check_route
 from pilotlight.core.rate_limits import OperationGroup
 from pilotlight.domain.endpoint import Endpoint, EndpointKind
-from pilotlight.domain.key import ApiKey
 from pilotlight.domain.usage import Outcome
 from pilotlight.domain.worker import Address
 from pilotlight.errors import InvalidInputError
 from pilotlight.gateway.asgi import Headers, Scope
-from pilotlight.gateway.data_path import DataPath, StartFailedError
+from pilotlight.gateway.data_path import DataPath
+from pilotlight.gateway.data_path.desk import Slot, Use, Wish, hold
 from pilotlight.gateway.directory import secret_of
 from pilotlight.gateway.elsewhere import FOLLOWER_RETRY_S, FOLLOWS
 from pilotlight.gateway.errors import RateLimitedError
@@ -39,7 +38,7 @@ from pilotlight.gateway.exchange import Exchange
 from pilotlight.gateway.openai_access import called_endpoint, route_refusal, stranger
 from pilotlight.gateway.refusal import RequestRefusedError
 from pilotlight.gateway.request_ids import client_id, for_engine, shown
-from pilotlight.gateway.slots import Ask, DisplacedError, HoldExpiredError, WorkerSlots
+from pilotlight.gateway.slots import Ask
 from pilotlight.gateway.tunnel import Handshake, TunnelBounds, WebSocketTunnel, attended, carry
 from pilotlight.gateway.upstream import UpstreamError, request_bytes
 
@@ -112,22 +111,18 @@ class Session:
         tunnel: Its connection.
         headers: Of its handshake.
         offer: Its subprotocols.
-        endpoint: Whom it calls.
         target: Path and query for the engine.
-        ask: What its slot is asked for with.
+        wish: What its slot is asked for with.
         deadline: How long it waits, and how long the session may be.
-        limits: What it is told of the limits of its key.
     """
 
     exchange: Exchange
     tunnel: WebSocketTunnel
     headers: Headers
     offer: Offer
-    endpoint: Endpoint
     target: str
-    ask: Ask
+    wish: Wish
     deadline: Deadline
-    limits: list[tuple[bytes, bytes]]
 
 
 class RealtimeRoad:
@@ -191,11 +186,13 @@ class RealtimeRoad:
             cost=cost_of(*expected_tokens(0, None)),
             session=headers.get(b"x-session-id").decode("latin-1"),
         )
-        with self._admitted(endpoint, key) as limits:
+        # Its tokens are between client and engine.
+        wish = Wish(endpoint, key, ask, tokens=0)
+        with self._admitted(wish):
             await self._converse(
                 Session(
-                    exchange=exchange, tunnel=tunnel, headers=headers, offer=offer, endpoint=endpoint,
-                    target=decision.target, ask=ask, deadline=deadline, limits=limits,
+                    exchange=exchange, tunnel=tunnel, headers=headers, offer=offer, target=decision.target,
+                    wish=wish, deadline=deadline,
                 )
             )  # fmt: skip
 
@@ -217,82 +214,53 @@ class RealtimeRoad:
             )
 
     @contextlib.contextmanager
-    def _admitted(self, endpoint: Endpoint, key: ApiKey) -> Iterator[list[tuple[bytes, bytes]]]:
-        """Count a session for as long as it lasts; gives what its client is told of its key's limits."""
+    def _admitted(self, wish: Wish) -> Iterator[None]:
+        """Count a session for as long as it lasts."""
         road = self._road
         with contextlib.ExitStack() as stack:
             if road.rates is not None:
                 try:
-                    stack.enter_context(road.rates.admitted(OperationGroup.OPENAI, endpoint, key))
+                    stack.enter_context(road.rates.admitted(OperationGroup.OPENAI, wish.endpoint, wish.key))
                 except RateLimitedError as error:
                     raise RequestRefusedError(
                         429, str(error), retry_after_s=error.retry_after_s, outcome=Outcome.SHED
                     ) from error
-            # Its tokens are between client and engine.
-            taken = road.key_limits.take(key, 0)
-            if taken.refused is not None:
-                raise taken.refused
-            stack.callback(road.key_limits.give_back, key, taken, None)
-            yield list(taken.headers)
+            stack.callback(road.desk.end, wish, None)
+            yield
 
     async def _converse(self, session: Session) -> None:
         """Join a client and an engine; where a worker is not reached, another one's."""
         for left in reversed(range(_TRIES_MAX)):
-            slots = await self._slot(session)
+            slot = await self._slot(session)
             try:
-                await self._join(session, slots)
+                await self._join(session, slot)
             except UpstreamError as error:
                 if error.sent or not left:
                     raise _failure(error) from error
             else:
                 return
 
-    async def _slot(self, session: Session) -> WorkerSlots:
-        """A slot, waited for if need be; it must be released."""
-        road, endpoint, exchange, ask = self._road, session.endpoint, session.exchange, session.ask
-        if road.directory.endpoint(endpoint.id) is None:
-            raise RequestRefusedError(
-                404, "endpoint not found", type="not_found_error", code="endpoint_not_found"
-            )
-        admission, slots = road.slots.admit(endpoint.id, ask)
-        if slots is None:
-            if admission.verdict is Verdict.SHED:
-                raise road.refusals.shed(endpoint, admission, road.limits)
-            slots = await self._held(session)
-        exchange.worker_id = slots.worker_id
-        exchange.wait_ns = road.clock.monotonic_ns() - exchange.started_ns
-        return slots
-
-    async def _held(self, session: Session) -> WorkerSlots:
-        road, endpoint, ask = self._road, session.endpoint, session.ask
+    async def _slot(self, session: Session) -> Slot:
+        """A slot, waited for if need be; it must be given back."""
+        road, exchange = self._road, session.exchange
         bound = hold_bound(session.deadline, elapsed_s=self._elapsed_s(session), hold_s=road.limits.hold_s)
-        expected_ms = road.patience.expected_ms(endpoint.id, ask) if bound.by_client else None
-        if hopeless(expected_ms, bound):
-            raise road.refusals.hopeless(endpoint, expected_ms, bound)
-        try:
-            return await road.slots.hold(endpoint.id, ask, timeout_s=bound.seconds)
-        except DisplacedError as error:
-            raise road.refusals.shed(endpoint, error.admission, road.limits) from error
-        except StartFailedError as error:
-            raise road.refusals.not_started(endpoint, error) from error
-        except HoldExpiredError as error:
-            if bound.by_client:
-                expected_ms = road.patience.expected_ms(endpoint.id, ask)
-                raise road.refusals.overdue(endpoint, expected_ms, bound) from error
-            raise road.refusals.expired(endpoint, bound.seconds) from error
+        slot = await hold(road.desk, session.wish, bound)
+        exchange.worker_id = slot.worker_id
+        exchange.wait_ns = road.clock.monotonic_ns() - exchange.started_ns
+        return slot
 
     def _elapsed_s(self, session: Session) -> float:
         return (self._road.clock.monotonic_ns() - session.exchange.started_ns) / 1e9
 
-    async def _join(self, session: Session, slots: WorkerSlots) -> None:
+    async def _join(self, session: Session, slot: Slot) -> None:
         """Let a client talk to the engine of a worker, whose slot is given back at the end.
 
         Raises:
             UpstreamError: The engine cannot be reached, or gave no answer.
         """
         road, exchange = self._road, session.exchange
-        assert slots.registration is not None
-        address = slots.registration.engine
+        assert slot.registration is not None
+        address = slot.registration.engine
         bounds = TunnelBounds(
             life_s=max(0.0, session.deadline.whole_s - self._elapsed_s(session)),
             answer_s=_ANSWER_S,
@@ -306,13 +274,12 @@ class RealtimeRoad:
         except UpstreamError as error:
             failed = True
             if not error.sent:
-                road.slots.suspend_worker(slots.worker_id, _SUSPENSION_S)
+                road.desk.suspend(slot.worker_id, _SUSPENSION_S)
             raise
         finally:
-            road.observed(slots.worker_id, failed=failed, first_byte_ms=None)
             # Only who has talked to the engine has cost anything, and nobody knows how much.
             talked = exchange.status == HTTPStatus.SWITCHING_PROTOCOLS
-            road.slots.release_request(slots, session.ask, tokens=None if talked else 0)
+            road.desk.give_back(session.wish, slot, Use(failed, cost=None if talked else 0))
 
 
 def _head(session: Session, address: Address) -> bytes:
@@ -339,12 +306,14 @@ def _own(session: Session, answer: Handshake) -> list[tuple[bytes, bytes]]:
     if answer.status == 403:
         route = session.exchange.route
         raise RequestRefusedError(
-            404, f"the engine of endpoint {session.endpoint.id} does not serve {route} with its model",
+            404, f"the engine of endpoint {session.wish.endpoint.id} does not serve {route} with its model",
             type="not_found_error", code="route_not_served",
         )  # fmt: skip
     exchange = session.exchange
     request_id = shown(exchange.request_id, exchange.client_id).encode()
-    return [(b"x-request-id", request_id), *session.offer.missed(answer), *session.limits]
+    taken = session.wish.taken
+    limits = () if taken is None else taken.headers
+    return [(b"x-request-id", request_id), *session.offer.missed(answer), *limits]
 
 
 def _failure(error: UpstreamError) -> RequestRefusedError:

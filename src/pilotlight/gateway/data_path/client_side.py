@@ -13,11 +13,11 @@ from pilotlight.domain.usage import Outcome
 from pilotlight.gateway.body import BodyPlan
 from pilotlight.gateway.call import ClientCall
 from pilotlight.gateway.data_path.answer import begin_head, end_head, lines
+from pilotlight.gateway.data_path.desk import Wish
 from pilotlight.gateway.data_path.opened import Opened
 from pilotlight.gateway.events import TokenCount, error_event, stream_end
 from pilotlight.gateway.exchange import Exchange
 from pilotlight.gateway.heartbeats import STREAM_HEADERS, STREAMED_ROUTES
-from pilotlight.gateway.key_limits import Taken
 from pilotlight.gateway.openai_access import models_answer
 from pilotlight.gateway.refusal import RequestRefusedError
 from pilotlight.gateway.request_ids import new_id, shown
@@ -57,7 +57,7 @@ class ClientSide(Exchange):
     Attributes:
         opened: What the head says, once the request may be served.
         plan: What the body says, once it is whole.
-        taken: What the limits of the key say; None for a key without.
+        wish: What the desk was asked for; None before.
         count: Tokens.
         beating: Whether the head of a stream has been sent for the sake of comments.
         ended: Whether everything is over.
@@ -65,7 +65,7 @@ class ClientSide(Exchange):
 
     opened: Opened
     plan: BodyPlan
-    taken: Taken | None = None
+    wish: Wish | None = None
     beating = False
     ended = False
     _beat_timer: asyncio.TimerHandle | None = None
@@ -88,8 +88,8 @@ class ClientSide(Exchange):
 
     def whole_head(self, head: bytes, length: int | None = None) -> bytes:
         """The head of an answer, given what of it is not ours, and the length of its body if known."""
-        if self.taken is not None:
-            head += lines(self.taken.headers)
+        if self.wish is not None and self.wish.taken is not None:
+            head += lines(self.wish.taken.headers)
         return head + end_head(shown(self.request_id, self.client_id), length)
 
     def tell_models(self) -> None:
@@ -111,12 +111,14 @@ class ClientSide(Exchange):
         if not self.beating:
             self.beating = True
             self.start_stream(begin_head(200, STREAM_HEADERS))
-        endpoint = road.directory.endpoint(opened.endpoint.id) or opened.endpoint
-        waited_ns = road.clock.monotonic_ns() - self.started_ns
-        if self.call.writable:
-            self.call.write(road.outlook.comment(endpoint, waited_ns // 1_000_000))
         assert opened.key.heartbeat_s is not None
         self._beat_timer = self.call.loop.call_later(opened.key.heartbeat_s, self.beat)
+        waited_ns = road.clock.monotonic_ns() - self.started_ns
+        road.desk.comment(opened.endpoint, waited_ns // 1_000_000, self._comment)
+
+    def _comment(self, comment: bytes) -> None:
+        if self._beat_timer is not None and self.call.writable:
+            self.call.write(comment)
 
     def stop_heartbeats(self) -> None:
         """Send no more comments."""

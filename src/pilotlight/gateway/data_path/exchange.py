@@ -25,8 +25,7 @@ from contextlib import AbstractContextManager
 
 import structlog
 
-from pilotlight.core.admission import Verdict
-from pilotlight.core.deadlines import HoldBound, hold_bound, hopeless
+from pilotlight.core.deadlines import HoldBound, hold_bound
 from pilotlight.core.fair_queue import cost_of, expected_tokens
 from pilotlight.core.openai_routes import RouteKind
 from pilotlight.core.rate_limits import OperationGroup
@@ -36,18 +35,19 @@ from pilotlight.errors import InvalidInputError
 from pilotlight.gateway.body import BodyPlan, plan_body
 from pilotlight.gateway.data_path.answer import lines, passed_head
 from pilotlight.gateway.data_path.client_side import ClientSide, on_event
+from pilotlight.gateway.data_path.desk import Slot, Ticket, Use, Wish
 from pilotlight.gateway.data_path.opened import Opened, open_request
-from pilotlight.gateway.data_path.refusals import StartFailedError
+from pilotlight.gateway.data_path.refusals import body_late, too_large
 from pilotlight.gateway.data_path.streams import ONE_EVENT_MAX, EventPass, one_event
 from pilotlight.gateway.data_path.survival import SUSPENSION_S, StreamLostError, Survival
 from pilotlight.gateway.errors import RateLimitedError
 from pilotlight.gateway.heartbeats import AT_ONCE
 from pilotlight.gateway.hop import BODILESS
-from pilotlight.gateway.openai_access import caller_of, living_endpoint
+from pilotlight.gateway.openai_access import caller_of
 from pilotlight.gateway.prefix import PROMPT_ROUTES, prompt_blocks
 from pilotlight.gateway.refusal import RequestRefusedError
 from pilotlight.gateway.request_ids import client_id, for_engine
-from pilotlight.gateway.slots import Ask, DisplacedError, Waiting, WorkerSlots
+from pilotlight.gateway.slots import Ask
 from pilotlight.gateway.upstream import UpstreamError, UpstreamResponse
 
 _log = structlog.get_logger()
@@ -57,6 +57,12 @@ _TRIES_MAX = 3
 
 _USAGE_BODY_MAX = 4 * 1024 * 1024
 """Usage is looked for in unstreamed answers up to this size."""
+
+
+@functools.lru_cache(maxsize=16)
+def _gateways_bound(hold_s: float) -> HoldBound:
+    """How long requests are held whose clients say nothing."""
+    return HoldBound(hold_s, by_client=False)
 
 
 class OpenAIExchange(ClientSide):
@@ -69,14 +75,12 @@ class OpenAIExchange(ClientSide):
 
     # Most exchanges never change most of these.
     _client_body = b""
-    _ask: Ask
     _body: bytearray | None = None
     _size = 0
     _admission: AbstractContextManager[None] | None = None
     _timer: asyncio.TimerHandle | None = None
-    _waiting: Waiting | None = None
-    _hold_timer: asyncio.TimerHandle | None = None
-    _slots: WorkerSlots | None = None
+    _ticket: Ticket | None = None
+    _slot: Slot | None = None
     _tries = 0
     _sent_ns = 0
     _connecting: asyncio.Task[None] | None = None
@@ -125,7 +129,7 @@ class OpenAIExchange(ClientSide):
             self.tell_models()
             return
         if call.content_length > road.limits.body_bytes:
-            raise road.refusals.too_large(road.limits)
+            raise too_large(road.limits)
         call.body_s = road.limits.body_s
         call.proceed()
 
@@ -148,7 +152,7 @@ class OpenAIExchange(ClientSide):
         """See `CallHandler`."""
         self._size += len(data)
         if self._size > self.road.limits.body_bytes:
-            raise self.road.refusals.too_large(self.road.limits)
+            raise too_large(self.road.limits)
         if self._body is None:
             self._body = bytearray()
         self._body += data
@@ -156,7 +160,7 @@ class OpenAIExchange(ClientSide):
     @on_event
     def body_late(self) -> None:
         """See `CallHandler`."""
-        raise self.road.refusals.body_late(self.road.limits)
+        raise body_late(self.road.limits)
 
     @on_event
     def body_complete(self) -> None:
@@ -169,7 +173,7 @@ class OpenAIExchange(ClientSide):
     def body_whole(self, body: bytes) -> None:
         """See `CallHandler`."""
         if len(body) > self.road.limits.body_bytes:
-            raise self.road.refusals.too_large(self.road.limits)
+            raise too_large(self.road.limits)
         self._ask_for_slot(body)
 
     def _ask_for_slot(self, body: bytes, elapsed_s: float = 0.0) -> None:
@@ -187,17 +191,14 @@ class OpenAIExchange(ClientSide):
             self._client_body = body
         tokens_in, tokens_out = expected_tokens(len(body), plan.tokens_out_max)
         key = opened.key
-        if key.limited:
-            self.taken = self.road.key_limits.take(key, tokens_in + tokens_out)
-            if self.taken.refused is not None:
-                raise self.taken.refused
         self._timer = self.call.loop.call_later(opened.deadline.whole_s - elapsed_s, self._expired)
-        self._ask = Ask(
+        ask = Ask(
             len(body), key.id, key.share, plan.priority, cost_of(tokens_in, tokens_out),
             opened.session or plan.user,
             functools.partial(prompt_blocks, self.route, body) if self.route in PROMPT_ROUTES else None,
         )  # fmt: skip
-        self._seek()
+        self.wish = wish = Wish(opened.endpoint, key, ask, tokens_in + tokens_out)
+        self._seek(wish)
 
     def client_ready(self) -> None:
         """See `CallHandler`."""
@@ -213,73 +214,34 @@ class OpenAIExchange(ClientSide):
 
     # A slot.
 
-    def _seek(self) -> None:
-        road, endpoint, ask = self.road, self.opened.endpoint, self._ask
-        living_endpoint(road.directory, endpoint.id)
-        admission, slots = road.slots.admit(endpoint.id, ask)
-        if slots is not None:
-            self._use(slots)
+    def _seek(self, wish: Wish) -> None:
+        ticket = self.road.desk.seek(wish, self._hold_bound(), self)
+        if ticket is None:
+            # Told already; by now it may be seeking another.
             return
-        if admission.verdict is Verdict.SHED:
-            raise road.refusals.shed(endpoint, admission, road.limits)
-        bound = self._hold_bound()
-        expected_ms = road.patience.expected_ms(endpoint.id, ask) if bound.by_client else None
-        if hopeless(expected_ms, bound):
-            raise road.refusals.hopeless(endpoint, expected_ms, bound)
-        # Where the client sets no bound, the whole request's ends it by itself.
-        seconds = bound.seconds if bound.by_client else road.limits.hold_s
-        self._waiting = road.slots.wait(endpoint.id, ask, self._granted, self._not_granted)
-        self._hold_timer = self.call.loop.call_later(seconds, self._hold_expired, bound)
+        self._ticket = ticket
         if self.feeds_comments() and self._beat_timer is None:
             self.beat()
 
     def _hold_bound(self) -> HoldBound:
-        deadline, hold_s, fed = self.opened.deadline, self.road.limits.hold_s, self.feeds_comments()
-        return hold_bound(deadline, elapsed_s=self._elapsed_s(), hold_s=hold_s, fed=fed)
+        deadline, hold_s = self.opened.deadline, self.road.limits.hold_s
+        if not deadline.asked:
+            # The whole request's bound ends it by itself.
+            return _gateways_bound(hold_s)
+        return hold_bound(deadline, elapsed_s=self._elapsed_s(), hold_s=hold_s, fed=self.feeds_comments())
 
     def _elapsed_s(self) -> float:
         return (self.road.clock.monotonic_ns() - self.started_ns) / 1e9
 
     @on_event
-    def _granted(self, slots: WorkerSlots) -> None:
-        self._stop_waiting()
-        self._use(slots)
-
-    @on_event
-    def _not_granted(self, error: Exception) -> None:
-        self._stop_waiting()
-        if isinstance(error, DisplacedError):
-            raise self.road.refusals.shed(self.opened.endpoint, error.admission, self.road.limits)
-        if not isinstance(error, StartFailedError):
-            raise error
-        raise self.road.refusals.not_started(self.opened.endpoint, error)
-
-    @on_event
-    def _hold_expired(self, bound: HoldBound) -> None:
-        road, endpoint = self.road, self.opened.endpoint
-        self._stop_waiting()
-        if bound.by_client:
-            raise road.refusals.overdue(endpoint, road.patience.expected_ms(endpoint.id, self._ask), bound)
-        raise road.refusals.expired(endpoint, road.limits.hold_s)
-
-    def _stop_waiting(self) -> None:
-        if self._waiting is not None:
-            self._waiting.cancel()
-            self._waiting = None
-        if self._hold_timer is not None:
-            self._hold_timer.cancel()
-            self._hold_timer = None
-
-    # The engine.
-
-    def _use(self, slots: WorkerSlots) -> None:
-        """Send the request to the worker whose slot this is."""
-        self._slots = slots
+    def granted(self, slot: Slot) -> None:
+        """Send the request to the worker whose slot this is (`Seeker`)."""
+        self._ticket, self._slot = None, slot
         self._tries += 1
         self._sent_ns = self.road.clock.monotonic_ns()
         self.wait_ns = self._sent_ns - self.started_ns
-        self.worker_id = slots.worker_id
-        address = self._address(slots)
+        self.worker_id = slot.worker_id
+        address = self._address(slot)
         connection = self.road.pool.take_idle(address)
         self._reused = connection is not None
         if connection is None:
@@ -287,9 +249,17 @@ class OpenAIExchange(ClientSide):
         else:
             self._begin(connection)
 
-    def _address(self, slots: WorkerSlots) -> Address:
+    @on_event
+    def refused(self, error: Exception) -> None:
+        """See `Seeker`."""
+        self._ticket = None
+        raise error
+
+    # The engine.
+
+    def _address(self, slot: Slot) -> Address:
         """Where the request goes: the worker program's listener where it has to be rewritten."""
-        registration = slots.registration
+        registration = slot.registration
         assert registration is not None
         if self.plan.rewrite and registration.listener is not None:
             return registration.listener
@@ -359,32 +329,33 @@ class OpenAIExchange(ClientSide):
     def _failed(self, error: UpstreamError) -> None:
         """The engine was not reached, or broke off."""
         self._drop_connection()
-        slots = self._slots
-        assert slots is not None
+        slot, wish = self._slot, self.wish
+        assert slot is not None
+        assert wish is not None
         if not self._answering:
             if self._reused and not error.answered and not error.timed_out:
                 # The engine closed an idle connection in the moment in which we used it. Its others may be as
                 # old: the second and last time goes over a new one.
                 self._reused = False
-                self._connect(self._address(slots))
+                self._connect(self._address(slot))
                 return
             if not error.sent:
-                self.road.slots.suspend_worker(slots.worker_id, SUSPENSION_S)
+                self.road.desk.suspend(slot.worker_id, SUSPENSION_S)
                 self._give_back_slot(failed=True)
                 if self._tries < _TRIES_MAX:
-                    self._seek()
+                    self._seek(wish)
                     return
         self._give_back_slot(failed=True)
         if self._stream is not None and self.plan.survives:
-            self._outlive(self._stream, str(error))
+            self._outlive(self._stream, wish, str(error))
         else:
             self.fail(502, f"the worker failed: {error}", "server_error")
 
-    def _outlive(self, stream: EventPass, died: str) -> None:
+    def _outlive(self, stream: EventPass, wish: Wish, died: str) -> None:
         """Go on with another worker."""
         self._survival = Survival(
             self.road,
-            endpoint_id=self.endpoint_id,
+            wish=wish,
             route=self.route,
             body=self._client_body,
             request=self.plan.body,
@@ -398,7 +369,7 @@ class OpenAIExchange(ClientSide):
 
     async def _go_on(self, survival: Survival, stream: EventPass, died: str) -> None:
         try:
-            await survival.run(self._ask, self.worker_id, hold_s=self.road.limits.hold_s)
+            await survival.run(self.worker_id, hold_s=self.road.limits.hold_s)
         except StreamLostError as error:
             _log.info("stream_lost", request=self.request_id, endpoint=self.endpoint_id, reason=str(error))
             self._lost(died)
@@ -407,9 +378,9 @@ class OpenAIExchange(ClientSide):
         else:
             self._end_stream(stream)
 
-    def _moved(self, slots: WorkerSlots) -> None:
+    def _moved(self, worker_id: str) -> None:
         self.continued += 1
-        self.worker_id = slots.worker_id
+        self.worker_id = worker_id
 
     @on_event
     def _lost(self, died: str) -> None:
@@ -528,8 +499,9 @@ class OpenAIExchange(ClientSide):
             return
         self.ended = True
         count, stream = self.count, self._stream
-        if self._waiting is not None:
-            self._stop_waiting()
+        if self._ticket is not None:
+            self._ticket.cancel()
+            self._ticket = None
         self.stop_heartbeats()
         if self._timer is not None:
             self._timer.cancel()
@@ -542,11 +514,12 @@ class OpenAIExchange(ClientSide):
                 # One event a token is vLLM's habit; a stream that was cut has no better count.
                 count.tokens_out, self._estimated = stream.events.events, True
         self._drop_connection()
-        if self._slots is not None:
+        if self._slot is not None:
             self._give_back_slot(failed=self._sick)
-        if self.taken is not None:
-            tokens = self._tokens()
-            self.road.key_limits.give_back(self.opened.key, self.taken, tokens and sum(tokens))
+        wish = self.wish
+        if wish is not None:
+            tokens = self._tokens(wish) if wish.key.limited else None
+            self.road.desk.end(wish, tokens and sum(tokens))
         if self._admission is not None:
             self._admission.__exit__(None, None, None)
         self.road.record(
@@ -558,7 +531,7 @@ class OpenAIExchange(ClientSide):
             )
         )
 
-    def _tokens(self) -> tuple[int, int] | None:
+    def _tokens(self, wish: Wish) -> tuple[int, int] | None:
         """Tokens of prompt and answer that the request has cost; None where nobody knows."""
         tokens_in, tokens_out = self.count.tokens_in, self.count.tokens_out
         if tokens_in is None and tokens_out is None:
@@ -567,7 +540,7 @@ class OpenAIExchange(ClientSide):
             unknown = self.status < 400 or self.outcome is Outcome.TIMED_OUT
             return None if self.worker_id and unknown else (0, 0)
         if tokens_in is None:
-            tokens_in, _ = expected_tokens(self._ask.body_bytes, 0)
+            tokens_in, _ = expected_tokens(wish.ask.body_bytes, 0)
         return tokens_in, tokens_out or 0
 
     def _drop_connection(self) -> None:
@@ -576,14 +549,18 @@ class OpenAIExchange(ClientSide):
             connection.release()
 
     def _give_back_slot(self, *, failed: bool) -> None:
-        slots, self._slots = self._slots, None
-        if slots is None:
+        slot, self._slot = self._slot, None
+        wish = self.wish
+        if slot is None or wish is None:
             return
-        first = self.first_byte_ns
-        first_byte_ms = None if first is None else (first - self._sent_ns) // 1_000_000
-        self.road.observed(slots.worker_id, failed=failed, first_byte_ms=first_byte_ms)
+        first, service_ms = self.first_byte_ns, None
         if self._answering:
-            service_ns = self.road.clock.monotonic_ns() - self._sent_ns
-            self.road.patience.served(self.endpoint_id, service_ns / 1_000_000)
-        tokens = (0, 0) if failed and not self._answering else self._tokens()
-        self.road.slots.release_request(slots, self._ask, tokens=tokens and cost_of(*tokens))
+            service_ms = (self.road.clock.monotonic_ns() - self._sent_ns) / 1_000_000
+        tokens = (0, 0) if failed and not self._answering else self._tokens(wish)
+        use = Use(
+            failed,
+            None if first is None else (first - self._sent_ns) // 1_000_000,
+            service_ms,
+            tokens and cost_of(*tokens),
+        )
+        self.road.desk.give_back(wish, slot, use)

@@ -23,6 +23,20 @@ class StartFailedError(Exception):
         self.retry_after_s = retry_after_s
 
 
+def too_large(limits: LimitSettings) -> RequestRefusedError:
+    """The body is larger than may be."""
+    return RequestRefusedError(
+        413, f"request body exceeds {limits.body_bytes} bytes",
+        type="invalid_request_error", code="payload_too_large",
+    )  # fmt: skip
+
+
+def body_late(limits: LimitSettings) -> RequestRefusedError:
+    """The body did not come in time."""
+    message = f"the request body did not arrive within {limits.body_s} s"
+    return RequestRefusedError(408, message, outcome=Outcome.EXPIRED)
+
+
 class Refusals:
     """Makes the refusals that depend on how an endpoint is doing.
 
@@ -34,18 +48,6 @@ class Refusals:
     def __init__(self, *, fleet: Fleet, outlook: Outlook) -> None:
         self._fleet = fleet
         self._outlook = outlook
-
-    def too_large(self, limits: LimitSettings) -> RequestRefusedError:
-        """The body is larger than may be."""
-        return RequestRefusedError(
-            413, f"request body exceeds {limits.body_bytes} bytes",
-            type="invalid_request_error", code="payload_too_large",
-        )  # fmt: skip
-
-    def body_late(self, limits: LimitSettings) -> RequestRefusedError:
-        """The body did not come in time."""
-        message = f"the request body did not arrive within {limits.body_s} s"
-        return RequestRefusedError(408, message, outcome=Outcome.EXPIRED)
 
     def shed(self, endpoint: Endpoint, admission: Admission, limits: LimitSettings) -> RequestRefusedError:
         """The request is not even held."""

@@ -7,8 +7,6 @@ questions, and passes the rest of the stream on.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -22,11 +20,13 @@ from pilotlight.core.continuation import (
     plan_continuation,
     read_limit,
 )
+from pilotlight.core.deadlines import HoldBound
+from pilotlight.domain.usage import Outcome
 from pilotlight.domain.worker import Address
 from pilotlight.gateway.continuation import Splice, SpliceError
-from pilotlight.gateway.data_path.refusals import StartFailedError
+from pilotlight.gateway.data_path.desk import Slot, Use, Wish, hold
 from pilotlight.gateway.data_path.streams import EventPass
-from pilotlight.gateway.slots import Ask, DisplacedError, HoldExpiredError, WorkerGoneError, WorkerSlots
+from pilotlight.gateway.refusal import RequestRefusedError
 from pilotlight.gateway.upstream import UpstreamError, UpstreamResponse, request_bytes
 
 if TYPE_CHECKING:
@@ -55,29 +55,29 @@ class Survival:
 
     Args:
         road: What the data path works with.
-        endpoint_id: Whose workers.
+        wish: What the desk was asked for; its slot has been given back.
         route: Path of the engine's route.
         body: The request as the client sent it.
         request: The request as the first worker got it.
         request_id: For the engines' logs.
         stream: Takes the rest.
-        moved: Called with the slots of each worker that goes on with it.
+        moved: Called with the id of each worker that goes on with it.
     """
 
     def __init__(
         self,
         road: DataPath,
         *,
-        endpoint_id: str,
+        wish: Wish,
         route: str,
         body: bytes,
         request: bytes,
         request_id: str,
         stream: EventPass,
-        moved: Callable[[WorkerSlots], None],
+        moved: Callable[[str], None],
     ) -> None:
         self._road = road
-        self._endpoint_id = endpoint_id
+        self._wish = wish
         self._route = route
         self._body = body
         self._request = request
@@ -90,11 +90,10 @@ class Survival:
         """The client has read enough for more to be written."""
         self._ready.set()
 
-    async def run(self, ask: Ask, died_id: str, *, hold_s: float) -> None:
+    async def run(self, died_id: str, *, hold_s: float) -> None:
         """Pass on the rest of the stream.
 
         Args:
-            ask: Of the request; its slot has been given back.
             died_id: The worker that died.
             hold_s: Longest wait for a worker.
 
@@ -112,37 +111,37 @@ class Survival:
                 return
             if isinstance(plan, Impossible) and plan.reason is not Reason.NOTHING_DELIVERED:
                 raise StreamLostError(f"{plan.reason}: {plan.detail}" if plan.detail else plan.reason)
-            if self._road.directory.endpoint(self._endpoint_id) is None:
-                raise StreamLostError("the endpoint was deleted")
-            self._road.slots.suspend_worker(died_id, SUSPENSION_S)
-            ask.tried |= {died_id}
-            slots = await self._slot(ask, hold_s)
-            died_id = slots.worker_id
-            if await self._go_on(slots, ask, plan if isinstance(plan, Continuation) else None):
+            self._road.desk.suspend(died_id, SUSPENSION_S)
+            self._wish.ask.tried |= {died_id}
+            slot = await self._slot(hold_s)
+            died_id = slot.worker_id
+            if await self._go_on(slot, plan if isinstance(plan, Continuation) else None):
                 return
         raise StreamLostError(f"{_CONTINUATIONS_MAX} more workers died")
 
-    async def _slot(self, ask: Ask, hold_s: float) -> WorkerSlots:
+    async def _slot(self, hold_s: float) -> Slot:
         """A slot of another worker; of one that was tried, if no other comes and it lives all the same."""
-        hold = functools.partial(self._road.slots.hold, self._endpoint_id, ask)
+        desk, wish = self._road.desk, self._wish
         try:
-            with contextlib.suppress(HoldExpiredError):
-                return await hold(timeout_s=min(OTHERS_S, hold_s))
-            tried = [self._road.slots.worker(worker_id) for worker_id in ask.tried]
-            if any(slots is not None and slots.open for slots in tried):
-                # It has lost no more than a connection: of a worker that ended, that is known by now.
-                ask.tried = frozenset()
-            return await hold(timeout_s=max(0.0, hold_s - OTHERS_S))
-        except (HoldExpiredError, WorkerGoneError, StartFailedError, DisplacedError) as error:
+            return await hold(desk, wish, HoldBound(min(OTHERS_S, hold_s), by_client=False))
+        except RequestRefusedError as error:
+            if error.outcome is not Outcome.EXPIRED:
+                raise StreamLostError(str(error)) from error
+        if await desk.lives(wish.ask.tried):
+            # It has lost no more than a connection: of a worker that ended, that is known by now.
+            wish.ask.tried = frozenset()
+        try:
+            return await hold(desk, wish, HoldBound(max(0.0, hold_s - OTHERS_S), by_client=False))
+        except RequestRefusedError as error:
             raise StreamLostError(str(error)) from error
 
-    async def _go_on(self, slots: WorkerSlots, ask: Ask, plan: Continuation | None) -> bool:
+    async def _go_on(self, slot: Slot, plan: Continuation | None) -> bool:
         """Whether the stream came to its end with this worker, and did not lose it, too."""
         failed = True
         try:
-            self._moved(slots)
-            assert slots.registration is not None
-            address = slots.registration.engine
+            self._moved(slot.worker_id)
+            assert slot.registration is not None
+            address = slot.registration.engine
             if plan is None:
                 response = await self._asked(address, self._route, self._request)
                 await self._pass_all(response, None)
@@ -165,9 +164,8 @@ class Survival:
             failed = False
             raise
         finally:
-            self._road.observed(slots.worker_id, failed=failed, first_byte_ms=None)
             # The key was charged for all of it with the slot of the worker that died.
-            self._road.slots.release_request(slots, ask, tokens=0)
+            self._road.desk.give_back(self._wish, slot, Use(failed, cost=0))
         return not failed
 
     async def _limit_answer(self, address: Address) -> bytes:
