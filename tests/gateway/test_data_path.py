@@ -371,6 +371,16 @@ async def test_an_endpoint_deleted_while_the_body_came_is_gone(rig):
     assert (await rig.client.post(CHAT, content=body())).status_code == 404
 
 
+async def test_an_endpoint_deleted_while_a_request_waits_is_gone(rig):
+    asking = asyncio.create_task(rig.client.post(CHAT, json=BODY))
+    await waiting(rig)
+    await rig.store.delete_endpoint("ep", now_ms=1)
+    await rig.directory.refresh()
+    rig.slots.fail_held("ep", StartFailedError("the endpoint was deleted", retry_after_s=1))
+    answer = await asking
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "endpoint_not_found")
+
+
 async def test_errors_on_the_messages_route_are_anthropics(rig):
     """vllm-worker.md §3.7."""
     answer = await rig.client.post("/v2/ep/openai/v1/messages", content=b"{")

@@ -9,7 +9,7 @@ import tracemalloc
 
 import pytest
 
-from pilotlight.gateway import protocol
+from pilotlight.gateway import connection, protocol
 
 from .conftest import BODY_MAX, SLOTS
 from .engine import STREAM_HEAD, chunk, event
@@ -296,6 +296,20 @@ async def test_a_client_that_never_reads_and_leaves_frees_everything(site, name)
     await wire.send(site.request(site.routes[name], site.text()))
     await flood.stalls()
     wire.reset()
+    async with asyncio.timeout(WAIT_S):
+        await flood.ended.wait()
+    assert flood.gone.is_set()
+    site.engine.reset()
+    await site.is_clean()
+
+
+@pytest.mark.parametrize("name", ["stream", "lb"])
+async def test_a_client_that_never_reads_is_left_in_the_end(site, name, monkeypatch):
+    monkeypatch.setattr(connection, "STALL_S", 0.3)
+    flood = Flood()
+    site.engine.script = flood.script
+    wire = await site.open(receive_bytes=4096)
+    await wire.send(site.request(site.routes[name], site.text()))
     async with asyncio.timeout(WAIT_S):
         await flood.ended.wait()
     assert flood.gone.is_set()

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 LINGER_S = 2.0
 """How long a client may go on to send what nobody reads, as nginx's `lingering_timeout`, shortened."""
 
+STALL_S = 60.0
+"""How long a client may read nothing of what waits for it, as nginx's `send_timeout`."""
+
 _REST_S = 30.0
 """Longest wait for the rest of a body whose request has been answered."""
 
@@ -30,6 +33,7 @@ class Connection(HttpToolsProtocol):
     flow: Flow
     extensions: dict[str, object]
     _timer: asyncio.TimerHandle | None = None
+    _stall_timer: asyncio.TimerHandle | None = None
     _gone: asyncio.Future[None] | None = None
     _call: ClientCall | None = None
     """The request that is served by callbacks."""
@@ -139,9 +143,31 @@ class Connection(HttpToolsProtocol):
             super().shutdown()
         self._last = True
 
+    def pause_writing(self) -> None:
+        """Let who writes wait, and see whether the client reads at all (asyncio)."""
+        super().pause_writing()
+        self._watch_reading()
+
+    def _watch_reading(self) -> None:
+        unread = self.transport.get_write_buffer_size()
+        self._stall_timer = self.loop.call_later(STALL_S, self._look_at_reading, unread)
+
+    def _look_at_reading(self, unread: int) -> None:
+        """End a connection whose client has read nothing; whoever serves it is told that it has gone."""
+        if self.transport.get_write_buffer_size() < unread:
+            self._watch_reading()
+        else:
+            self.transport.abort()
+
+    def _stop_stall_timer(self) -> None:
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+            self._stall_timer = None
+
     def resume_writing(self) -> None:
         """Tell who waits for it (asyncio)."""
         super().resume_writing()
+        self._stop_stall_timer()
         if self._call is not None:
             self._call.ready()
         self.advance()
@@ -150,6 +176,7 @@ class Connection(HttpToolsProtocol):
         """Tell whoever watches (asyncio)."""
         super().connection_lost(exc)
         self._stop_timer()
+        self._stop_stall_timer()
         self._unset_keepalive_if_required()
         self._tell_gone()
 

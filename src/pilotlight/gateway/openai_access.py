@@ -34,10 +34,13 @@ def living_endpoint(directory: Directory, endpoint_id: str) -> Endpoint:
     """An endpoint by its id. RequestRefusedError (404) for an unknown or deleted one."""
     endpoint = directory.endpoint(endpoint_id)
     if endpoint is None:
-        raise RequestRefusedError(
-            404, "endpoint not found", type="not_found_error", code="endpoint_not_found"
-        )
+        raise no_endpoint()
     return endpoint
+
+
+def no_endpoint() -> RequestRefusedError:
+    """The answer to a request for an endpoint that does not exist, or not any more."""
+    return RequestRefusedError(404, "endpoint not found", type="not_found_error", code="endpoint_not_found")
 
 
 def called_endpoint(directory: Directory, key: ApiKey, endpoint_id: str) -> Endpoint:

@@ -20,7 +20,7 @@ from pilotlight.gateway.data_path.patience import Patience
 from pilotlight.gateway.data_path.refusals import Refusals, StartFailedError
 from pilotlight.gateway.directory import Directory
 from pilotlight.gateway.key_limits import KeyLimits, Taken
-from pilotlight.gateway.openai_access import living_endpoint
+from pilotlight.gateway.openai_access import living_endpoint, no_endpoint
 from pilotlight.gateway.outlook import Outlook
 from pilotlight.gateway.slots import Ask, DisplacedError, SlotTable, WorkerSlots
 from pilotlight.ports.fleet import Fleet
@@ -191,7 +191,7 @@ class LocalDesk:
         self.observed = observed
         self.patience = Patience(slots)
         self.refusals = Refusals(fleet=fleet, outlook=outlook)
-        self._directory = directory
+        self.directory = directory
         self._key_limits = key_limits
         self._outlook = outlook
 
@@ -202,7 +202,7 @@ class LocalDesk:
             wish.taken = self._key_limits.take(key, wish.tokens)
             if wish.taken.refused is not None:
                 raise wish.taken.refused
-        living_endpoint(self._directory, endpoint.id)
+        living_endpoint(self.directory, endpoint.id)
         admission, slots = self.slots.admit(endpoint.id, ask)
         if slots is not None:
             seeker.granted(slots)
@@ -238,7 +238,7 @@ class LocalDesk:
 
     def comment(self, endpoint: Endpoint, waited_ms: int, told: Callable[[bytes], None]) -> None:
         """See `Desk`."""
-        told(self._outlook.comment(self._directory.endpoint(endpoint.id) or endpoint, waited_ms))
+        told(self._outlook.comment(self.directory.endpoint(endpoint.id) or endpoint, waited_ms))
 
 
 class _Held:
@@ -266,7 +266,9 @@ class _Held:
     def _not_granted(self, error: Exception) -> None:
         self._timer.cancel()
         desk, endpoint = self._desk, self._wish.endpoint
-        if isinstance(error, DisplacedError):
+        if desk.directory.endpoint(endpoint.id) is None:
+            error = no_endpoint()
+        elif isinstance(error, DisplacedError):
             error = desk.refusals.shed(endpoint, error.admission, desk.limits)
         elif isinstance(error, StartFailedError):
             error = desk.refusals.not_started(endpoint, error)
