@@ -13,7 +13,7 @@ from pilotlight.domain.usage import Outcome
 from pilotlight.gateway.body import BodyPlan
 from pilotlight.gateway.call import ClientCall
 from pilotlight.gateway.data_path.answer import begin_head, end_head, lines
-from pilotlight.gateway.data_path.desk import Wish
+from pilotlight.gateway.data_path.desk import Ticket, Wish
 from pilotlight.gateway.data_path.opened import Opened
 from pilotlight.gateway.events import TokenCount, error_event, stream_end
 from pilotlight.gateway.exchange import Exchange
@@ -58,6 +58,7 @@ class ClientSide(Exchange):
         opened: What the head says, once the request may be served.
         plan: What the body says, once it is whole.
         wish: What the desk was asked for; None before.
+        ticket: Of the slot that is waited for; None while none is.
         count: Tokens.
         beating: Whether the head of a stream has been sent for the sake of comments.
         ended: Whether everything is over.
@@ -66,6 +67,7 @@ class ClientSide(Exchange):
     opened: Opened
     plan: BodyPlan
     wish: Wish | None = None
+    ticket: Ticket | None = None
     beating = False
     ended = False
     _beat_timer: asyncio.TimerHandle | None = None
@@ -106,18 +108,26 @@ class ClientSide(Exchange):
 
     @on_event
     def beat(self) -> None:
-        """Send a comment to a client that has read the one before, and begin the stream with the first."""
+        """Send a comment now, and then again and again."""
         road, opened = self.road, self.opened
-        if not self.beating:
-            self.beating = True
-            self.start_stream(begin_head(200, STREAM_HEADERS))
         assert opened.key.heartbeat_s is not None
         self._beat_timer = self.call.loop.call_later(opened.key.heartbeat_s, self.beat)
         waited_ns = road.clock.monotonic_ns() - self.started_ns
         road.desk.comment(opened.endpoint, waited_ns // 1_000_000, self._comment)
 
+    @on_event
     def _comment(self, comment: bytes) -> None:
-        if self._beat_timer is not None and self.call.writable:
+        """Send it to a client that has read the one before, and begin the stream with the first."""
+        if self._beat_timer is None:
+            return
+        if not self.beating:
+            if self.ticket is None:
+                # Told of a slot or a refusal meanwhile: that has a status of its own.
+                self.stop_heartbeats()
+                return
+            self.beating = True
+            self.start_stream(begin_head(200, STREAM_HEADERS))
+        if self.call.writable:
             self.call.write(comment)
 
     def stop_heartbeats(self) -> None:

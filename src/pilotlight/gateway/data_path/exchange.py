@@ -35,7 +35,7 @@ from pilotlight.errors import InvalidInputError
 from pilotlight.gateway.body import BodyPlan, plan_body
 from pilotlight.gateway.data_path.answer import lines, passed_head
 from pilotlight.gateway.data_path.client_side import ClientSide, on_event
-from pilotlight.gateway.data_path.desk import Slot, Ticket, Use, Wish
+from pilotlight.gateway.data_path.desk import Slot, Use, Wish
 from pilotlight.gateway.data_path.opened import Opened, open_request
 from pilotlight.gateway.data_path.refusals import body_late, too_large
 from pilotlight.gateway.data_path.streams import ONE_EVENT_MAX, EventPass, one_event
@@ -79,7 +79,6 @@ class OpenAIExchange(ClientSide):
     _size = 0
     _admission: AbstractContextManager[None] | None = None
     _timer: asyncio.TimerHandle | None = None
-    _ticket: Ticket | None = None
     _slot: Slot | None = None
     _tries = 0
     _sent_ns = 0
@@ -219,7 +218,7 @@ class OpenAIExchange(ClientSide):
         if ticket is None:
             # Told already; by now it may be seeking another.
             return
-        self._ticket = ticket
+        self.ticket = ticket
         if self.feeds_comments() and self._beat_timer is None:
             self.beat()
 
@@ -236,7 +235,7 @@ class OpenAIExchange(ClientSide):
     @on_event
     def granted(self, slot: Slot) -> None:
         """Send the request to the worker whose slot this is (`Seeker`)."""
-        self._ticket, self._slot = None, slot
+        self.ticket, self._slot = None, slot
         self._tries += 1
         self._sent_ns = self.road.clock.monotonic_ns()
         self.wait_ns = self._sent_ns - self.started_ns
@@ -252,7 +251,7 @@ class OpenAIExchange(ClientSide):
     @on_event
     def refused(self, error: Exception) -> None:
         """See `Seeker`."""
-        self._ticket = None
+        self.ticket = None
         raise error
 
     # The engine.
@@ -499,9 +498,9 @@ class OpenAIExchange(ClientSide):
             return
         self.ended = True
         count, stream = self.count, self._stream
-        if self._ticket is not None:
-            self._ticket.cancel()
-            self._ticket = None
+        if self.ticket is not None:
+            self.ticket.cancel()
+            self.ticket = None
         self.stop_heartbeats()
         if self._timer is not None:
             self._timer.cancel()
