@@ -8,6 +8,7 @@ import json
 import os
 import random
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 
@@ -27,11 +28,12 @@ from pilotlight.clusters.ports import PortBook
 from pilotlight.clusters.run_folder import RunFolder
 from pilotlight.clusters.variables import WorkerVariables
 from pilotlight.core.admission import AdmissionLimits
-from pilotlight.domain.endpoint import Endpoint, EndpointKind
+from pilotlight.domain.endpoint import Endpoint
 from pilotlight.domain.worker import Address, DownloadProgress, Registration, Stage
 from pilotlight.engines.manifest import EngineManifest
 from pilotlight.engines.versions import load_version
 from pilotlight.first_start import FirstStart, ensure_keys, installation_secret, write_private
+from pilotlight.gateway.addressing import is_served_directly
 from pilotlight.gateway.data_path import StartFailedError
 from pilotlight.gateway.directory import Directory
 from pilotlight.gateway.elsewhere import Elsewhere, FleetElsewhere, JobsElsewhere
@@ -73,6 +75,9 @@ from pilotlight.stores import open_store
 from pilotlight.system import SystemClock, calm_collector, share_interpreter
 
 _log = structlog.get_logger()
+
+_LEAST_S = 1.0
+"""Time that fronts have to end in any case."""
 
 _LAST_LINES = 20
 _LAST_LINE_MAX = 300
@@ -152,6 +157,7 @@ class Installation:
             webhook_due=self.webhooks.wake,
         )
         self.observability = Observability(self)
+        self.desk = roads.desk(self)
         self.app = roads.gateway(self)
 
     def _connect(self) -> None:
@@ -311,12 +317,7 @@ class Installation:
 
     def serves_directly(self, endpoint_id: str) -> bool:
         """Whether the engines of an endpoint are reached from here; also asked of unknown ones."""
-        endpoint = self.directory.endpoint(endpoint_id)
-        if endpoint is not None and endpoint.kind is not EndpointKind.VLLM:
-            return False
-        # A fixed engine is reached from everywhere, other engines only from where the workers are.
-        fixed = endpoint is None or endpoint.revision.engine_url is not None
-        return fixed or self.leadership.leading
+        return is_served_directly(self.directory.endpoint(endpoint_id), leads=self.leadership.leading)
 
     def _cluster(self) -> LocalCluster:
         return LocalCluster(
@@ -498,6 +499,7 @@ async def open_installation(
         raise
     installation = Installation(settings, store, listening, secret, worker_descriptors)
     server = Server(server_config(installation.app), listening.secured)
+    fronts = roads.fronts(installation, listening.fronts, server.adopt) if listening.fronts else None
     serving: asyncio.Task[None] | None = None
     server_file = settings.home / SERVER_FILE
     try:
@@ -508,16 +510,23 @@ async def open_installation(
         answering.cancel()
         if serving.done():
             serving.result()
+        if fronts is not None:
+            await fronts.start()
         write_private(server_file, json.dumps({"url": listening.local_url, "pid": os.getpid()}))
         calm_collector()
         share_interpreter()
         announce(installation, first)
         yield installation
     finally:
+        began_s = time.monotonic()
         await installation.stop()
         server.should_exit = True
-        if serving is not None:
-            await serving
+        ending: list[Awaitable[None]] = [] if serving is None else [serving]
+        if fronts is not None:
+            # They go on with what is under way for as long as the whole end may take.
+            left_s = settings.server.shutdown_s + began_s - time.monotonic()
+            ending.append(fronts.stop(max(_LEAST_S, left_s)))
+        await asyncio.gather(*ending)
         listening.close()
         await installation.close()
         server_file.unlink(missing_ok=True)

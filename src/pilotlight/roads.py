@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from pilotlight.clusters.devices import read_host
@@ -10,6 +12,9 @@ from pilotlight.gateway.app import Gateway, OpenAIRoad
 from pilotlight.gateway.asgi import App
 from pilotlight.gateway.data_path import DataPath, StartFailedError
 from pilotlight.gateway.data_path.desk import LocalDesk
+from pilotlight.gateway.fronts.owner_side import OwnerSide
+from pilotlight.gateway.fronts.supervisor import FrontSupervisor
+from pilotlight.gateway.handover import Handed
 from pilotlight.gateway.jobs import job_routes
 from pilotlight.gateway.jobs.batch_routes import batch_routes
 from pilotlight.gateway.jobs.http import JobRoad
@@ -48,19 +53,50 @@ def gateway(parts: Installation) -> Gateway:
     )
 
 
+def desk(parts: Installation) -> LocalDesk:
+    """What gives slots to requests of the data path, of this process and of fronts."""
+    return LocalDesk(
+        directory=parts.directory,
+        slots=parts.slots,
+        key_limits=parts.key_limits,
+        fleet=parts.fleet,
+        outlook=parts.outlook,
+        limits=parts.settings.limits,
+        observed=parts.router.observed,
+    )
+
+
+def fronts(
+    parts: Installation,
+    listeners: Sequence[socket.socket],
+    adopt: Callable[[socket.socket, Handed], None],
+) -> FrontSupervisor:
+    """What keeps a process at each of these sockets, to serve the data path.
+
+    Args:
+        parts: The installation.
+        listeners: Sockets at the public port.
+        adopt: Serves connections that ask for more than the data path.
+    """
+    side = OwnerSide(
+        desk=parts.desk,
+        directory=parts.directory,
+        record=parts.recorder.record,
+        settings=parts.settings,
+        rates=parts.jobs.rates,
+        leads=lambda: parts.leadership.leading,
+        closing=lambda: parts.app.closing,
+    )
+    parts.pool.on_drop = side.drop
+    parts.leadership.on_leading = parts.directory.touch
+    return FrontSupervisor(side, listeners, adopt)
+
+
 def data_path(parts: Installation) -> DataPath:
     """What serves the OpenAI routes of endpoints whose engines are reached."""
     return DataPath(
         directory=parts.directory,
-        desk=LocalDesk(
-            directory=parts.directory,
-            slots=parts.slots,
-            key_limits=parts.key_limits,
-            fleet=parts.fleet,
-            outlook=parts.outlook,
-            limits=parts.settings.limits,
-            observed=parts.router.observed,
-        ),
+        desk=parts.desk,
         pool=parts.pool,
         clock=parts.clock,
         limits=parts.settings.limits,

@@ -4,6 +4,10 @@ With TLS there are two sockets: the one that is set speaks TLS and nothing else;
 interface at a free port, is plain. Workers of this machine and the command line use that: they need no
 certificate authority, whose name for this machine might not even be one that resolves here, and programs
 that are not ours, with TLS of their own, keep working.
+
+With several processes the public port belongs to fronts (`front`): each has a socket of its own there, and
+the system spreads connections among them. What fronts do not serve comes to the gateway's server by
+`Server.adopt`.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import structlog
 import uvicorn
@@ -25,6 +30,8 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from pilotlight.errors import SettingsError
 from pilotlight.gateway.asgi import App
+from pilotlight.gateway.fronts.front_gateway import FrontGateway
+from pilotlight.gateway.handover import Handed, HandedProtocol
 from pilotlight.gateway.protocol import GatewayProtocol
 from pilotlight.gateway.tunnel import WebSocketTunnel
 from pilotlight.settings import ServerSettings, Settings
@@ -137,21 +144,26 @@ class Listening:
 
     Attributes:
         plain: The socket without TLS.
-        secured: The one with TLS and its certificate; None where TLS is off.
+        secured: The one with TLS and its certificate; None where TLS is off, or done by fronts.
         local_url: Where workers of this machine and the command line reach us, always without TLS.
         url: Where clients reach us, as far as we know.
+        fronts: Sockets at the public port, one for each front; none where this process serves it itself.
+            Kept open here, so that what waits on one for a front that has ended is served by the next.
     """
 
     plain: socket.socket
     secured: tuple[socket.socket, Certificate] | None
     local_url: str
     url: str
+    fronts: tuple[socket.socket, ...] = ()
 
     def close(self) -> None:
         """Close the sockets; may be called twice."""
         self.plain.close()
         if self.secured is not None:
             self.secured[0].close()
+        for listener in self.fronts:
+            listener.close()
 
 
 def listen(settings: Settings) -> Listening:
@@ -161,7 +173,9 @@ def listen(settings: Settings) -> Listening:
         SettingsError: The port is in use, the address is not ours, or the certificate cannot be used.
     """
     server = settings.server
-    certificate = _certificate(server)
+    certificate = certificate_of(server)
+    if server.processes > 1:
+        return _listen_with_fronts(server)
     listener = _bind(server.host, server.port)
     if certificate is None:
         url = f"http://{_reached_at(listener)}"
@@ -175,16 +189,43 @@ def listen(settings: Settings) -> Listening:
     return Listening(plain, (listener, certificate), local_url, url)
 
 
-def _certificate(server: ServerSettings) -> Certificate | None:
+def _listen_with_fronts(server: ServerSettings) -> Listening:
+    opened = [_bind(_LOOPBACK, 0)]
+    try:
+        if server.port:
+            # A port that is shared could be shared with another gateway by mistake.
+            _bind(server.host, server.port).close()
+        port = server.port
+        for _ in range(server.processes):
+            opened.append(_bind(server.host, port, shared=True))
+            port = opened[-1].getsockname()[1]
+    except SettingsError:
+        for listener in opened:
+            listener.close()
+        raise
+    plain, *fronts = opened
+    scheme = "http" if server.tls_cert is None else "https"
+    local_url, url = f"http://{_reached_at(plain)}", f"{scheme}://{_reached_at(fronts[0])}"
+    return Listening(plain, None, local_url, url, tuple(fronts))
+
+
+def certificate_of(server: ServerSettings) -> Certificate | None:
+    """The certificate that is set; None where TLS is off.
+
+    Raises:
+        SettingsError: It cannot be used.
+    """
     if server.tls_cert is None or server.tls_key is None:
         return None
     return Certificate(server.tls_cert, server.tls_key)
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def _bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if shared:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
         listener.bind((host, port))
         listener.listen(_BACKLOG)
@@ -268,13 +309,36 @@ class Server(uvicorn.Server):
             config=self.config, server_state=self.server_state, app_state=self.lifespan.state
         )
 
+    def adopt(self, sock: socket.socket, handed: Handed) -> None:
+        """Serve a connection that a front hands over, like those that come by themselves."""
+        if self.should_exit:
+            sock.close()
+            return
+        task = asyncio.get_running_loop().create_task(self._adopt(sock, handed), name="adopt a connection")
+        self.server_state.tasks.add(task)
+        task.add_done_callback(self.server_state.tasks.discard)
 
-def server_config(app: App) -> uvicorn.Config:
-    """How the gateway is served."""
+    async def _adopt(self, sock: socket.socket, handed: Handed) -> None:
+        def protocol() -> asyncio.Protocol:
+            return HandedProtocol(
+                handed, config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+            )
+
+        await asyncio.get_running_loop().connect_accepted_socket(protocol, sock)
+
+
+def server_config(app: App | FrontGateway, *, grace_s: int = 1) -> uvicorn.Config:
+    """How the gateway is served.
+
+    Args:
+        app: What answers.
+        grace_s: How long connections may take to end when the server is told to stop.
+    """
     return uvicorn.Config(
-        app,
+        cast("Any", app),
         http=GatewayProtocol,
         ws=WebSocketTunnel,
+        interface="asgi3",
         lifespan="off",
         log_config=None,
         access_log=False,
@@ -283,5 +347,5 @@ def server_config(app: App) -> uvicorn.Config:
         # A worker that blocks its event loop posts its result on a connection that has been idle for up to
         # 15 s, and loses it if we have closed that (worker-protocol.md §10.5).
         timeout_keep_alive=75,
-        timeout_graceful_shutdown=1,
+        timeout_graceful_shutdown=grace_s,
     )

@@ -53,6 +53,9 @@ class ServerSettings(_Section):
     """Interface; anything but loopback is a deliberate choice: without `tls_cert`, nothing is encrypted."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8400
     """TCP port; 0 takes a free one (printed at start)."""
+    processes: Annotated[int, Field(ge=1, le=64)] = 1
+    """Processes that share the port. With 1 the gateway is one process; with more it has so many others that
+    serve the data path, and does all the rest itself (docs/guides/operations.md)."""
     tls_cert: Path | None = None
     """PEM file with the certificate for TLS, followed by those that it is vouched for by; `tls_key` goes with
     it. None means plain HTTP (docs/guides/operations.md)."""

@@ -317,6 +317,28 @@ async def test_bytes_nobody_asked_for_close_an_idle_connection(server, pool):
     assert await whole(await ask(pool, server)) == b"good"
 
 
+async def test_nothing_is_kept_of_a_server_that_closes_its_idle_connections(server, pool):
+    server.scripts = [[ok(), "close"]]
+    await whole(await ask(pool, server))
+    while pool._idle:
+        await asyncio.sleep(0)
+
+
+async def test_nothing_is_kept_of_an_address_that_nobody_asks_any_more(server, tmp_path):
+    """Its connections are closed, too: a worker that is gone is not asked again, and its server may not close them."""
+    pool = UpstreamPool(idle_s=0)
+    other = tmp_path / "other"
+    other.symlink_to(tmp_path / "s")
+    server.scripts = [[ok()], [ok()]]
+    await whole(await ask(pool, server))
+    assert server.address.url in pool._idle
+    address = Address(url=f"unix:{other}")
+    await whole(await pool.request(address, "GET", "/", [], b"", timeout_s=10))
+    assert [*pool._idle] == [address.url]
+    await server.closed.wait()
+    pool.close()
+
+
 @pytest.mark.parametrize("answer", [ok(), CHUNKED], ids=["length", "chunks"])
 @pytest.mark.parametrize("more", [ok(b"stolen", b"x-stolen: 1\r\n"), b"xyz"], ids=["answer", "letters"])
 async def test_bytes_behind_an_answer_are_not_part_of_it_and_end_the_connection(server, pool, answer, more):

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,7 +105,7 @@ class Site:
         self.installation = installation
         self.engine = engine
         self.trouble = trouble
-        self.port = int(installation.local_url.rpartition(":")[2])
+        self.port = int(installation.url.rpartition(":")[2])
         self.key = (installation.settings.home / "cli.key").read_text().strip()
         self.auth = f"Authorization: Bearer {self.key}\r\n".encode()
         self.routes: dict[str, Route] = {}
@@ -297,12 +297,12 @@ class Site:
         return sockets <= self._sockets and tasks <= self._tasks
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def installed(tmp_path_factory):
-    home = tmp_path_factory.mktemp("h")
+@contextlib.asynccontextmanager
+async def running(home: Path, *, processes: int) -> AsyncIterator[Site]:
+    """A gateway of so many processes."""
     settings = Settings(
         home=home,
-        server=ServerSettings(port=0),
+        server=ServerSettings(port=0, processes=processes),
         limits=LimitSettings(body_bytes=BODY_MAX, run_body_bytes=BODY_MAX, body_s=1, hold_requests=4),
         load_balancer=LoadBalancerSettings(body_bytes=BODY_MAX, check_interval_ms=2500),
         launchers=LauncherSettings(enabled=False),
@@ -329,6 +329,12 @@ async def installed(tmp_path_factory):
         gc.unfreeze()
         gc.set_threshold(*thresholds)
         sys.setswitchinterval(interval)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def installed(tmp_path_factory):
+    async with running(tmp_path_factory.mktemp("h"), processes=1) as site:
+        yield site
 
 
 @pytest_asyncio.fixture(loop_scope="module")

@@ -83,6 +83,25 @@ async def test_a_follower_takes_over_when_the_lead_is_free() -> None:
     await work.leadership.stop()
 
 
+async def test_who_watches_is_told_once_the_lead_counts() -> None:
+    store = Store(free=True)
+    work, seen, told = Work(store), [], asyncio.Event()
+
+    def leading() -> None:
+        seen.append((work.leadership.leading, list(work.said)))
+        told.set()
+
+    work.leadership.on_leading = leading
+    await work.leadership.start()
+    assert seen == [(True, ["begin"])]
+    told.clear()
+    store.lose()
+    async with asyncio.timeout(30):
+        await told.wait()
+    assert seen[1:] == [(True, ["begin", "end", "begin"])]
+    await work.leadership.stop()
+
+
 async def test_a_lost_lead_is_ended_and_taken_again() -> None:
     store = Store(free=True)
     work = Work(store)

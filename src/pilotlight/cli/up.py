@@ -33,6 +33,14 @@ def up_command(
     port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="TCP port; 0 takes a free one. [default: 8400]")
     ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=64,
+            help="Processes that serve OpenAI calls on the port, where one is not enough. [default: 1]",
+        ),
+    ] = None,
     demo: Annotated[
         bool,
         typer.Option("--demo", help="Deploy the built-in model, ask it a question, print how to call it."),
@@ -52,7 +60,8 @@ def up_command(
     from pilotlight.settings import load_settings  # noqa: PLC0415
 
     settings = load_settings()
-    given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+    options = {"host": host, "port": port, "processes": processes}
+    given = {name: value for name, value in options.items() if value is not None}
     if given:
         settings = settings.model_copy(update={"server": settings.server.model_copy(update=given)})
     configure_logging(settings.log)

@@ -14,16 +14,15 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 from urllib.parse import unquote
 
-import httptools
 import msgspec
 
 from pilotlight import __version__
 from pilotlight.domain.endpoint import RESERVED_ENDPOINT_IDS
+from pilotlight.gateway.addressing import openai_call, single_slashes
 from pilotlight.gateway.asgi import App, Headers, Message, Receive, Response, Scope, Send, send_json
 from pilotlight.gateway.call import CallRoad
 from pilotlight.gateway.elsewhere import FOLLOWER_RETRY_S, FOLLOWS, follower_body
@@ -37,7 +36,6 @@ from pilotlight.gateway.repeated import WholeRequest
 from pilotlight.gateway.tunnel import TUNNEL, WebSocketTunnel
 from pilotlight.gateway.worker_protocol import WORKER_OPERATIONS
 
-_SLASHES = re.compile(rb"/{2,}")
 _WORKER_STATE = b"/pilotlight/v1/worker-state/"
 _STOPPING = "the gateway is stopping"
 _JSON = [(b"content-type", b"application/json")]
@@ -109,7 +107,7 @@ class Gateway:
             return
         path: bytes = scope["raw_path"].partition(b"?")[0]
         if b"//" in path or path[-1:] == b"/":
-            path = _SLASHES.sub(b"/", path)
+            path = single_slashes(path)
         parts = path.split(b"/", 4)
         root = parts[1] if len(parts) > 1 else b""
         operation = parts[3] if len(parts) > 3 else b""
@@ -135,20 +133,10 @@ class Gateway:
         self, target: bytes, headers: Sequence[tuple[bytes, bytes]]
     ) -> tuple[CallRoad, bytes, bytes] | None:
         """The data path for its own requests, with their path and query; None leaves a request to ASGI."""
-        if b"/openai" not in target or self.closing:
+        called = None if self.closing else openai_call(target, headers, self._balancer.serves_host)
+        if called is None or not self._serves_directly(called[0]):
             return None
-        path, _, query = target.partition(b"?")
-        if not path.startswith(b"/v2/") or b"//" in path or path.endswith(b"/"):
-            path = _SLASHES.sub(b"/", httptools.parse_url(target).path or b"").rstrip(b"/")
-        parts = path.split(b"/", 4)
-        if len(parts) < 4 or parts[1] != b"v2" or parts[3] != b"openai":
-            return None
-        named = any(
-            name == b"host" and self._balancer.serves_host(value) is not None for name, value in headers
-        )
-        if named or not self._serves_directly(parts[2].decode("latin-1")):
-            return None
-        return self._data_path, path, query
+        return self._data_path, called[1], called[2]
 
     def serve_whole(
         self, request: WholeRequest, connection: ClientStream, gone: Callable[[], asyncio.Future[None]]
@@ -222,7 +210,7 @@ class Gateway:
     async def _websocket(self, scope: Scope) -> None:
         """Serve a WebSocket that is not for a load balancer."""
         tunnel: WebSocketTunnel = scope["extensions"][TUNNEL]
-        parts = _SLASHES.sub(b"/", scope["raw_path"]).split(b"/", 4)
+        parts = single_slashes(scope["raw_path"]).split(b"/", 4)
         if self._realtime is None or len(parts) < 5 or parts[1] != b"v2" or parts[3] != b"openai":
             _refuse(tunnel, 404, "not found")
         elif self.closing:

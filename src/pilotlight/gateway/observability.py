@@ -14,7 +14,7 @@ from pilotlight.ports.clock import Clock
 from pilotlight.settings import Settings
 
 
-class _Tracing(Tracer, Observer, Protocol):
+class Tracing(Tracer, Observer, Protocol):
     """What `gateway.tracing` is to others."""
 
 
@@ -109,20 +109,26 @@ class Observability:
             lines_dropped=lambda: access_log.lines_dropped if access_log is not None else 0,
         )
         recorder.observe(self.metrics)
-        self.tracer: Tracer | None = None
-        if settings.tracing.enabled:
-            tracing = _tracing()
-            self.tracer = tracing
+        tracing = tracing_of(settings)
+        self.tracer: Tracer | None = tracing
+        if tracing is not None:
             recorder.observe(tracing)
 
 
-def _tracing() -> _Tracing:
+def tracing_of(settings: Settings) -> Tracing | None:
+    """What gives requests their spans and sends them; None where no traces are wanted.
+
+    Raises:
+        SettingsError: They are, and OpenTelemetry is not installed.
+    """
+    if not settings.tracing.enabled:
+        return None
     try:
         # Heavy, and not there for everybody.
-        from pilotlight.gateway.tracing import Tracing  # noqa: PLC0415 - see above
+        from pilotlight.gateway.tracing import Tracing as Spans  # noqa: PLC0415 - see above
     except ImportError as error:
         raise SettingsError(
             f"tracing.enabled is set, and {error.name} is not installed; install the extra `tracing`"
             " (requirements/tracing.lock names what is in it), or unset it"
         ) from error
-    return Tracing()
+    return Spans()

@@ -7,6 +7,9 @@ that waits for it.
 A request that needs no parser (`gateway.repeated`) is offered to the application's `serve_whole`, without a
 scope, events and the bookkeeping of a body that is still to come. And what the application's `call_road`
 wants for itself is served by callbacks (`gateway.call`).
+
+An application that has no use for ASGI offers `hand_over` instead: connections leave with the first request
+that it does not serve by callbacks (`gateway.handover`).
 """
 
 from __future__ import annotations
@@ -33,6 +36,9 @@ from pilotlight.gateway.http_rules import (
     fault_of,
 )
 from pilotlight.gateway.repeated import KnownFields, WholeRequest
+
+_ELSEWHERE = Fault(421, "the request is served by another process")
+"""No fault of anybody's; but nothing more is read, like after one."""
 
 _HEAD_MAX = 64 * 1024
 """Received of a head, or of a trailer, before it is refused: the parser keeps it whole until its end."""
@@ -84,6 +90,11 @@ FindRoad = Callable[[bytes, list[tuple[bytes, bytes]]], tuple[CallRoad, bytes, b
 """Who serves a request by callbacks, given its target and headers, with its path and query as the target has
 them; None leaves it to ASGI. An application offers this as its method `call_road`."""
 
+HandOver = Callable[[Connection, bytes], None]
+"""Takes a connection away, with what was received and not served: the head of a request that is neither a
+call nor refused by the rules of HTTP, and all that came after it. An application offers this as its method
+`hand_over`, and has nothing for ASGI then."""
+
 
 class GatewayProtocol(Connection):
     """One client connection, on which one request at a time is read and answered.
@@ -104,6 +115,7 @@ class GatewayProtocol(Connection):
         self._known = KnownFields()
         # Requests that are served by callbacks.
         self._call_road: FindRoad | None = getattr(self.app, "call_road", None)
+        self._hand_over: HandOver | None = getattr(self.app, "hand_over", None)
         self._lane: tuple[CallRoad, Lane[Head]] | None = None
         self._lane_misses = 0
         self._lane_left = 0
@@ -269,6 +281,8 @@ class GatewayProtocol(Connection):
             if not self._in_body:
                 self._head += piece
             if not self._feed(piece):
+                if self._fault is _ELSEWHERE:
+                    self._leave(data[at:])
                 return
         if self._is_whole:
             self._tail = b""
@@ -306,7 +320,9 @@ class GatewayProtocol(Connection):
         except httptools.HttpParserUpgrade:
             if self._again:
                 return self._feed_again()
-            if self._fault is None:
+            if self._fault is None and self._hand_over is not None:
+                self._fault = _ELSEWHERE
+            elif self._fault is None:
                 self._stop_timer()
                 self._unset_keepalive_if_required()
                 self.handle_websocket_upgrade()
@@ -315,6 +331,8 @@ class GatewayProtocol(Connection):
         if fault is None and self._pent > _HEAD_MAX:
             fault = OVERHEAD_TOO_LARGE if self._in_body else HEAD_TOO_LARGE
         if fault is not None:
+            if fault is _ELSEWHERE:
+                return False
             self._refuse(fault)
         return not self.flow.ended
 
@@ -344,6 +362,17 @@ class GatewayProtocol(Connection):
             return
         self.transport.write(fault.answer(self.end_of_head(keep_alive=False)))
         self._linger()
+
+    def _leave(self, rest: bytes) -> None:
+        """Hand the connection over, with the head that was read last and what came after it."""
+        assert self._hand_over is not None
+        self._stop_timer()
+        self._unset_keepalive_if_required()
+        self.connections.discard(self)
+        self.flow.full = False
+        self.flow.resume_reading()
+        self.parser = None  # type: ignore[assignment]
+        self._hand_over(self, self._head + rest)
 
     def _learn(self, data: bytes, *, begins: bool) -> None:
         """Remember a head, of a request that began with this data; bound the wait for the body of any."""
@@ -392,10 +421,12 @@ class GatewayProtocol(Connection):
         self._left = content_length(fields)
         try:
             found = None if self._call_road is None else self._call_road(self.url, fields)
-            if found is None:
+            if found is not None:
+                self._begin_call(*found, http_11=version == "1.1")
+            elif self._hand_over is None:
                 self._begin_cycle(version)
             else:
-                self._begin_call(*found, http_11=version == "1.1")
+                self._fault = _ELSEWHERE
         except (httptools.HttpParserError, UnicodeDecodeError):
             self._fault, self._in_body = TARGET, False
 

@@ -25,6 +25,11 @@ _BY_SESSION = frozenset({Routing.AUTO, Routing.SESSION})
 _BY_PREFIX = frozenset({Routing.AUTO, Routing.PREFIX})
 
 
+def looks_at_prompts(routing: Routing, ask: Ask) -> bool:
+    """Whether the worker of a request may depend on its prompt."""
+    return routing in _BY_PREFIX and not (ask.session and routing in _BY_SESSION)
+
+
 @dataclass(slots=True)
 class _Fleet:
     """The workers of one endpoint.
@@ -167,7 +172,7 @@ class FleetRouter:
         routing, workers_min = (endpoint.routing, endpoint.workers_min) if endpoint else (Routing.AUTO, 0)
         if ask.session and routing in _BY_SESSION:
             return pick_by_session(candidates, ask.session)
-        if ask.prefix is not None and routing in _BY_PREFIX:
+        if ask.prefix is not None and looks_at_prompts(routing, ask):
             blocks = ask.prefix()
             if len(blocks) > 1:
                 looks = [fleet.index.look(slots.worker_id, blocks) for slots in candidates]

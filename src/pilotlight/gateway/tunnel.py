@@ -26,6 +26,7 @@ import structlog
 from pilotlight.domain.usage import Outcome
 from pilotlight.domain.worker import Address
 from pilotlight.gateway.exchange import Exchange
+from pilotlight.gateway.handover import Origin
 from pilotlight.gateway.upstream import UpstreamError, dial
 
 _log = structlog.get_logger()
@@ -191,6 +192,7 @@ class WebSocketTunnel(_Side):
         config: Uvicorn's, which knows the application.
         server_state: Uvicorn's, which knows all connections and tasks.
         app_state: Unused; part of Uvicorn's call.
+        origin: Where the client is, if this is a copy of its connection.
 
     Attributes:
         answered: Whether the client has got an answer to its handshake.
@@ -198,8 +200,15 @@ class WebSocketTunnel(_Side):
         on_gone: Called when it does.
     """
 
-    def __init__(self, config: Any, server_state: Any, app_state: Any = None) -> None:  # noqa: ARG002
+    def __init__(
+        self,
+        config: Any,
+        server_state: Any,
+        app_state: Any = None,  # noqa: ARG002
+        origin: Origin | None = None,
+    ) -> None:
         super().__init__()
+        self._origin = origin
         self._app = config.loaded_app
         self._connections: set[Any] = server_state.connections
         self._tasks: set[asyncio.Task[None]] = server_state.tasks
@@ -267,6 +276,12 @@ class WebSocketTunnel(_Side):
         bodiless = b"transfer-encoding" not in given and given.get(b"content-length", b"0").strip() == b"0"
         return self._parser.get_method() == b"GET" and bodiless and bool(given.get(b"sec-websocket-key"))
 
+    def _is_secured(self) -> bool:
+        assert self.transport is not None
+        if self._origin is not None:
+            return self._origin.scheme == "https"
+        return self.transport.get_extra_info("sslcontext") is not None
+
     async def _call(self) -> None:
         assert self.transport is not None
         try:
@@ -277,19 +292,19 @@ class WebSocketTunnel(_Side):
         if not self._is_handshake():
             self.refuse(400, _BAD_HANDSHAKE, _JSON)
             return
-        path = target.path or b"/"
+        path, origin = target.path or b"/", self._origin
         scope = {
             "type": "websocket",
             "asgi": {"version": "3.0", "spec_version": "2.4"},
             "http_version": "1.1",
             "method": "GET",
-            "scheme": "ws" if self.transport.get_extra_info("sslcontext") is None else "wss",
+            "scheme": "wss" if self._is_secured() else "ws",
             "path": unquote(path.decode("latin-1")),
             "raw_path": path,
             "query_string": target.query or b"",
             "headers": self._headers,
-            "client": self.transport.get_extra_info("peername"),
-            "server": self.transport.get_extra_info("sockname"),
+            "client": self.transport.get_extra_info("peername") if origin is None else origin.client,
+            "server": self.transport.get_extra_info("sockname") if origin is None else origin.server,
             "extensions": {TUNNEL: self},
         }
         try:

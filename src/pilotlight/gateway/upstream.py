@@ -39,11 +39,16 @@ class UpstreamPool:
 
     Args:
         idle_s: Idle connections are closed after this many seconds.
+
+    Attributes:
+        on_drop: Called with the addresses that are dropped; others may have connections to them, too.
     """
 
     def __init__(self, *, idle_s: float) -> None:
+        self.on_drop: Callable[[Sequence[str]], None] = lambda _: None
         self._idle_s = idle_s
         self._idle: dict[str, deque[tuple[float, UpstreamResponse]]] = {}
+        self._swept_s = time.monotonic()
 
     async def request(
         self,
@@ -113,20 +118,25 @@ class UpstreamPool:
             return
         now = time.monotonic()
         idle.append((now, response))
-        while idle and now - idle[0][0] > self._idle_s:
-            idle.popleft()[1].close()
+        self._close_old(idle, now)
+        if now - self._swept_s > self._idle_s:
+            self._sweep(now)
 
     def forget(self, address: Address, response: UpstreamResponse) -> None:
         """Drop a connection that was closed while idle."""
-        idle = self._idle.get(address.url)
-        if idle:
-            self._idle[address.url] = deque(item for item in idle if item[1] is not response)
+        if idle := self._idle.get(address.url):
+            left = deque(item for item in idle if item[1] is not response)
+            if left:
+                self._idle[address.url] = left
+            else:
+                del self._idle[address.url]
 
     def drop(self, urls: Sequence[str]) -> None:
         """Close the idle connections to these addresses; their worker has ended or is stopped in place."""
         for url in urls:
             for _, response in self._idle.pop(url, ()):
                 response.close()
+        self.on_drop(urls)
 
     def close(self) -> None:
         """Close all idle connections."""
@@ -142,6 +152,18 @@ class UpstreamPool:
                 return response
             response.close()
         return None
+
+    def _sweep(self, now_s: float) -> None:
+        """Forget addresses that nobody asks any more: a worker may be gone before its last answer is."""
+        self._swept_s = now_s
+        for url, idle in [*self._idle.items()]:
+            self._close_old(idle, now_s)
+            if not idle:
+                del self._idle[url]
+
+    def _close_old(self, idle: deque[tuple[float, UpstreamResponse]], now_s: float) -> None:
+        while idle and now_s - idle[0][0] > self._idle_s:
+            idle.popleft()[1].close()
 
     async def connect(self, address: Address, *, head_only: bool = False) -> UpstreamResponse:
         """A new connection, whose owner writes a request on it and must `release()` it.

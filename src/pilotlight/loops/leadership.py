@@ -32,6 +32,10 @@ class Leadership:
         cut: Called in the moment in which the lead is lost: stops at once whatever another leader must not be
             crossed by.
         end: Ends what `begin` began; called after that.
+
+    Attributes:
+        leading: Whether this gateway leads, and has begun.
+        on_leading: Called when that has become so.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class Leadership:
         self._task: asyncio.Task[None] | None = None
         self._step: asyncio.Task[None] | None = None
         self.leading = False
+        self.on_leading: Callable[[], None] = lambda: None
 
     async def start(self) -> None:
         """Take the lead and begin, where nobody else has it; else go on asking for it.
@@ -61,7 +66,7 @@ class Leadership:
         await self._ask()
         if self._held:
             await self._whole(self._begin())
-            self.leading = True
+            self._now_leading()
         else:
             _log.info("following", reason="another gateway leads")
         self._task = asyncio.create_task(self._run(), name="leadership")
@@ -99,8 +104,12 @@ class Leadership:
         if not self._held:
             return
         await self._whole(self._begin())
-        self.leading = True
+        self._now_leading()
         _log.info("leading")
+
+    def _now_leading(self) -> None:
+        self.leading = True
+        self.on_leading()
 
     async def _whole(self, step: Coroutine[object, object, None]) -> None:
         """Do a step that must not be broken off half-way when this is stopped."""

@@ -182,7 +182,7 @@ def resuming(balanced, worker_id="w1"):
 async def until_awaited(balanced, worker_id="w1"):
     """Until somebody waits for the end of a worker."""
     async with asyncio.timeout(20):
-        while worker_id not in balanced.slots._ends:
+        while worker_id not in balanced.slots._ends._waiters:
             await asyncio.sleep(0.01)
 
 

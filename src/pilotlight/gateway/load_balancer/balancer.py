@@ -18,6 +18,7 @@ from pilotlight.core.affinity import HEADER, parse_affinity
 from pilotlight.domain.endpoint import Endpoint, EndpointKind
 from pilotlight.domain.key import ApiKey
 from pilotlight.domain.usage import Outcome, RequestRecord
+from pilotlight.gateway.addressing import endpoint_of_host
 from pilotlight.gateway.asgi import BREAK_OFF, Headers, Receive, Scope, Send
 from pilotlight.gateway.directory import Directory, secret_of
 from pilotlight.gateway.errors import RateLimitedError
@@ -93,11 +94,7 @@ class LoadBalancer:
 
     def serves_host(self, host: bytes) -> str | None:
         """The endpoint that a Host header names by its first label, whatever its kind; None for any other."""
-        label, dot, _ = host.partition(b".")
-        if not dot or len(label) != 14:
-            return None
-        endpoint = self._directory.endpoint(label.decode("latin-1").lower())
-        return None if endpoint is None else endpoint.id
+        return endpoint_of_host(host, self._directory.endpoint)
 
     async def __call__(
         self, scope: Scope, receive: Receive, send: Send, *, endpoint_id: str, path: str, prefix: str
