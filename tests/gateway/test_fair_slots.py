@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pilotlight.core.admission import AdmissionLimits, AdmissionReason, Verdict
 from pilotlight.domain.worker import Address, Registration
-from pilotlight.gateway.slots import Ask, DisplacedError, SlotTable, WorkerGoneError
+from pilotlight.gateway.slots import Ask, DisplacedError, SlotTable, WorkerGoneError, WorkerSlots
 
 REGISTRATION = Registration(engine=Address(url="unix:/engine"))
 
@@ -352,7 +352,38 @@ async def test_a_release_after_the_endpoint_is_gone_leaves_nothing_behind():
     assert not slots._endpoints
 
 
-VERBS = ("admit", "wait", "retry", "pin", "cancel", "end", "open", "close", "drop", "limit", "jobs", "done")
+async def test_one_who_waits_again_because_all_were_failed_is_not_forgotten():
+    slots = table()
+    requests = Requests(slots)
+    slots.wait("e", Ask(1), print, lambda _: requests.wait("a"))
+    slots.fail_held("e", RuntimeError("the lead is lost"))
+    opened(slots)
+    assert requests.served == [("a", "w")]
+
+
+async def test_a_busy_table_does_not_look_at_all_workers_for_each_request(monkeypatch):
+    """Every release is a slot for one who waits, and both used to be a reason to go through all workers."""
+    slots = table()
+    for number in range(64):
+        opened(slots, f"w{number}")
+    requests = Requests(slots)
+    for number in range(200):
+        requests.wait(f"r{number}")
+    await asyncio.sleep(0)
+    looks = []
+    monkeypatch.setattr(
+        WorkerSlots, "takes_requests", property(lambda worker: looks.append(worker) or worker.open)
+    )
+    for number in range(100):
+        requests.end(f"r{number}")
+    assert len(requests.served) == 164
+    assert len(looks) < 64 * 10
+
+
+VERBS = (
+    "admit", "wait", "retry", "pin", "cancel", "end", "open", "close", "drop", "limit", "jobs", "done",
+    "suspend", "resume", "fail",
+)  # fmt: skip
 
 
 @given(script=st.lists(st.tuples(st.sampled_from(VERBS), st.integers(0, 3), st.integers(0, 50)), max_size=60))
@@ -389,6 +420,12 @@ async def _live(script):
         elif verb == "drop":
             slots.drop_worker(worker_id)
             jobs[worker_id] = 0
+        elif verb == "suspend":
+            slots.suspend_worker(worker_id, 60)
+        elif verb == "resume":
+            slots.resume_worker(worker_id)
+        elif verb == "fail":
+            slots.fail_held("e", RuntimeError("failed"))
         elif verb == "limit":
             slots.limit_worker(worker_id, number % 5 or None)
         elif verb == "jobs":
@@ -404,6 +441,7 @@ def _check(slots, under_way, jobs):
         assert worker.requests == sum(taken is worker for taken, _ in under_way)
         assert worker.jobs == jobs[worker.worker_id]
     for endpoint in slots._endpoints.values():
+        assert not endpoint.unused
         free = [worker for worker in endpoint.workers.values() if worker.takes_requests and worker.free]
         assert endpoint.look() == free
         queued = list(endpoint.queue)

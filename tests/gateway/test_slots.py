@@ -105,8 +105,7 @@ async def test_a_wait_that_ends_leaves_nothing_behind(slots):
     (task,) = await held(slots, 1)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-    endpoint = slots._endpoints["e"]
-    assert (len(endpoint.queue), endpoint.held_bytes) == (0, 0)
+    assert not slots._endpoints
 
 
 async def test_a_slot_handed_to_a_client_that_left_goes_back(slots):
@@ -205,4 +204,28 @@ async def test_who_waits_for_the_end_of_a_worker_takes_a_place_and_is_no_demand(
     assert not waiting[1].done()
     slots.drop_worker("w")
     await waiting[1]
-    assert slots._ends == {}
+    last = asyncio.create_task(slots.wait_end("e", "w"))
+    await asyncio.sleep(0)
+    last.cancel()
+    await asyncio.wait([last])
+    assert not slots._ends._waiters
+    assert not slots._endpoints
+
+
+async def test_nothing_is_kept_of_an_endpoint_that_is_only_asked_about(slots):
+    """It may have been deleted a moment ago, and nobody would ever forget it then."""
+    assert slots.admit("e", ASK)[0].verdict is Verdict.QUEUE
+    assert slots.take_of("e", "w", ASK) is None
+    assert slots.ahead("e", ASK) == (0, 0)
+    with slots.aside("e"):
+        pass
+    assert not slots._endpoints
+
+
+async def test_nothing_is_kept_of_an_endpoint_whose_last_worker_had_jobs_as_well_as_requests(slots):
+    slots.open_worker("e", "w", capacity=3, registration=REGISTRATION)
+    taken = slots.admit("e", ASK)[1]
+    assert slots.reserve_jobs("w", 1) == 1
+    slots.drop_worker("w")
+    slots.release_request(taken, ASK)
+    assert not slots._endpoints

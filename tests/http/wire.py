@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 import json
 import socket
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import h11
+
+from ..wire import BareConnection, parser_of_answer  # noqa: TID252
 
 WAIT_S = 10
 """Bound of every wait; nothing is asserted about how much of it is used."""
@@ -50,35 +51,15 @@ async def until(look: Callable[[], Any], what: str) -> Any:
     return found
 
 
-class Wire:
+class Wire(BareConnection):
     """One connection to the server."""
 
+    wait_s = WAIT_S
+
     def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
+        super().__init__(sock)
         self.pending = b""
         self.ended = False
-        self._loop = asyncio.get_running_loop()
-
-    @classmethod
-    async def open(cls, port: int, *, receive_bytes: int = 0) -> Wire:
-        sock = socket.socket()
-        sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if receive_bytes:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
-        try:
-            async with asyncio.timeout(WAIT_S):
-                await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", port))
-        except BaseException:
-            sock.close()
-            raise
-        return cls(sock)
-
-    async def send(self, data: bytes) -> None:
-        """Send everything; a server that has gone away does not matter here."""
-        with contextlib.suppress(ConnectionError):
-            async with asyncio.timeout(WAIT_S):
-                await self._loop.sock_sendall(self.sock, data)
 
     async def pieces(self, *data: bytes) -> None:
         """Send each piece after the server had its turn with the one before."""
@@ -90,13 +71,6 @@ class Wire:
     def half_close(self) -> None:
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
-
-    def reset(self) -> None:
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.sock.close()
-
-    def close(self) -> None:
-        self.sock.close()
 
     async def receive(self) -> bytes:
         """What comes next, b"" at the end."""
@@ -129,9 +103,7 @@ class Wire:
             ClosedError: The server closed instead.
             h11.RemoteProtocolError: It is no correct answer.
         """
-        parser = h11.Connection(h11.CLIENT)
-        parser.send(h11.Request(method=method, target="/", headers=[("host", "h")]))
-        parser.send(h11.EndOfMessage())
+        parser = parser_of_answer(method)
         data, self.pending = self.pending, b""
         if data:
             parser.receive_data(data)

@@ -104,6 +104,50 @@ async def test_a_fixed_engine_and_an_unknown_endpoint_are_left_alone(world):
     assert await world.autoscaler.look("gone") is None
 
 
+async def test_nothing_is_kept_of_a_deleted_endpoint(world):
+    """Its workers end after it, and so does a look that was under way, which would have it back off."""
+    world.deploy(workers_min=1)
+    world.fleet.on_change = world.autoscaler.wake
+    world.autoscaler.start()
+    world.cluster.refuse = "broken"
+    for _ in range(3):
+        await world.autoscaler.look("e")
+    assert world.fleet.health("e").retry_ms
+    await world.autoscaler.look("e")
+    assert len(world.given_up) == 1
+    demand = world.store.demand
+
+    async def deleted_meanwhile(*arguments, **options):
+        del world.endpoints["e"]
+        return await demand(*arguments, **options)
+
+    world.store.demand = deleted_meanwhile
+    await world.autoscaler.look("e")
+    assert len(world.given_up) == 1
+    await world.autoscaler.look("e")
+    assert world.fleet._failures._records == {}
+    world.cluster.refuse, world.store.demand = None, demand
+    deleted = world.deploy()
+    await world.fleet.start(deleted)
+    del world.endpoints["e"]
+    world.cluster.end(next(iter(world.cluster.running)), 1)
+    async with asyncio.timeout(10):
+        while world.fleet._failures._records:
+            await asyncio.sleep(0)
+    await world.settle()
+    assert not world.fleet.health("e").failures
+
+
+async def test_who_wakes_it_while_it_is_stopped_leaves_nothing_behind(world):
+    """A gateway that follows is told of all jobs of all endpoints."""
+    world.autoscaler.wake("e")
+    world.autoscaler.start()
+    world.autoscaler.wake("e")
+    await world.autoscaler.stop()
+    world.autoscaler.wake("e")
+    assert not world.autoscaler._dirty
+
+
 async def test_min_workers_start_without_a_request(world):
     world.deploy(workers_min=2)
     assert (await world.autoscaler.look("e")).reason is ScaleReason.BELOW_MINIMUM

@@ -281,6 +281,10 @@ async def test_estimates_are_learned_from_the_store_and_from_what_happens(known)
     known.estimates.forget("e")
     assert known.estimates.next_ms("e") is None
     assert known.estimates.next_ms("unknown") is None
+    known.endpoints.clear()
+    known.estimates.note(known.start("e", 50, 7_000))
+    await known.estimates.load()
+    assert known.estimates._starts == {}, "a worker that becomes ready after its endpoint was deleted"
 
 
 def test_the_next_rung_is_the_best_there_is(known):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
-import struct
 from dataclasses import dataclass
 
 import h11
+
+from ..wire import BareConnection, parser_of_answer  # noqa: TID252
 
 WAIT_S = 60.0
 """Longest silence of a server that owes something; everything in a soak is answered much sooner."""
@@ -31,42 +31,16 @@ class Head:
         return self.headers.get("content-type", "").startswith("text/event-stream")
 
 
-class Connection:
+class Connection(BareConnection):
     """One connection, for one request after another."""
 
+    wait_s = WAIT_S
+
     def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self._loop = asyncio.get_running_loop()
+        super().__init__(sock)
         self._parser = h11.Connection(h11.CLIENT)
         self._pending = b""
         self.usable = True
-
-    @classmethod
-    async def open(cls, port: int, *, receive_bytes: int = 0) -> Connection:
-        """Connect.
-
-        Args:
-            port: Of the server.
-            receive_bytes: Room for what was not read yet; 0 leaves it to the system.
-        """
-        sock = socket.socket()
-        sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if receive_bytes:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
-        try:
-            async with asyncio.timeout(WAIT_S):
-                await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", port))
-        except BaseException:
-            sock.close()
-            raise
-        return cls(sock)
-
-    async def send(self, data: bytes) -> None:
-        """Send all of it; a server that has answered and gone may not want the rest."""
-        with contextlib.suppress(ConnectionError):
-            async with asyncio.timeout(WAIT_S):
-                await self._loop.sock_sendall(self._sock, data)
 
     async def head(self, method: str = "POST") -> Head:
         """The head of the next answer.
@@ -75,9 +49,7 @@ class Connection:
             BrokenAnswerError: There is none.
             h11.RemoteProtocolError: It is no HTTP.
         """
-        self._parser = h11.Connection(h11.CLIENT)
-        self._parser.send(h11.Request(method=method, target="/", headers=[("host", "h")]))
-        self._parser.send(h11.EndOfMessage())
+        self._parser = parser_of_answer(method)
         if self._pending:
             self._parser.receive_data(self._pending)
             self._pending = b""
@@ -118,7 +90,7 @@ class Connection:
         while (part := self._parser.next_event()) is h11.NEED_DATA:
             try:
                 async with asyncio.timeout(WAIT_S):
-                    data = await self._loop.sock_recv(self._sock, size)
+                    data = await self._loop.sock_recv(self.sock, size)
             except ConnectionError as error:
                 raise BrokenAnswerError(str(error)) from error
             except TimeoutError:
@@ -136,9 +108,4 @@ class Connection:
     def close(self) -> None:
         """Leave."""
         self.usable = False
-        self._sock.close()
-
-    def reset(self) -> None:
-        """Leave without a farewell."""
-        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.close()
+        super().close()

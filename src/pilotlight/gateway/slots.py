@@ -23,6 +23,7 @@ from pilotlight.domain.worker import Registration
 from pilotlight.gateway.waiting import (
     DisplacedError,
     EndpointSlots,
+    Ends,
     HoldExpiredError,
     Waiting,
     WorkerGoneError,
@@ -77,7 +78,7 @@ class SlotTable:
         self._workers: dict[str, WorkerSlots] = {}
         # By worker, which may not have slots yet.
         self._pinned: dict[str, list[Waiting]] = {}
-        self._ends: dict[str, asyncio.Event] = {}
+        self._ends = Ends()
 
     def open_worker(
         self, endpoint_id: str, worker_id: str, *, capacity: int, registration: Registration | None
@@ -95,7 +96,7 @@ class SlotTable:
                 idle_since_ms=self._clock.now_ms(),
             )
             self._workers[worker_id] = slots
-            endpoint.workers[worker_id] = slots
+            endpoint.add(slots)
         else:
             slots.resize(capacity, slots.limit)
             slots.registration = registration or slots.registration
@@ -161,9 +162,7 @@ class SlotTable:
     def drop_worker(self, worker_id: str) -> None:
         """Forget a worker that has ended; releases of its slots become harmless."""
         self._fail_pinned(worker_id)
-        end = self._ends.pop(worker_id, None)
-        if end is not None:
-            end.set()
+        self._ends.tell(worker_id)
         slots = self._workers.pop(worker_id, None)
         if slots is not None:
             slots.open = False
@@ -197,18 +196,16 @@ class SlotTable:
             The decision, and the slot. There may be none although a worker has one free: the router had its
             reasons, and the decision is then to queue.
         """
-        endpoint = self._endpoint(endpoint_id)
-        candidates = endpoint.look()
-        if ask.tried:
-            candidates = [slots for slots in candidates if slots.worker_id not in ask.tried]
-        ahead = len(endpoint.queue) - endpoint.constrained
+        endpoint = self._known(endpoint_id)
+        candidates = endpoint.look(ask.tried)
+        ahead, free = len(endpoint.queue) - endpoint.constrained, len(candidates)
         slots = None
         if candidates and not ahead and take:
             slots = self._pick(endpoint, endpoint_id, candidates, ask)
         admission = decide_admission(
             AdmissionSnapshot(
                 endpoint.ready,
-                len(candidates) if slots is not None or not take else 0,
+                free if slots is not None or not take else 0,
                 ahead,
                 len(endpoint.queue) + endpoint.aside,
                 endpoint.held_bytes,
@@ -226,7 +223,7 @@ class SlotTable:
 
     def take_of(self, endpoint_id: str, worker_id: str, ask: Ask) -> WorkerSlots | None:
         """A slot of one certain worker, taken and to be released; None when it has none free."""
-        endpoint = self._endpoint(endpoint_id)
+        endpoint = self._known(endpoint_id)
         slots = self._take_only(endpoint, endpoint_id, worker_id)
         if slots is not None:
             ask.charged = endpoint.queue.serve(ask.key_id, ask.share, ask.cost)
@@ -315,9 +312,8 @@ class SlotTable:
 
     async def wait_end(self, endpoint_id: str, worker_id: str) -> None:
         """Wait until a worker that is going to end has ended, for a request that wants it started again."""
-        end = self._ends.setdefault(worker_id, asyncio.Event())
         with self.aside(endpoint_id):
-            await end.wait()
+            await self._ends.wait(worker_id)
 
     @contextlib.contextmanager
     def aside(self, endpoint_id: str) -> Iterator[None]:
@@ -331,6 +327,7 @@ class SlotTable:
             yield
         finally:
             endpoint.aside -= 1
+            self._forget_unused(endpoint_id, endpoint)
 
     def fail_held(self, endpoint_id: str, error: Exception, *, retry_ms: int | None = None) -> None:
         """Give all held requests of an endpoint an error; shed new ones until `retry_ms` if given."""
@@ -345,7 +342,7 @@ class SlotTable:
 
     def ahead(self, endpoint_id: str, ask: Ask) -> tuple[int, int]:
         """Requests that will probably be served before one more like this, and slots for requests in all."""
-        endpoint = self._endpoint(endpoint_id)
+        endpoint = self._known(endpoint_id)
         slots = sum(slots.capacity for slots in endpoint.workers.values() if slots.takes_requests)
         return endpoint.queue.ahead(ask.key_id, ask.share), slots
 
@@ -383,10 +380,10 @@ class SlotTable:
         endpoint = self._endpoints[slots.endpoint_id]
         if leaving and endpoint.queue:
             leaving = 0
-        granted = max(0, min(count, slots.capacity - slots.requests - slots.jobs + leaving))
+        occupied = slots.requests + slots.jobs
+        granted = max(0, min(count, slots.capacity - occupied + leaving))
         slots.jobs += granted
-        if slots.occupied >= slots.capacity:
-            endpoint.candidates = None
+        endpoint.used(slots, occupied)
         return granted
 
     def release_jobs(self, worker_id: str, count: int = 1) -> None:
@@ -423,8 +420,12 @@ class SlotTable:
         )
 
     def _forget_unused(self, endpoint_id: str, endpoint: EndpointSlots) -> None:
-        if endpoint.unused:
-            self._endpoints.pop(endpoint_id, None)
+        if endpoint.unused and self._endpoints.get(endpoint_id) is endpoint:
+            del self._endpoints[endpoint_id]
+
+    def _known(self, endpoint_id: str) -> EndpointSlots:
+        """An endpoint to look at; nothing is kept for one that has nothing here, which may be deleted."""
+        return self._endpoints.get(endpoint_id) or EndpointSlots()
 
     def _endpoint(self, endpoint_id: str) -> EndpointSlots:
         endpoint = self._endpoints.get(endpoint_id)
@@ -443,15 +444,13 @@ class SlotTable:
     def _occupy(self, endpoint: EndpointSlots, slots: WorkerSlots) -> None:
         slots.requests += 1
         if slots.requests + slots.jobs >= slots.capacity:
-            endpoint.candidates = None
+            endpoint.used(slots, slots.requests + slots.jobs - 1)
 
     def _take(self, endpoint: EndpointSlots, waiting: Waiting) -> WorkerSlots | None:
         """A slot that will do for a request, if there is one; its key is not charged yet."""
         if waiting.worker_id is not None:
             return self._take_only(endpoint, waiting.endpoint_id, waiting.worker_id)
-        candidates, tried = endpoint.look(), waiting.ask.tried
-        if tried:
-            candidates = [slots for slots in candidates if slots.worker_id not in tried]
+        candidates = endpoint.look(waiting.ask.tried)
         return self._pick(endpoint, waiting.endpoint_id, candidates, waiting.ask) if candidates else None
 
     def _take_only(self, endpoint: EndpointSlots, endpoint_id: str, worker_id: str) -> WorkerSlots | None:
@@ -540,6 +539,7 @@ class SlotTable:
         endpoint = self._endpoints[waiting.endpoint_id]
         endpoint.queue.leave(waiting.place)
         self._left(endpoint, waiting)
+        self._forget_unused(waiting.endpoint_id, endpoint)
 
     def _left(self, endpoint: EndpointSlots, waiting: Waiting) -> None:
         waiting.place = None
@@ -577,7 +577,7 @@ class SlotTable:
         if idle:
             slots.idle_since_ms = self._clock.now_ms()
         if occupied >= slots.capacity:
-            endpoint.candidates = None
+            endpoint.used(slots, occupied)
         if endpoint.serving:
             endpoint.freed = True
             return
@@ -588,8 +588,8 @@ class SlotTable:
             self.on_free(endpoint_id)
         if idle:
             self.on_idle(endpoint_id)
-            if not endpoint.workers:
-                self._forget_unused(endpoint_id, endpoint)
+        if not endpoint.workers:
+            self._forget_unused(endpoint_id, endpoint)
 
     def _freed(self, endpoint_id: str, endpoint: EndpointSlots) -> None:
         if endpoint.serving:

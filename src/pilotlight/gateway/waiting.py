@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from pilotlight.core.admission import Admission
 from pilotlight.core.fair_queue import FairQueue, Place
@@ -95,6 +97,34 @@ class Waiting:
         self.granted(slots)
 
 
+class Ends:
+    """Workers that are going to end, and who waits for that."""
+
+    def __init__(self) -> None:
+        self._waiters: dict[str, set[asyncio.Future[None]]] = {}
+
+    async def wait(self, worker_id: str) -> None:
+        """Return when a worker has ended."""
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiters = self._waiters.setdefault(worker_id, set())
+        waiters.add(ended)
+        try:
+            await ended
+        finally:
+            waiters.discard(ended)
+            if not waiters and self._waiters.get(worker_id) is waiters:
+                del self._waiters[worker_id]
+
+    def tell(self, worker_id: str) -> None:
+        """A worker has ended."""
+        for ended in self._waiters.pop(worker_id, ()):
+            if not ended.done():
+                ended.set_result(None)
+
+
+_number_of = attrgetter("number")
+
+
 @dataclass(slots=True)
 class EndpointSlots:
     """One endpoint's.
@@ -106,8 +136,11 @@ class EndpointSlots:
         held_bytes: Bytes of their bodies.
         aside: Requests that wait for something else than a slot.
         retry_ms: Until when no worker is started.
-        candidates: Workers with a free slot for requests; None when that has to be looked up again.
+        candidates: Workers with a free slot for requests, by their numbers; None when that has to be looked
+            up again. Slots that are taken and given back are no reason for that (`used`): where all are in
+            use, that happens twice for every request.
         ready: Workers that take requests, as of that look-up.
+        opened: How many workers were ever added.
         serving: Whether slots are being handed out, so that what comes of that does not begin it anew.
         freed: Whether a slot was given back meanwhile.
     """
@@ -120,6 +153,7 @@ class EndpointSlots:
     retry_ms: int | None = None
     candidates: list[WorkerSlots] | None = None
     ready: int = 0
+    opened: int = 0
     serving: bool = False
     freed: bool = False
 
@@ -129,10 +163,33 @@ class EndpointSlots:
         busy = self.workers or self.queue or self.queue.under_way or self.aside
         return not busy and self.retry_ms is None
 
-    def look(self) -> list[WorkerSlots]:
-        """Workers with a free slot for requests, the oldest first."""
+    def look(self, tried: frozenset[str] = frozenset()) -> list[WorkerSlots]:
+        """Workers with a free slot for requests, the oldest first. Not to be changed or kept.
+
+        Args:
+            tried: Ids of workers that will not do.
+        """
         if self.candidates is None:
             ready = [slots for slots in self.workers.values() if slots.takes_requests]
             self.ready = len(ready)
             self.candidates = [slots for slots in ready if slots.requests + slots.jobs < slots.capacity]
+        if tried:
+            return [slots for slots in self.candidates if slots.worker_id not in tried]
         return self.candidates
+
+    def add(self, slots: WorkerSlots) -> None:
+        """Take in a worker that was not there before."""
+        self.opened += 1
+        slots.number = self.opened
+        self.workers[slots.worker_id] = slots
+
+    def used(self, slots: WorkerSlots, before: int) -> None:
+        """Slots of a worker were taken or given back; `before` were in use."""
+        was_free, free = before < slots.capacity, slots.requests + slots.jobs < slots.capacity
+        if was_free is free or self.candidates is None or not slots.takes_requests:
+            return
+        place = bisect_left(self.candidates, slots.number, key=_number_of)
+        if free:
+            self.candidates.insert(place, slots)
+        else:
+            del self.candidates[place]

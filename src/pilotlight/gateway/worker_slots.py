@@ -22,6 +22,7 @@ class WorkerSlots:
         configured: Slots that it was opened with.
         capacity: Slots that it has now: fewer while `SlotTable.limit_worker` says so.
         registration: How it is reached.
+        number: Its place among the workers of its endpoint, which are ordered by when they were opened first.
         limit: What `limit_worker` said last.
         open: Whether it takes anything.
         resumption: Ends its suspension, if it is passed over for a moment.
@@ -35,6 +36,7 @@ class WorkerSlots:
     configured: int
     capacity: int
     registration: Registration | None
+    number: int = 0
     limit: int | None = None
     open: bool = True
     resumption: asyncio.TimerHandle | None = None

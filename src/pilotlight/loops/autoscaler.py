@@ -53,6 +53,10 @@ class ScalableFleet(Fleet, Protocol):
         """Start one worker; ClusterError when there is no room."""
         ...
 
+    def forgive(self, endpoint_id: str) -> None:
+        """Forget an endpoint's failures."""
+        ...
+
     def workers(self, endpoint_id: str | None = None) -> Sequence[Worker]:
         """Living workers, of one endpoint or of all, oldest first."""
         ...
@@ -118,8 +122,10 @@ class Autoscaler:
         """Look at this endpoint soon; cheap, callable from anywhere in the event loop.
 
         At once, unless it was looked at a moment ago: thousands of jobs a second need a few looks, not
-        thousands.
+        thousands. Not at all while this is stopped.
         """
+        if not self._loop.running:
+            return
         if endpoint_id in self._resting:
             self._resting[endpoint_id] = True
             return
@@ -160,6 +166,7 @@ class Autoscaler:
             timer.cancel()
         self._timers.clear()
         await self._loop.stop()
+        self._dirty.clear()
         await self._moves.stop()
 
     async def _run(self) -> None:
@@ -197,6 +204,8 @@ class Autoscaler:
         endpoint = self._endpoint(endpoint_id)
         if endpoint is None:
             self._look_again(endpoint_id, None)
+            # Workers that ended after it was deleted have left something behind.
+            self._fleet.forgive(endpoint_id)
             return None
         now = self._clock.now_ms()
         snapshot = await self._read(endpoint, now)
@@ -209,7 +218,9 @@ class Autoscaler:
         retry_ms = await self._start(endpoint, decision)
         # Frozen ones that could go on would be thawed.
         left = any(worker.state is not WorkerState.FROZEN for worker in snapshot.workers)
-        if decision.reason is ScaleReason.BACKING_OFF and not left and snapshot.retry_ms:
+        # One that was deleted meanwhile has failed those that it held, and no moment of retry is kept of it.
+        lives = self._endpoint(endpoint_id) is not None
+        if lives and decision.reason is ScaleReason.BACKING_OFF and not left and snapshot.retry_ms:
             self._on_give_up(endpoint, snapshot.retry_ms)
         moments = [moment for moment in (decision.next_ms, retry_ms) if moment is not None]
         self._look_again(endpoint_id, min(moments, default=None))

@@ -57,9 +57,9 @@ class Estimates:
             self.note(record)
 
     def note(self, record: StartRecord) -> None:
-        """Learn from a start; one that did not succeed, or that is known, changes nothing."""
+        """Learn from a start; one that failed, is known, or is of a deleted endpoint changes nothing."""
         took_ms = start_took_ms(record)
-        if took_ms is None or record.rung not in set(Rung):
+        if took_ms is None or record.rung not in set(Rung) or self._endpoint(record.endpoint_id) is None:
             return
         start = _Start(record.worker_id, record.decided_ms, record.version, took_ms)
         known = self._starts.setdefault(record.endpoint_id, {}).setdefault(Rung(record.rung), [])

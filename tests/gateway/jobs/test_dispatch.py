@@ -72,6 +72,46 @@ async def test_every_job_runs_once(make_platform, seed, sqlite):
         assert [platform.slots.worker(f"w{number}").jobs for number in range(4)] == [0] * 4
 
 
+async def test_nothing_is_kept_of_a_deleted_endpoint(make_platform):
+    """1. A take is open, and room in the queue is taken, when the endpoint is deleted. 2. The worker asks again, and
+    one asks for the first time. 3. News of jobs comes late. What came after the deletion began a line anew, which
+    nobody ever took away."""
+    async with make_platform() as platform:
+        service, endpoint, loop = platform.service, platform.endpoint, asyncio.get_running_loop()
+        dispatcher, rooms = service._ledger.dispatcher, service.bounds._rooms
+        for worker_id in ("w1", "w2"):
+            platform.fleet.add(worker_id, capacity=1)
+        gone = loop.create_future()
+
+        def take(worker_id):
+            worker = platform.fleet.worker(worker_id)
+            return asyncio.create_task(service.workers.take(worker, count=1, holding=True, gone=gone))
+
+        parked = take("w1")
+        await platform.parked()
+        async with service.bounds.room(endpoint, jobs=1, size=1):
+            await platform.store.delete_endpoint("ep1", now_ms=2)
+            await platform.directory.refresh()
+            await service.endpoint_deleted("ep1")
+            assert await parked == []
+            again = take("w1")
+            assert await take("w2") == [], "one that was not told yet is answered at once"
+            await platform.parked()
+            assert not again.done(), "one that was told waits for a moment, as it would only ask again"
+            dispatcher.arrived("ep1")
+            platform.slots.on_free("ep1")
+            service.bounds.ended("ep1")
+            worker = platform.fleet.worker("w1")
+            assert (
+                await service.workers.results_and_take(worker, [], count=1, gone=gone, connection=None) == []
+            )
+            gone.set_result(None)
+            assert await again == []
+        async with service.bounds.room(endpoint, jobs=1, size=1):
+            pass
+        assert (dispatcher._lines, rooms) == ({}, {})
+
+
 async def test_signals_wake_those_who_watch_and_nobody_else():
     signals = Signals()
     loop = asyncio.get_running_loop()

@@ -77,6 +77,7 @@ class QueueBounds:
         store: The queue.
         clock: Time.
         limits: The bounds, and the profile that may narrow them.
+        lives: Whether there is still an endpoint of this id; nothing is kept of others.
         start_s: Seconds until an endpoint has a worker; None while nobody knows.
     """
 
@@ -85,11 +86,14 @@ class QueueBounds:
         store: JobStore,
         clock: Clock,
         limits: LimitSettings,
-        start_s: Callable[[Endpoint], int | None] = lambda _: None,
+        *,
+        lives: Callable[[str], bool],
+        start_s: Callable[[Endpoint], int | None],
     ) -> None:
         self._store = store
         self._clock = clock
         self._limits = limits
+        self._lives = lives
         self._start_s = start_s
         self._rooms: dict[str, _Room] = {}
 
@@ -108,9 +112,7 @@ class QueueBounds:
 
     async def reserve(self, endpoint: Endpoint, jobs: int, size: int) -> _Room:
         """Take room for `room`, which gives back what is no longer on its way."""
-        room = self._rooms.get(endpoint.id)
-        if room is None:
-            room = self._rooms[endpoint.id] = _Room()
+        room = self._room(endpoint.id)
         if not self._fits(room, jobs, size):
             async with room.asking:
                 if not self._fits(room, jobs, size):
@@ -126,10 +128,7 @@ class QueueBounds:
     def ended(self, endpoint_id: str) -> None:
         """A job that had run has ended: the queue moves."""
         second = self._clock.now_ms() // 1000
-        room = self._rooms.get(endpoint_id)
-        if room is None:
-            room = self._rooms[endpoint_id] = _Room()
-        ended = room.ended
+        ended = self._room(endpoint_id).ended
         if ended and ended[-1][0] == second:
             ended[-1] = (second, ended[-1][1] + 1)
         else:
@@ -138,12 +137,23 @@ class QueueBounds:
                 ended.popleft()
 
     def forget(self, endpoint_id: str) -> None:
-        """Ask the store again next time: the queue was emptied, or its endpoint deleted."""
+        """Ask the store again next time: the queue was emptied."""
         room = self._rooms.get(endpoint_id)
         if room is not None:
             room.asked_ms = None
-            if not room.pending_jobs and not room.asking.locked():
-                del self._rooms[endpoint_id]
+
+    def drop_endpoint(self, endpoint_id: str) -> None:
+        """Forget a deleted endpoint."""
+        self._rooms.pop(endpoint_id, None)
+
+    def _room(self, endpoint_id: str) -> _Room:
+        """What is known of an endpoint; of a deleted one it is not kept."""
+        room = self._rooms.get(endpoint_id)
+        if room is None:
+            room = _Room()
+            if self._lives(endpoint_id):
+                self._rooms[endpoint_id] = room
+        return room
 
     def _fits(self, room: _Room, jobs: int, size: int) -> bool:
         if room.asked_ms is None or room.jobs < jobs or room.size < size:

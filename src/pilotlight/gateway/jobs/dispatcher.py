@@ -65,6 +65,7 @@ class Dispatcher:
         slots: One slot per job is taken before the store is asked.
         fleet: Says whether a worker may get jobs.
         clock: Time.
+        lives: Whether there is still an endpoint of this id; nothing is kept of others.
         apply: Applies an event to a job and does the bookkeeping.
         started: Called with the id of a job that was handed out.
         spawn: Runs a coroutine in the background, owned by the service.
@@ -77,6 +78,7 @@ class Dispatcher:
         slots: SlotTable,
         fleet: Fleet,
         clock: Clock,
+        lives: Callable[[str], bool],
         apply: Callable[[str, JobEvent], Awaitable[Applied]],
         started: Callable[[str], None],
         spawn: Callable[[Coroutine[object, object, None], str], None],
@@ -85,6 +87,7 @@ class Dispatcher:
         self._slots = slots
         self._fleet = fleet
         self._clock = clock
+        self._lives = lives
         self._apply = apply
         self._started = started
         self._spawn = spawn
@@ -95,6 +98,8 @@ class Dispatcher:
     def arrived(self, endpoint_id: str, count: int = 1) -> None:
         """Jobs were put into the queue: a take that is asked for from now on finds them."""
         line = self._line(endpoint_id)
+        if line is None:
+            return
         line.believed += count
         line.arrivals += count
         for link in line.waiting:
@@ -103,10 +108,15 @@ class Dispatcher:
         self.serve(endpoint_id)
 
     def park(self, poll: Poll) -> None:
-        """Put a take at the end of the line."""
-        self._line(poll.link.endpoint_id).polls[poll] = None
-        poll.link.polls.add(poll)
-        self.serve(poll.link.endpoint_id)
+        """Put a take at the end of the line; one for a deleted endpoint is in none, and gets nothing."""
+        link = poll.link
+        link.polls.add(poll)
+        line = self._line(link.endpoint_id)
+        if line is not None:
+            line.polls[poll] = None
+            self.serve(link.endpoint_id)
+        elif not link.released:
+            link.release()
 
     def unpark(self, poll: Poll) -> None:
         """Take it out of the line; idempotent."""
@@ -164,7 +174,7 @@ class Dispatcher:
             Whether there was anything to ask for; if not, the take is left as it is.
         """
         line = self._line(poll.link.endpoint_id)
-        if line.paused or self._closed:
+        if line is None or line.paused or self._closed:
             return False
         poll.expired = True
         return self._ask_for(line, poll, results, leaving=leaving)
@@ -211,9 +221,10 @@ class Dispatcher:
                 await asyncio.wait_for(self._closing.wait(), _PAUSE_S)
                 return
 
-    def _line(self, endpoint_id: str) -> _Line:
+    def _line(self, endpoint_id: str) -> _Line | None:
+        """The line of an endpoint; None when that was deleted."""
         line = self._lines.get(endpoint_id)
-        if line is None:
+        if line is None and self._lives(endpoint_id):
             line = self._lines[endpoint_id] = _Line()
         return line
 

@@ -64,6 +64,7 @@ class Ledger:
         fleet: Which workers live.
         clock: Time.
         settings: Periods.
+        lives: Whether there is still an endpoint of this id.
         record: Takes the row of the request log.
         wake: Wakes the autoscaler of an endpoint.
         ended: Told of the endpoint of each job that had run and has ended.
@@ -78,6 +79,7 @@ class Ledger:
         fleet: Fleet,
         clock: Clock,
         settings: JobSettings,
+        lives: Callable[[str], bool],
         record: Callable[[RequestRecord], None],
         wake: Callable[[str], None],
         ended: Callable[[str], None],
@@ -102,6 +104,7 @@ class Ledger:
             slots=slots,
             fleet=fleet,
             clock=clock,
+            lives=lives,
             apply=self.apply,
             started=self.signals.notify,
             spawn=self.spawn,

@@ -137,7 +137,7 @@ class JobService:
         self._record = record
         self._wake = wake
         self._buckets = buckets
-        self.bounds = QueueBounds(store, clock, settings.limits, start_s)
+        self.bounds = QueueBounds(store, clock, settings.limits, lives=self._lives, start_s=start_s)
         self.rates = RateTable(clock, fleet) if settings.limits.profile == "runpod" else None
         self._ledger = Ledger(
             store=store,
@@ -145,6 +145,7 @@ class JobService:
             fleet=fleet,
             clock=clock,
             settings=settings.jobs,
+            lives=self._lives,
             record=record,
             wake=wake,
             ended=self.bounds.ended,
@@ -231,7 +232,7 @@ class JobService:
             if earlier is None:
                 raise
             return Submitted(earlier, replayed=True)
-        if self._directory.endpoint(endpoint.id) is None:
+        if not self._lives(endpoint.id):
             # Deleted in between: its other jobs were cancelled before this one was there.
             await self.endpoint_deleted(endpoint.id)
         self._wake(endpoint.id)
@@ -438,7 +439,7 @@ class JobService:
             if slices == _CANCELLED_SLICES:
                 await self.purge(endpoint_id)
         self._ledger.dispatcher.drop_endpoint(endpoint_id)
-        self.bounds.forget(endpoint_id)
+        self.bounds.drop_endpoint(endpoint_id)
 
     # Start and end of the gateway
 
@@ -498,6 +499,10 @@ class JobService:
     async def kill_stuck(self) -> None:
         """End workers that hang, or go on with a stopped job and nothing else (worker-protocol.md §8)."""
         await self._upkeep.kill_stuck()
+
+    def _lives(self, endpoint_id: str) -> bool:
+        """Whether there is still an endpoint of this id."""
+        return self._directory.endpoint(endpoint_id) is not None
 
     def _gone(self, job: Job) -> bool:
         """Whether an ended job is unknown to clients, although its record may be there for a moment more.
