@@ -144,7 +144,7 @@ def routing_command(
 ) -> None:
     """How many tokens of prompts two vLLM workers find in their caches, beside vLLM's own router.
 
-    Needs the engine (`make setup`) and nginx. takes about eight minutes on two cores.
+    Needs the engine (`make setup`) and nginx. Takes about four minutes on two cores.
     """
     from pilotlight.bench.figures import Report  # noqa: PLC0415
     from pilotlight.bench.routing import Load, policies_of, run  # noqa: PLC0415
