@@ -21,6 +21,11 @@ from pilotlight.worker.model import look_for_model
 MODEL = "pilotlight/ember"
 """The model that every benchmark uses: inside the package, so nothing is fetched."""
 
+ONE_THREAD = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+"""Environment of an engine on CPUs that must leave processors to others. By default it computes on all of
+them, and each of its steps waits for the last one of its threads, and for whoever has that one's processor:
+with two engines on two processors everything takes three times as long, and tokens come in lumps."""
+
 START_S = 600.0
 """Longest start; the very first one on a machine may compile for more than a minute."""
 

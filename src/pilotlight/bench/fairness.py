@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pilotlight.bench.engine import MODEL, start_plain_engine, wait_first_token
+from pilotlight.bench.engine import MODEL, ONE_THREAD, start_plain_engine, wait_first_token
 from pilotlight.bench.errors import BenchError
 from pilotlight.bench.figures import Figure, Report, quantile
 from pilotlight.bench.harness.fair_share import Shape
@@ -97,7 +97,7 @@ def _start_engine(bench: Bench, installation: Installation, load: Load) -> str:
     # Only to learn which environment a deployment on this machine gets; it never starts a worker.
     env = installation.client.endpoint(installation.deploy(model=MODEL, name="settings", max=0))["env"]
     note("fairness: starting vLLM")
-    engine = start_plain_engine(bench, env, key="")
+    engine = start_plain_engine(bench, env | ONE_THREAD, key="")
     wait_first_token(engine)
     return engine.url
 

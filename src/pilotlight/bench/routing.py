@@ -22,7 +22,7 @@ from typing import Any
 import httpx
 
 from pilotlight.bench.costs import worker_processes
-from pilotlight.bench.engine import MODEL
+from pilotlight.bench.engine import MODEL, ONE_THREAD
 from pilotlight.bench.environments import peer_python
 from pilotlight.bench.errors import BenchError
 from pilotlight.bench.figures import Figure, Report, quantile
@@ -173,9 +173,7 @@ def _deploy(installation: Installation, load: Load) -> str:
             "BLOCK_SIZE": str(BLOCK_TOKENS),
             "NUM_GPU_BLOCKS_OVERRIDE": str(load.cache_blocks),
             "MAX_MODEL_LEN": "1024",
-            # Two engines that each want all processors wait for each other's threads at every step.
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "OMP_NUM_THREADS": "1",
+            **ONE_THREAD,
             # The route that empties the prefix cache; callers of the gateway cannot reach it.
             "VLLM_SERVER_DEV_MODE": "1",
             # vLLM's router has every engine turn prompts into tokens, and is lost where that is forbidden.
