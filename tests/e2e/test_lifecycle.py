@@ -163,7 +163,7 @@ def test_a_deleted_endpoint(shared, tools, tmp_path):
         next(events)
         for endpoint in (starting, streaming):
             assert shared.api.delete(f"/v2/serverless/{endpoint.id}").status_code in {200, 204}
-        assert held.result().status_code == 503
+        assert held.result().status_code == 404
         assert starting.chat("x").status_code == 404
         tools.wait_dead(starting.engine_pid())
         tools.until(lambda: len(set(shared.processes().values())) == 1, "one worker lives")
