@@ -694,3 +694,21 @@ def mixed_load(make_installation: Callable[..., Installation]) -> Callable[..., 
         Campaign(site, standin.plan(seed=seed, census=census, **soak)).run(end)
 
     return run
+
+
+def start_with_tls(make_installation, pair, **settings: str) -> Installation:
+    """A running installation with this certificate, whose test client trusts it."""
+    installation = make_installation(
+        PILOTLIGHT_SERVER__TLS_CERT=str(pair.certificate),
+        PILOTLIGHT_SERVER__TLS_KEY=str(pair.key),
+        **settings,
+    ).start()
+    installation.api.close()
+    installation.api = httpx.Client(
+        base_url=installation.url,
+        headers={"Authorization": f"Bearer {installation.admin_key}"},
+        trust_env=False,
+        timeout=WAIT_S,
+        verify=pair.trust(),
+    )
+    return installation

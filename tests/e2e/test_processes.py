@@ -24,7 +24,7 @@ import httpx
 import pytest
 
 from ..certificates import Pair  # noqa: TID252
-from .conftest import WAIT_S, Installation
+from .conftest import WAIT_S, Installation, start_with_tls
 
 PROCESSES = 3
 FRONT = "pilotlight.front"
@@ -330,20 +330,8 @@ def test_a_stop_waits_for_streams_and_a_kill_leaves_nobody(make_installation, en
 def test_fronts_speak_tls_and_wake_workers(make_installation, tmp_path):
     """The engine is a worker's: held requests, its socket, and what its end means are told across processes."""
     pair = Pair(tmp_path)
-    installation = make_installation(
-        PILOTLIGHT_SERVER__TLS_CERT=str(pair.certificate),
-        PILOTLIGHT_SERVER__TLS_KEY=str(pair.key),
-        PILOTLIGHT_SERVER__PROCESSES="2",
-    ).start()
+    installation = start_with_tls(make_installation, pair, PILOTLIGHT_SERVER__PROCESSES="2")
     assert installation.url.startswith("https://")
-    installation.api.close()
-    installation.api = httpx.Client(
-        base_url=installation.url,
-        headers={"Authorization": f"Bearer {installation.admin_key}"},
-        trust_env=False,
-        timeout=WAIT_S,
-        verify=pair.trust(),
-    )
     endpoint = installation.deploy()
     assert endpoint.chat("hello").status_code == 200
     with endpoint.stream("hello") as events:

@@ -6,11 +6,10 @@ import json
 import subprocess
 from pathlib import Path
 
-import httpx
 import pytest
 
 from ..certificates import Pair  # noqa: TID252
-from .conftest import PROGRAM, WAIT_S
+from .conftest import PROGRAM, WAIT_S, start_with_tls
 
 PILOTLIGHT = PROGRAM[0]
 
@@ -18,19 +17,7 @@ PILOTLIGHT = PROGRAM[0]
 @pytest.fixture
 def secured(make_installation, tmp_path):
     """An installation with TLS, whose test client trusts it."""
-    pair = Pair(tmp_path)
-    installation = make_installation(
-        PILOTLIGHT_SERVER__TLS_CERT=str(pair.certificate), PILOTLIGHT_SERVER__TLS_KEY=str(pair.key)
-    ).start()
-    installation.api.close()
-    installation.api = httpx.Client(
-        base_url=installation.url,
-        headers={"Authorization": f"Bearer {installation.admin_key}"},
-        trust_env=False,
-        timeout=WAIT_S,
-        verify=pair.trust(),
-    )
-    return installation
+    return start_with_tls(make_installation, Pair(tmp_path))
 
 
 def test_clients_speak_tls_and_workers_and_the_command_line_reach_the_gateway_all_the_same(secured):

@@ -5,14 +5,42 @@ Made by `bootstrap` where the profile `runpod` is on; elsewhere nothing stands i
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from pilotlight.core.rate_limits import OperationGroup
+from pilotlight.domain.endpoint import Endpoint
+from pilotlight.domain.key import ApiKey
+from pilotlight.domain.usage import Outcome
 from pilotlight.gateway.asgi import Headers, Receive, Scope, Send, send_json
 from pilotlight.gateway.directory import Directory, secret_of
 from pilotlight.gateway.errors import RateLimitedError
 from pilotlight.gateway.jobs.rates import RateTable
 from pilotlight.gateway.refusal import RequestRefusedError
+
+
+def count_in(
+    rates: RateTable, endpoint: Endpoint, key: ApiKey, *, outcome: Outcome = Outcome.REJECTED
+) -> AbstractContextManager[None]:
+    """Count a call until what this returns, which has been entered, is left.
+
+    Args:
+        rates: Counts.
+        endpoint: Whom it calls.
+        key: Whose it is.
+        outcome: What the request log says of one that is over the limit.
+
+    Raises:
+        RequestRefusedError: It is, and was not counted.
+    """
+    admission = rates.admitted(OperationGroup.OPENAI, endpoint, key)
+    try:
+        admission.__enter__()
+    except RateLimitedError as error:
+        raise RequestRefusedError(
+            429, str(error), retry_after_s=error.retry_after_s, outcome=outcome
+        ) from error
+    return admission
 
 
 class _Road(Protocol):

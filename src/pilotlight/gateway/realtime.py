@@ -23,7 +23,6 @@ import structlog
 from pilotlight.core.deadlines import Deadline, hold_bound, request_deadline
 from pilotlight.core.fair_queue import cost_of, expected_tokens
 from pilotlight.core.openai_routes import check_route
-from pilotlight.core.rate_limits import OperationGroup
 from pilotlight.domain.endpoint import Endpoint, EndpointKind
 from pilotlight.domain.usage import Outcome
 from pilotlight.domain.worker import Address
@@ -33,22 +32,20 @@ from pilotlight.gateway.data_path import DataPath
 from pilotlight.gateway.data_path.desk import Slot, Use, Wish, hold
 from pilotlight.gateway.directory import secret_of
 from pilotlight.gateway.elsewhere import FOLLOWER_RETRY_S, FOLLOWS
-from pilotlight.gateway.errors import RateLimitedError
 from pilotlight.gateway.exchange import Exchange
 from pilotlight.gateway.openai_access import called_endpoint, route_refusal, stranger
+from pilotlight.gateway.openai_rates import count_in
 from pilotlight.gateway.refusal import RequestRefusedError
 from pilotlight.gateway.request_ids import client_id, for_engine, shown
 from pilotlight.gateway.slots import Ask
 from pilotlight.gateway.tunnel import Handshake, TunnelBounds, WebSocketTunnel, attended, carry
 from pilotlight.gateway.upstream import UpstreamError, request_bytes
+from pilotlight.gateway.worker_slots import SUSPENSION_S
 
 _log = structlog.get_logger()
 
 _TRIES_MAX = 3
 """Workers that are tried when one cannot be reached."""
-
-_SUSPENSION_S = 1.0
-"""How long such a worker is passed over; by then its end is known, or it can be reached again."""
 
 _ANSWER_S = 60.0
 """Longest wait for an engine's answer to a handshake, for which it need not think."""
@@ -219,12 +216,7 @@ class RealtimeRoad:
         road = self._road
         with contextlib.ExitStack() as stack:
             if road.rates is not None:
-                try:
-                    stack.enter_context(road.rates.admitted(OperationGroup.OPENAI, wish.endpoint, wish.key))
-                except RateLimitedError as error:
-                    raise RequestRefusedError(
-                        429, str(error), retry_after_s=error.retry_after_s, outcome=Outcome.SHED
-                    ) from error
+                stack.push(count_in(road.rates, wish.endpoint, wish.key, outcome=Outcome.SHED))
             stack.callback(road.desk.end, wish, None)
             yield
 
@@ -274,7 +266,7 @@ class RealtimeRoad:
         except UpstreamError as error:
             failed = True
             if not error.sent:
-                road.desk.suspend(slot.worker_id, _SUSPENSION_S)
+                road.desk.suspend(slot.worker_id, SUSPENSION_S)
             raise
         finally:
             # Only who has talked to the engine has cost anything, and nobody knows how much.

@@ -11,6 +11,10 @@ from pilotlight.core.routing import pick_least_loaded
 from pilotlight.domain.key import NORMAL_SHARE
 from pilotlight.domain.worker import Registration
 
+SUSPENSION_S = 1.0
+"""How long a worker is passed over that could not be reached or broke off. By then its end is known, or it
+can be reached again."""
+
 
 @dataclass(slots=True)
 class WorkerSlots:

@@ -28,7 +28,6 @@ import structlog
 from pilotlight.core.deadlines import HoldBound, hold_bound
 from pilotlight.core.fair_queue import cost_of, expected_tokens
 from pilotlight.core.openai_routes import RouteKind
-from pilotlight.core.rate_limits import OperationGroup
 from pilotlight.domain.usage import Outcome
 from pilotlight.domain.worker import Address
 from pilotlight.errors import InvalidInputError
@@ -39,16 +38,17 @@ from pilotlight.gateway.data_path.desk import Slot, Use, Wish
 from pilotlight.gateway.data_path.opened import Opened, open_request
 from pilotlight.gateway.data_path.refusals import body_late, too_large
 from pilotlight.gateway.data_path.streams import ONE_EVENT_MAX, EventPass, one_event
-from pilotlight.gateway.data_path.survival import SUSPENSION_S, StreamLostError, Survival
-from pilotlight.gateway.errors import RateLimitedError
+from pilotlight.gateway.data_path.survival import StreamLostError, Survival
 from pilotlight.gateway.heartbeats import AT_ONCE
 from pilotlight.gateway.hop import BODILESS
 from pilotlight.gateway.openai_access import caller_of
+from pilotlight.gateway.openai_rates import count_in
 from pilotlight.gateway.prefix import PROMPT_ROUTES, prompt_blocks
 from pilotlight.gateway.refusal import RequestRefusedError
 from pilotlight.gateway.request_ids import client_id, for_engine
 from pilotlight.gateway.slots import Ask
 from pilotlight.gateway.upstream import UpstreamError, UpstreamResponse
+from pilotlight.gateway.worker_slots import SUSPENSION_S
 
 _log = structlog.get_logger()
 
@@ -123,7 +123,7 @@ class OpenAIExchange(ClientSide):
                 headers.get(b"traceparent", b""), headers.get(b"tracestate", b"")
             )
         if road.rates is not None:
-            self._count_in(road.rates.admitted(OperationGroup.OPENAI, self.opened.endpoint, self.opened.key))
+            self._admission = count_in(road.rates, self.opened.endpoint, self.opened.key)
         if self.route.startswith("/v1/models"):
             self.tell_models()
             return
@@ -138,13 +138,6 @@ class OpenAIExchange(ClientSide):
         self.endpoint_id = opened.endpoint.id
         self.route = opened.decision.path
         self.client_id = opened.client_id
-
-    def _count_in(self, admission: AbstractContextManager[None]) -> None:
-        try:
-            admission.__enter__()
-        except RateLimitedError as error:
-            raise RequestRefusedError(429, str(error), retry_after_s=error.retry_after_s) from error
-        self._admission = admission
 
     @on_event
     def body_received(self, data: bytes) -> None:

@@ -28,6 +28,7 @@ from pilotlight.gateway.data_path.desk import Slot, Use, Wish, hold
 from pilotlight.gateway.data_path.streams import EventPass
 from pilotlight.gateway.refusal import RequestRefusedError
 from pilotlight.gateway.upstream import UpstreamError, UpstreamResponse, request_bytes
+from pilotlight.gateway.worker_slots import SUSPENSION_S
 
 if TYPE_CHECKING:
     from pilotlight.gateway.data_path.road import DataPath
@@ -37,10 +38,6 @@ _CONTINUATIONS_MAX = 3
 
 OTHERS_S = 10.0
 """How long another worker is waited for before the one that broke off may go on by itself."""
-
-SUSPENSION_S = 1.0
-"""How long a worker is passed over that could not be reached or broke off. By then its end is known, or it
-can be reached again."""
 
 _ANSWER_MAX = 64 * 1024
 _JSON = (b"content-type", b"application/json")

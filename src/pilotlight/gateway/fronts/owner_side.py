@@ -14,18 +14,17 @@ import msgspec
 import structlog
 
 from pilotlight.core.deadlines import HoldBound
-from pilotlight.core.rate_limits import OperationGroup
 from pilotlight.domain.endpoint import Endpoint
 from pilotlight.domain.key import ApiKey
 from pilotlight.domain.usage import RequestRecord
 from pilotlight.domain.worker import Registration
 from pilotlight.gateway.data_path.desk import Desk, Slot, Ticket, Use, Wish
 from pilotlight.gateway.directory import Directory
-from pilotlight.gateway.errors import RateLimitedError
 from pilotlight.gateway.fronts import messages
 from pilotlight.gateway.fronts.link import Link, LinkError, encoder
 from pilotlight.gateway.jobs.rates import RateTable
 from pilotlight.gateway.openai_access import called_endpoint, stranger
+from pilotlight.gateway.openai_rates import count_in
 from pilotlight.gateway.refusal import RequestRefusedError
 from pilotlight.gateway.slots import Ask
 from pilotlight.settings import Settings
@@ -70,7 +69,7 @@ class OwnerSide:
         self.directory = directory
         self.record = record
         self._settings = settings
-        self._rates = rates
+        self.rates = rates
         self._leads = leads
         self._closing = closing
         self._fronts: set[Attached] = set()
@@ -122,21 +121,6 @@ class OwnerSide:
         if key is None:
             raise stranger()
         return called_endpoint(self.directory, key, endpoint_id), key
-
-    def count_in(self, endpoint: Endpoint, key: ApiKey) -> AbstractContextManager[None] | None:
-        """Count a request among those of the profile's limits until it is left; None where there are none.
-
-        Raises:
-            RequestRefusedError: It is over a limit.
-        """
-        if self._rates is None:
-            return None
-        admission = self._rates.admitted(OperationGroup.OPENAI, endpoint, key)
-        try:
-            admission.__enter__()
-        except RateLimitedError as error:
-            raise RequestRefusedError(429, str(error), retry_after_s=error.retry_after_s) from error
-        return admission
 
     def _state(self) -> msgspec.Raw:
         state = messages.State(
@@ -251,7 +235,8 @@ class Attached:
         seek = self._sought(number, request)
         try:
             endpoint, key = self._owner.called(message.endpoint_id, message.key_id)
-            request.admission = self._owner.count_in(endpoint, key)
+            if self._owner.rates is not None:
+                request.admission = count_in(self._owner.rates, endpoint, key)
         except RequestRefusedError as error:
             self.refused(seek, error)
             return

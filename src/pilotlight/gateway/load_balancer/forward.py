@@ -18,6 +18,7 @@ from pilotlight.gateway.load_balancer.head import response_headers
 from pilotlight.gateway.load_balancer.refusal import Refusal
 from pilotlight.gateway.slots import SlotTable, WorkerSlots
 from pilotlight.gateway.upstream import UpstreamError, UpstreamPool, UpstreamResponse
+from pilotlight.gateway.worker_slots import SUSPENSION_S
 from pilotlight.ports.clock import Clock
 from pilotlight.settings import LoadBalancerSettings
 
@@ -25,9 +26,6 @@ _log = structlog.get_logger()
 
 _REPEATABLE = frozenset({"GET", "OPTIONS"})
 """Methods whose requests may go over a connection that could be dead, because they may be sent twice."""
-
-_SUSPENSION_S = 1.0
-"""How long a worker that refused a connection is passed over; a health check will say more."""
 
 _IDLE_S = 2.0
 """Idle connections are closed after this: common servers close theirs after five seconds."""
@@ -86,7 +84,7 @@ class Forwarder:
         worker_id = exchange.worker_id
         _log.info("worker_unreachable", endpoint=exchange.endpoint_id, worker=worker_id, error=str(error))
         if not error.sent:
-            self._slots.suspend_worker(worker_id, _SUSPENSION_S)
+            self._slots.suspend_worker(worker_id, SUSPENSION_S)
         return Refusal.timed_out() if error.timed_out else Refusal.bad_gateway()
 
     @contextlib.asynccontextmanager
