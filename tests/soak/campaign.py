@@ -133,8 +133,7 @@ class Campaign:
     async def _run(self) -> None:
         site, plan = self.site, self.plan
         targets = await plan.prepare(site)
-        await self._warm_up(targets)
-        before, held_before = Footprint.of(site.pid), await census(site, plan.census)
+        before, held_before = await self._warm_up(targets)
         began_s = time.monotonic()
         clients = [
             Client(site, f"{plan.seed}-{number}", plan.mix, pause_s=plan.pause_s)
@@ -153,8 +152,7 @@ class Campaign:
         seconds = time.monotonic() - began_s
         self._check_limits(targets, seconds)
         await self._check_places(targets)
-        await self._settle()
-        after, held_after = Footprint.of(site.pid), await census(site, plan.census)
+        after, held_after = await self._settle()
         self._check_footprint(before, after)
         blocks = held_after["blocks"] - held_before["blocks"]
         if blocks > GROWTH_BLOCKS:
@@ -167,7 +165,7 @@ class Campaign:
             "threads": [held["threads"] for held in (held_before, held_after)],
         }
 
-    async def _warm_up(self, targets: list[Target]) -> None:
+    async def _warm_up(self, targets: list[Target]) -> tuple[Footprint, dict[str, Any]]:
         """One round, so that what is made once is there before the first look."""
         client = Client(self.site, f"{self.plan.seed}-first", {}, pause_s=1, leaves=0)
         for target in targets:
@@ -177,20 +175,26 @@ class Campaign:
         client.close()
         if self.plan.seconds >= FLAT_S:
             await fill_log(self.site, targets[0], LOG_ROWS)
-        await self._settle()
+        return await self._settle()
 
-    async def _settle(self) -> None:
-        """Wait until nothing is held and no worker is left; what stays is reported."""
+    async def _settle(self) -> tuple[Footprint, dict[str, Any]]:
+        """Wait until nothing is held and the last worker is cleaned up; what is there then.
+
+        What stays is reported.
+        """
         deadline = time.monotonic() + SETTLE_S
         while True:
             metrics = await self.site.metrics()
             busy = {name: value for name, value in metrics.items() if _AT_REST.match(name) and value}
             living = workers_of(self.site.pid)
-            if not busy and not living:
-                return
+            footprint, held = Footprint.of(self.site.pid), await census(self.site, self.plan.census)
+            # A worker that ended is a zombie first, and then there is its folder to remove.
+            ending = [name for name in held["tasks"] if name.startswith("clean-up-")]
+            if not (busy or living or ending or footprint.zombies):
+                return footprint, held
             if time.monotonic() > deadline:
-                self.site.report(f"after {SETTLE_S} s there is still {busy} {living}")
-                return
+                self.site.report(f"after {SETTLE_S} s there is still {busy} {living} {ending}")
+                return footprint, held
             await asyncio.sleep(0.1)
 
     def _check_limits(self, targets: list[Target], seconds: float) -> None:
