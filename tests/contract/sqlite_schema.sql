@@ -21,9 +21,9 @@ WHERE status = 'IN_QUEUE';
 
 CREATE INDEX jobs_running ON jobs (worker_id) WHERE status = 'IN_PROGRESS';
 
-CREATE INDEX requests_arrival ON requests (arrival_ms, seq);
+CREATE INDEX request_segments_endpoint ON request_segments (endpoint_id, last_ms, seq);
 
-CREATE INDEX requests_endpoint ON requests (endpoint_id, arrival_ms, seq);
+CREATE INDEX request_segments_last ON request_segments (last_ms, seq, records);
 
 CREATE INDEX starts_decided ON starts (decided_ms, seq);
 
@@ -175,23 +175,12 @@ CREATE TABLE "jobs" (
     CHECK (status <> 'IN_PROGRESS' OR (worker_id IS NOT NULL AND started_ms IS NOT NULL))
 ) STRICT;
 
-CREATE TABLE requests (
+CREATE TABLE request_segments (
     seq INTEGER PRIMARY KEY,
-    id TEXT NOT NULL UNIQUE,
-    road TEXT NOT NULL,
     endpoint_id TEXT NOT NULL,
-    key_id TEXT NOT NULL,
-    worker_id TEXT NOT NULL,
-    route TEXT NOT NULL,
-    status INTEGER NOT NULL,
-    outcome TEXT NOT NULL,
-    arrival_ms INTEGER NOT NULL,
-    wait_ms INTEGER NOT NULL,
-    first_token_ms INTEGER,
-    duration_ms INTEGER NOT NULL,
-    tokens_in INTEGER,
-    tokens_out INTEGER,
-    estimated INTEGER NOT NULL
+    last_ms INTEGER NOT NULL,
+    records INTEGER NOT NULL,
+    data TEXT NOT NULL
 ) STRICT;
 
 CREATE TABLE revisions (
@@ -286,3 +275,22 @@ SELECT
     first_output_ms, chunk_read, finished_ms, NULL AS output, error, webhook, s3_config, batch_id, attempts,
     seq
 FROM job_records;
+
+CREATE VIEW requests AS
+SELECT
+    json_extract(value, '$[0]') AS id,
+    json_extract(value, '$[1]') AS road,
+    json_extract(value, '$[2]') AS endpoint_id,
+    json_extract(value, '$[3]') AS key_id,
+    json_extract(value, '$[4]') AS worker_id,
+    json_extract(value, '$[5]') AS route,
+    json_extract(value, '$[6]') AS status,
+    json_extract(value, '$[7]') AS outcome,
+    json_extract(value, '$[8]') AS arrival_ms,
+    json_extract(value, '$[9]') AS wait_ms,
+    json_extract(value, '$[10]') AS first_token_ms,
+    json_extract(value, '$[11]') AS duration_ms,
+    json_extract(value, '$[12]') AS tokens_in,
+    json_extract(value, '$[13]') AS tokens_out,
+    json_extract(value, '$[14]') AS estimated
+FROM request_segments, json_each(data);

@@ -248,7 +248,7 @@ class TestRequests:
             arrival_ms=arrival,
         )
 
-    async def test_newest_first_and_once(self, store: Store) -> None:
+    async def test_newest_first(self, store: Store) -> None:
         full = msgspec.structs.replace(
             self.record("full", 5),
             road=Road.JOB,
@@ -263,15 +263,39 @@ class TestRequests:
         )
         a, b, other = self.record("a", 1), self.record("b", 5), self.record("x", 9, "e2")
         await store.add_requests([full, a])
-        await store.add_requests([b, other, msgspec.structs.replace(a, status=500)])
+        await store.add_requests([b, other])
         assert list(await store.requests()) == [other, b, full, a]
         assert list(await store.requests(endpoint_id="e1", limit=2)) == [b, full]
+        assert list(await store.requests(limit=0)) == []
+        assert list(await store.requests(endpoint_id="e3")) == []
+
+    async def test_those_that_lasted_are_found_at_their_arrival(self, store: Store) -> None:
+        """Requests are appended as they end; one that came first may end last."""
+        ends = [[8, 9], [1, 10], [2, 3], [11, 4], [5]]
+        for batch in ends:
+            await store.add_requests([self.record(f"r{at}", at, "e1" if at % 2 else "e2") for at in batch])
+        for limit in range(1, 12):
+            newest = [record.arrival_ms for record in await store.requests(limit=limit)]
+            assert newest == [11, 10, 9, 8, 5, 4, 3, 2, 1][:limit]
+            odd = [record.arrival_ms for record in await store.requests(endpoint_id="e1", limit=limit)]
+            assert odd == [11, 9, 5, 3, 1][:limit]
 
     async def test_prune_keeps_the_newest(self, store: Store) -> None:
         await store.add_requests([self.record(f"r{number}", number) for number in range(10)])
         assert await store.prune_requests(keep=3) == 7
         assert await store.prune_requests(keep=3) == 0
         assert [record.id for record in await store.requests()] == ["r9", "r8", "r7"]
+
+    async def test_prune_goes_through_endpoints_and_batches(self, store: Store) -> None:
+        for first in range(0, 30, 10):
+            await store.add_requests(
+                [self.record(f"r{at}", at, f"e{at % 3}") for at in range(first, first + 10)]
+            )
+        for keep, forgotten in ((30, 0), (29, 1), (21, 8), (4, 17), (0, 4)):
+            assert await store.prune_requests(keep=keep) == forgotten
+            assert len(await store.requests()) == keep
+        await store.add_requests([self.record("new", 1)])
+        assert [record.id for record in await store.requests()] == ["new"]
 
 
 class TestStarts:

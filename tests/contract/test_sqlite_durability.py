@@ -10,9 +10,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import uvloop
@@ -21,6 +22,7 @@ from msgspec.structs import replace
 from pilotlight.core.lifecycle import Cancelled, ResultPosted
 from pilotlight.domain.batch import Batch, BatchDraft
 from pilotlight.domain.job import Idempotency, Job, JobCounts, JobStatus
+from pilotlight.domain.usage import Outcome, RequestRecord, Road
 from pilotlight.errors import DataFolderError, NotFoundError, StoreError
 from pilotlight.stores import SqliteStore, open_sqlite_store
 from pilotlight.stores.sqlite import threads
@@ -51,9 +53,38 @@ async def busy_writer(store: SqliteStore) -> AsyncIterator[None]:
         await blocked
 
 
+@asynccontextmanager
+async def in_its_turn(store: SqliteStore, call: Coroutine[Any, Any, Any]) -> AsyncIterator[asyncio.Task[Any]]:
+    """A call that can be kept from happening no more, and has not ended."""
+    entered, leave = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def block(_: Transaction) -> None:
+        loop.call_soon_threadsafe(entered.set)
+        leave.wait()
+
+    async with busy_writer(store):
+        task = asyncio.create_task(call)
+        await asyncio.sleep(0)
+        blocked = store._writer.submit(block)
+    await entered.wait()
+    try:
+        yield task
+    finally:
+        leave.set()
+        await blocked
+
+
 async def settled(store: SqliteStore) -> None:
     """Returns when everything asked of the writer before has happened."""
     await store._writer.call(lambda _: None)
+
+
+def request(id: str, endpoint_id: str) -> RequestRecord:
+    return RequestRecord(
+        id=id, road=Road.DATA, endpoint_id=endpoint_id, key_id="k", route="/v1/models", status=200,
+        outcome=Outcome.OK, arrival_ms=1,
+    )  # fmt: skip
 
 
 def pragma(name: str, value: int) -> Callable[[Transaction], int]:
@@ -361,27 +392,36 @@ class TestCancellation:
         """1. A take is running when its caller is cancelled. 2. Its job is at the head of the queue again,
         no retry used up. 3. The next taker gets it."""
         await sqlite_store.submit(new_job("a"))
-        entered, leave = asyncio.Event(), threading.Event()
-        loop = asyncio.get_running_loop()
-
-        def block(_: Transaction) -> None:
-            loop.call_soon_threadsafe(entered.set)
-            leave.wait()
-
-        async with busy_writer(sqlite_store):
-            take = asyncio.create_task(sqlite_store.take(E1, "w1", count=1, now_ms=2_000))
-            await asyncio.sleep(0)
-            blocked = sqlite_store._writer.submit(block)
-        await entered.wait()
-        take.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await take
-        leave.set()
-        await blocked
+        async with in_its_turn(sqlite_store, sqlite_store.take(E1, "w1", count=1, now_ms=2_000)) as take:
+            take.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await take
         await settled(sqlite_store)
         job = await sqlite_store.job("a")
         assert (job.status, job.retries, job.attempt) == (JobStatus.IN_QUEUE, 0, 1)
         assert [each.id for each in await sqlite_store.take(E1, "w2", count=1, now_ms=2_100)] == ["a"]
+
+    async def test_requests_whose_appending_was_cancelled_may_be_appended_again(
+        self, sqlite_store: SqliteStore
+    ) -> None:
+        """Whoever cancelled cannot know whether it happens. 1. Before its turn it does not, 2. in its turn it
+        does; 3. both are appended again with others, 4. which is cancelled, too."""
+        kept_out, written, others = (
+            [request(f"{name}{number}", f"e{number % 3}") for number in range(5)] for name in "kwo"
+        )
+        async with busy_writer(sqlite_store):
+            add = asyncio.create_task(sqlite_store.add_requests(kept_out))
+            await asyncio.sleep(0)
+            add.cancel()
+            await asyncio.wait([add])
+        for batch in (written, [*kept_out, *written, *others[:2]]):
+            async with in_its_turn(sqlite_store, sqlite_store.add_requests(batch)) as add:
+                add.cancel()
+                await asyncio.wait([add])
+            await settled(sqlite_store)
+        await sqlite_store.add_requests([*kept_out, *written, *others])
+        found = sorted(record.id for record in await sqlite_store.requests())
+        assert found == sorted(record.id for record in (*kept_out, *written, *others))
 
     async def test_a_storm_of_cancellations_breaks_nothing(
         self, sqlite_store: SqliteStore, new_job: NewJob

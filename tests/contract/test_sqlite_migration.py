@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.resources
 import json
 import sqlite3
@@ -9,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from pilotlight.core.lifecycle import PlatformInterrupted, ResultPosted
 from pilotlight.domain.endpoint import EndpointKind, Routing
 from pilotlight.domain.job import JobCounts, JobStatus, QueueDemand
 from pilotlight.domain.key import Priority
+from pilotlight.domain.usage import Outcome, RequestRecord, Road
 from pilotlight.stores import SqliteStore, open_sqlite_store
 from pilotlight.stores.folder import DATABASE_FILE
 from pilotlight.stores.sqlite import migrations
@@ -101,6 +104,13 @@ def first_release(tmp_path: Path) -> Path:
             connection, "starts", worker_id=worker_id, endpoint_id=E1, version=1, rung="cold",
             stages=json.dumps([["decision", 5]]), outcome=outcome, decided_ms=5,
         )  # fmt: skip
+    for number in range(1_200):
+        insert(
+            connection, "requests", id=f"r{number}", road="data", endpoint_id=E1 if number % 3 else "gone",
+            key_id="k", worker_id="w1", route="/v1/chat/completions", status=200, outcome="ok",
+            arrival_ms=number, wait_ms=1, first_token_ms=None, duration_ms=3, tokens_in=4, tokens_out=None,
+            estimated=number % 2,
+        )  # fmt: skip
     insert(connection, "api_keys", id="k", name="k", scope="admin", endpoint_ids="[]", hash="h", created_ms=1)
     connection.commit()
     connection.close()
@@ -152,4 +162,26 @@ async def test_the_queue_goes_on_where_it_was(first_release: Path) -> None:
     assert {job.id for job in await store.jobs(E1)} == {"retried", "waiting"}
     check = await store._writer.call(lambda t: t._connection.execute("PRAGMA foreign_key_check").fetchall())
     assert check == []
+    await store.close()
+
+
+async def test_the_request_log_is_there_in_segments_and_as_a_view(first_release: Path) -> None:
+    store = await open_sqlite_store(first_release)
+    newest = await store.requests(limit=2_000)
+    assert [record.id for record in newest] == [f"r{number}" for number in reversed(range(1_200))]
+    assert newest[0] == RequestRecord(
+        id="r1199", road=Road.DATA, endpoint_id=E1, key_id="k", worker_id="w1", route="/v1/chat/completions",
+        status=200, outcome=Outcome.OK, arrival_ms=1_199, wait_ms=1, duration_ms=3, tokens_in=4,
+        estimated=True,
+    )  # fmt: skip
+    assert len(await store.requests(endpoint_id="gone", limit=2_000)) == 400
+    await store.add_requests([replace(newest[0], id="new", arrival_ms=5_000, tokens_out=7)])
+    with contextlib.closing(sqlite3.connect(first_release / DATABASE_FILE)) as connection:
+        view = "SELECT id, endpoint_id, status, tokens_in, tokens_out, estimated FROM requests"
+        assert connection.execute(f"{view} WHERE arrival_ms > 1198 ORDER BY arrival_ms").fetchall() == [
+            ("r1199", E1, 200, 4, None, 1),
+            ("new", E1, 200, 4, 7, 1),
+        ]
+        segments = connection.execute("SELECT count(*), max(records) FROM request_segments").fetchone()
+        assert segments == (4, 500)
     await store.close()

@@ -35,6 +35,8 @@ RELEASED = {
     "versions/0006_key_limits.py": "56de6d408dc4f1b8b02b0bcbf95cf51781d570026a80185cc1cd284b6f4a5445",
     "0007_routing.sql": "27337d6920ed75bfb784d6562f426975adc1a941281d7ce5451ce5ace4414550",
     "versions/0007_routing.py": "a98d2b2921fb45c48eddc658675bf4401e696099a00f24173fce426185728b46",
+    "0008_request_segments.sql": "f8abed1c609e7ae87d48c5feaca5abfacf8687fe7f04d903de86ce885caa8aa9",
+    "versions/0008_request_segments.py": "cd8a268423b4ed31d0000c6e0da89f40ccacb2329576854bc9c963c5a26f926d",
 }
 """SHA-256 of every migration that users may have run. Add to it, never change it: a database that has
 run a migration will not run it again."""

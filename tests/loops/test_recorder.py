@@ -13,7 +13,7 @@ from pilotlight.stores.memory import MemoryStore
 def row(number, **changes):
     values = {"outcome": Outcome.OK, "status": 200, "key_id": "k", **changes}
     return RequestRecord(
-        id=str(number), road=Road.DATA, endpoint_id="e", route="/r", arrival_ms=number, **values
+        id=str(number), road=Road.DATA, endpoint_id="e", route="/r", arrival_ms=int(number), **values
     )
 
 
@@ -41,6 +41,27 @@ async def test_rows_are_kept_while_the_store_cannot_write_and_dropped_when_it_wi
     recorder.record(row(2))
     await recorder.stop()
     assert sorted(each.id for each in await store.requests()) == ["2", "3"]
+
+
+async def test_what_comes_while_it_writes_is_written_the_next_time(monkeypatch):
+    """Else a busy gateway would write a few rows at a time all the time, and pay for each write."""
+    store = MemoryStore()
+    recorder = RequestRecorder(store)
+    add, batches = store.add_requests, []
+
+    async def busy(records):
+        batches.append(len(records))
+        recorder.record(row(f"{len(batches)}00"))
+        await add(records)
+
+    monkeypatch.setattr(store, "add_requests", busy)
+    monkeypatch.setattr("pilotlight.gateway.recorder._BATCH_MAX", 4)
+    for number in range(6):
+        recorder.record(row(number))
+    await recorder.flush()
+    assert (batches, recorder.rows_pending) == ([4, 2], 2)
+    await recorder.flush()
+    assert (batches, recorder.rows_pending) == ([4, 2, 2], 1)
 
 
 def test_who_records_starts_hears_when_answers_began():

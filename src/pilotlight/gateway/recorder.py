@@ -116,10 +116,12 @@ class RequestRecorder:
                     _log.exception("request_observer_failed", rows=len(rows))
 
     async def flush(self) -> None:
-        """Write everything taken so far."""
-        while self._pending:
-            left = self._pending[:_BATCH_MAX]
-            del self._pending[:_BATCH_MAX]
+        """Write everything taken so far; what comes meanwhile waits for the next time, to be many again."""
+        count = len(self._pending)
+        while count and self._pending:
+            left = self._pending[: min(count, _BATCH_MAX)]
+            del self._pending[: len(left)]
+            count -= len(left)
             try:
                 await self._store.add_requests(left)
                 left = []

@@ -455,7 +455,11 @@ class RequestLog(Protocol):
     """One row per request, bounded."""
 
     async def add_requests(self, records: Sequence[RequestRecord]) -> None:
-        """Append a batch; a record whose id exists is skipped."""
+        """Append a batch of requests, each of which ends once.
+
+        A batch whose appending failed or was cancelled may be appended again, alone or with others before the
+        next: none of its records is then there twice.
+        """
         ...
 
     async def requests(self, *, endpoint_id: str | None = None, limit: int = 100) -> Sequence[RequestRecord]:
@@ -463,7 +467,10 @@ class RequestLog(Protocol):
         ...
 
     async def prune_requests(self, *, keep: int) -> int:
-        """Delete the oldest beyond `keep` rows; returns how many."""
+        """Delete the oldest beyond `keep` records; returns how many.
+
+        Oldest by arrival, but for those that lasted: a store may go by what was appended together.
+        """
         ...
 
 

@@ -1,10 +1,10 @@
-"""Operations on usage, requests and starts: functions of a transaction, called by `store`."""
+"""Operations on usage and starts: functions of a transaction, called by `store`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pilotlight.domain.usage import RequestRecord, StartRecord, UsageInterval
+from pilotlight.domain.usage import StartRecord, UsageInterval
 from pilotlight.stores import common, rows
 from pilotlight.stores.sqlite.threads import Transaction
 
@@ -26,25 +26,6 @@ def usage(
         found = transaction.execute("usage", (since_ms,))
     intervals = (rows.usage_of(row) for row in found)
     return [interval for interval in intervals if endpoint_id in {None, interval.endpoint_id}]
-
-
-def add_requests(transaction: Transaction, records: Sequence[RequestRecord]) -> None:
-    """Append requests, skipping those already there."""
-    transaction.write_rows("insert_request", [rows.request_row(record) for record in records])
-
-
-def requests(transaction: Transaction, endpoint_id: str | None, limit: int) -> list[RequestRecord]:
-    """The newest requests."""
-    if endpoint_id is None:
-        found = transaction.execute("requests", (max(0, limit),))
-    else:
-        found = transaction.execute("requests_of_endpoint", (endpoint_id, max(0, limit)))
-    return [rows.request_of(row) for row in found]
-
-
-def prune_requests(transaction: Transaction, keep: int) -> int:
-    """Forget all but the newest requests."""
-    return transaction.execute("prune_requests", (max(0, keep),)).rowcount
 
 
 def put_start(transaction: Transaction, record: StartRecord) -> None:

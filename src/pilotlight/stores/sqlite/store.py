@@ -26,7 +26,7 @@ from pilotlight.errors import StoreError
 from pilotlight.ports.store import Chunk, ChunkFate, StoreListener
 from pilotlight.stores import common
 from pilotlight.stores.folder import DATABASE_FILE, FolderLock, create_database_file
-from pilotlight.stores.sqlite import batches, chunks, endpoints, jobs, webhooks
+from pilotlight.stores.sqlite import batches, chunks, endpoints, jobs, request_log, webhooks
 from pilotlight.stores.sqlite import records as logs
 from pilotlight.stores.sqlite.known import JobShelf, Knowledge
 from pilotlight.stores.sqlite.migrate import SYNCHRONOUS, connect_reader, connect_writer
@@ -90,6 +90,7 @@ class SqliteStore:
         self._known = known
         self._closing: asyncio.Task[None] | None = None
         self._returning: set[asyncio.Task[None]] = set()
+        self._requests_cut_off: Sequence[RequestRecord] = ()
 
     async def close(self) -> None:
         """See `Store.close`."""
@@ -465,15 +466,24 @@ class SqliteStore:
 
     async def add_requests(self, records: Sequence[RequestRecord]) -> None:
         """See `RequestLog.add_requests`."""
-        await self._writer.call(lambda transaction: logs.add_requests(transaction, records))
+        last = self._requests_cut_off
+        try:
+            await self._writer.call(lambda transaction: request_log.add_requests(transaction, records, last))
+        except asyncio.CancelledError:
+            # It may happen all the same, and be asked for again by who cannot know.
+            self._requests_cut_off = (*last, *records)
+            raise
+        self._requests_cut_off = ()
 
     async def requests(self, *, endpoint_id: str | None = None, limit: int = 100) -> Sequence[RequestRecord]:
         """See `RequestLog.requests`."""
-        return await self._reader.call(lambda transaction: logs.requests(transaction, endpoint_id, limit))
+        return await self._reader.call(
+            lambda transaction: request_log.requests(transaction, endpoint_id, limit)
+        )
 
     async def prune_requests(self, *, keep: int) -> int:
         """See `RequestLog.prune_requests`."""
-        return await self._writer.call(lambda transaction: logs.prune_requests(transaction, keep))
+        return await self._writer.call(lambda transaction: request_log.prune_requests(transaction, keep))
 
     async def put_start(self, record: StartRecord) -> None:
         """See `StartLog.put_start`."""

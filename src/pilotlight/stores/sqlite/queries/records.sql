@@ -25,40 +25,6 @@ FROM usage_intervals
 WHERE end_ms > ? AND worker_id = ?
 ORDER BY start_ms, worker_id, sequence;
 
--- name: insert_request
--- Appends one request; one that is there already is skipped.
-INSERT INTO requests (
-    id, road, endpoint_id, key_id, worker_id, route, status, outcome, arrival_ms, wait_ms, first_token_ms,
-    duration_ms, tokens_in, tokens_out, estimated
-)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-ON CONFLICT (id) DO NOTHING;
-
--- name: requests
--- The newest requests of all endpoints.
-SELECT
-    id, road, endpoint_id, key_id, worker_id, route, status, outcome, arrival_ms, wait_ms, first_token_ms,
-    duration_ms, tokens_in, tokens_out, estimated
-FROM requests
-ORDER BY arrival_ms DESC, seq DESC
-LIMIT ?;
-
--- name: requests_of_endpoint
--- The newest requests of one endpoint.
-SELECT
-    id, road, endpoint_id, key_id, worker_id, route, status, outcome, arrival_ms, wait_ms, first_token_ms,
-    duration_ms, tokens_in, tokens_out, estimated
-FROM requests
-WHERE endpoint_id = ?
-ORDER BY arrival_ms DESC, seq DESC
-LIMIT ?;
-
--- name: prune_requests
--- Forgets all but the newest requests.
-DELETE FROM requests WHERE seq IN (
-    SELECT seq FROM requests ORDER BY arrival_ms DESC, seq DESC LIMIT -1 OFFSET ?
-);
-
 -- name: put_start
 -- Inserts or replaces the record of one start.
 INSERT INTO starts (
