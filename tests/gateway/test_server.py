@@ -50,3 +50,15 @@ async def test_idle_connections_outlast_the_pool_of_a_blocked_worker(served):
         assert connection.timeout_keep_alive == 75
         left_s = connection.timeout_keep_alive_task.when() - asyncio.get_running_loop().time()
         assert 60 < left_s <= 75
+
+
+@pytest.mark.parametrize("close", ["shutdown", "end_connection", "_end"])
+async def test_an_answer_arrives_whole_although_its_connection_is_closed_in_the_same_turn(served, close):
+    server, reader, writer = served
+    writer.write(REQUEST)
+    async with asyncio.timeout(30):
+        await reader.readuntil(ANSWER)
+        (connection,) = server.server_state.connections
+        connection.send_last(b"x" * 4_000_000)
+        getattr(connection, close)()
+        assert len(await reader.read()) == 4_000_000

@@ -173,7 +173,7 @@ class ClientCall(RequestResponseCycle):
         """
         self.response_started = True
         end = self._end_of_head()
-        self._protocol.send(head + end if self.head.method == "HEAD" else b"".join((head, end, body)))
+        self._protocol.send_last(head + end if self.head.method == "HEAD" else b"".join((head, end, body)))
         self._complete()
 
     def start(self, head: bytes, *, framed: bool) -> None:

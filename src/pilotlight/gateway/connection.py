@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from pilotlight.gateway.cycle import AsgiCycle, Flow
-from pilotlight.gateway.writing import write_now
+from pilotlight.gateway.writing import outbox_of, write_now
 
 if TYPE_CHECKING:
     from pilotlight.gateway.call import ClientCall
@@ -52,6 +52,7 @@ class Connection(HttpToolsProtocol):
         self.flow = Flow(transport)
         plain = transport.get_extra_info("sslcontext") is None
         self._descriptor = transport.get_extra_info("socket").fileno() if plain else None
+        self._outbox = outbox_of(self.loop)
 
     def advance(self) -> None:
         """Let the next request have its turn, if there is one and it may."""
@@ -62,6 +63,11 @@ class Connection(HttpToolsProtocol):
         if not self.transport.is_closing():
             write_now(self.transport, self._descriptor, data)
         return not self.flow.write_paused
+
+    def send_last(self, data: bytes) -> None:
+        """Write the last of an answer: with all else that this turn of the event loop writes."""
+        if not self.transport.is_closing():
+            self._outbox.write(self.transport, self._descriptor, data)
 
     def end_of_head(self, *, keep_alive: bool) -> bytes:
         """The headers of every answer, and the empty line."""
@@ -101,6 +107,7 @@ class Connection(HttpToolsProtocol):
         """Close once everything has been written; what more may come is read by nobody."""
         if self.transport.is_closing() or self.flow.ended:
             return
+        self._outbox.flush(self.transport)
         if self._in_message or self._later:
             self._linger()
         else:
@@ -116,6 +123,7 @@ class Connection(HttpToolsProtocol):
         self._timer = self.loop.call_later(LINGER_S, self._end)
 
     def _end(self) -> None:
+        self._outbox.flush(self.transport)
         self.transport.close()
 
     def _stop_timer(self) -> None:
@@ -139,6 +147,7 @@ class Connection(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         """Close once what is being answered is answered (Uvicorn)."""
+        self._outbox.flush(self.transport)
         if self._serving is None:
             super().shutdown()
         self._last = True

@@ -254,7 +254,9 @@ class GatewayProtocol(Connection):
     def _write_whole(self, response: Response) -> None:
         if self.transport.is_closing():
             return
-        self.send(b"".join((response.head(), self.end_of_head(keep_alive=not self._last), response.body)))
+        self.send_last(
+            b"".join((response.head(), self.end_of_head(keep_alive=not self._last), response.body))
+        )
         self.server_state.total_requests += 1
         if self._last:
             self.end_connection()

@@ -18,7 +18,7 @@ import httptools
 
 from pilotlight.domain.worker import Address
 from pilotlight.gateway.head import Lane, lane_of
-from pilotlight.gateway.writing import write_now
+from pilotlight.gateway.writing import outbox_of, write_now
 
 if TYPE_CHECKING:
     from pilotlight.gateway.upstream import UpstreamPool
@@ -83,6 +83,7 @@ class UpstreamResponse(asyncio.Protocol):
         self.address = address
         self._head_only = head_only
         self._loop = asyncio.get_running_loop()
+        self._outbox = outbox_of(self._loop)
         self._writable = asyncio.Event()
         self._writable.set()
         self._transport: asyncio.Transport | None = None
@@ -278,7 +279,7 @@ class UpstreamResponse(asyncio.Protocol):
         return UpstreamError(self._broken, answered=self._begun, timed_out=self._timed_out)
 
     def begin(self, data: bytes, arrived: Callable[[], None], *, silence_s: float) -> None:
-        """Write a whole request, and have its answer told as it comes.
+        """Write a whole request at the end of this turn of the event loop, and have its answer told as it comes.
 
         Args:
             data: The request.
@@ -288,7 +289,7 @@ class UpstreamResponse(asyncio.Protocol):
         Raises:
             UpstreamError: The connection is broken; nothing was written.
         """
-        self.send(data)
+        self._outbox.write(self._taken(), self._descriptor, data)
         self._arrived, self._silence_s = arrived, silence_s
         self._expect_in(silence_s)
 
@@ -327,10 +328,18 @@ class UpstreamResponse(asyncio.Protocol):
         Raises:
             UpstreamError: The connection is broken; nothing was written.
         """
+        write_now(self._taken(), self._descriptor, data)
+
+    def _taken(self) -> asyncio.Transport:
+        """Where a request is to be written.
+
+        Raises:
+            UpstreamError: The connection is broken.
+        """
         if self._transport is None or not self.alive:
             raise UpstreamError(self._broken or _CLOSED, sent=False)
         self._idle = False
-        write_now(self._transport, self._descriptor, data)
+        return self._transport
 
     async def write(self, data: bytes) -> None:
         """Write a piece of a request; returns when more may be written.
