@@ -279,7 +279,7 @@ class UpstreamResponse(asyncio.Protocol):
         return UpstreamError(self._broken, answered=self._begun, timed_out=self._timed_out)
 
     def begin(self, data: bytes, arrived: Callable[[], None], *, silence_s: float) -> None:
-        """Write a whole request at the end of this turn of the event loop, and have its answer told as it comes.
+        """Write a whole request, with all else of this turn of the event loop, and have its answer told.
 
         Args:
             data: The request.
