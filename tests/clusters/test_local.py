@@ -166,6 +166,36 @@ async def test_close_ends_everything_and_refuses_further_starts(workers):
     await workers.cluster.close()
 
 
+ON_ITS_WAY_OUT = """
+import os, signal, sys, time
+def leave(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    print("leaving", flush=True)
+    while not os.path.exists(sys.argv[1]):
+        time.sleep(0.01)
+    os._exit(0)
+signal.signal(signal.SIGTERM, leave)
+print("ready", flush=True)
+while True:
+    signal.pause()
+"""
+
+
+async def test_who_was_asked_to_end_is_not_asked_again_by_close(workers, tmp_path):
+    """Python takes its handlers away before it ends: the second SIGTERM would kill a worker that obeys."""
+    go = tmp_path / "go"
+    spec = workers.spec(command=[sys.executable, "-c", ON_ITS_WAY_OUT, str(go)])
+    await workers.start(spec)
+    await workers.line(spec.worker_id, "ready")
+    await workers.cluster.terminate(spec.worker_id)
+    await workers.line(spec.worker_id, "leaving")
+    closing = asyncio.create_task(workers.cluster.close())
+    await asyncio.sleep(0)
+    go.touch()
+    await closing
+    assert [end.code for end in workers.exits] == [0]
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [

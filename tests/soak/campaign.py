@@ -152,13 +152,11 @@ class Campaign:
         seconds = time.monotonic() - began_s
         self._check_limits(targets, seconds)
         await self._check_places(targets)
-        after, held_after = await self._settle()
+        after, held_after = await self._settle(held_before)
         self._check_footprint(before, after)
         blocks = held_after["blocks"] - held_before["blocks"]
         if blocks > GROWTH_BLOCKS:
             site.report(f"{blocks} live blocks more than before")
-        for what in left_over(held_before, held_after):
-            site.report(f"left over: {what}")
         self.figures |= {
             "tasks": [sum(held["tasks"].values()) for held in (held_before, held_after)],
             "blocks": [held["blocks"] for held in (held_before, held_after)],
@@ -177,10 +175,13 @@ class Campaign:
             await fill_log(self.site, targets[0], LOG_ROWS)
         return await self._settle()
 
-    async def _settle(self) -> tuple[Footprint, dict[str, Any]]:
+    async def _settle(self, before: dict[str, Any] | None = None) -> tuple[Footprint, dict[str, Any]]:
         """Wait until nothing is held and the last worker is cleaned up; what is there then.
 
         What stays is reported.
+
+        Args:
+            before: What the gateway told of itself before; waits until it has no more than that.
         """
         deadline = time.monotonic() + SETTLE_S
         while True:
@@ -188,12 +189,12 @@ class Campaign:
             busy = {name: value for name, value in metrics.items() if _AT_REST.match(name) and value}
             living = workers_of(self.site.pid)
             footprint, held = Footprint.of(self.site.pid), await census(self.site, self.plan.census)
-            # A worker that ended is a zombie first, and then there is its folder to remove.
-            ending = [name for name in held["tasks"] if name.startswith("clean-up-")]
-            if not (busy or living or ending or footprint.zombies):
+            # A worker that ended is a zombie first, and then its folder and its account are seen to.
+            more = left_over(before, held) if before is not None else []
+            if not (busy or living or footprint.zombies or more):
                 return footprint, held
             if time.monotonic() > deadline:
-                self.site.report(f"after {SETTLE_S} s there is still {busy} {living} {ending}")
+                self.site.report(f"after {SETTLE_S} s there is still {busy} {living} {more}")
                 return footprint, held
             await asyncio.sleep(0.1)
 

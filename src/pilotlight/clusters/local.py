@@ -107,6 +107,7 @@ class _Child:
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
     stopped: list[ProcessIdentity] = field(default_factory=list)
+    asked: bool = False
 
 
 class LocalCluster:
@@ -211,7 +212,11 @@ class LocalCluster:
         """
         child = self._children.get(worker_id)
         if child is not None:
-            processes.send_signal(child.identity, signal.SIGTERM)
+            self._ask_to_end(child)
+
+    def _ask_to_end(self, child: _Child) -> None:
+        child.asked = True
+        processes.send_signal(child.identity, signal.SIGTERM)
 
     async def kill(self, worker_id: str) -> None:
         """End every process of the worker; see the port.
@@ -299,7 +304,9 @@ class LocalCluster:
         self._closed = True
         children = list(self._children.values())
         for child in children:
-            processes.send_signal(child.identity, signal.SIGTERM)
+            # Python that is on its way out has its handlers no more: a second signal would kill it.
+            if not child.asked:
+                self._ask_to_end(child)
         if children:
             waits = [asyncio.ensure_future(child.ended.wait()) for child in children]
             try:
