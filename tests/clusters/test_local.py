@@ -181,7 +181,7 @@ while True:
 """
 
 
-async def test_who_was_asked_to_end_is_not_asked_again_by_close(workers, tmp_path):
+async def test_who_was_asked_to_end_is_not_asked_again(workers, tmp_path):
     """Python takes its handlers away before it ends: the second SIGTERM would kill a worker that obeys."""
     go = tmp_path / "go"
     spec = workers.spec(command=[sys.executable, "-c", ON_ITS_WAY_OUT, str(go)])
@@ -189,6 +189,7 @@ async def test_who_was_asked_to_end_is_not_asked_again_by_close(workers, tmp_pat
     await workers.line(spec.worker_id, "ready")
     await workers.cluster.terminate(spec.worker_id)
     await workers.line(spec.worker_id, "leaving")
+    await workers.cluster.terminate(spec.worker_id)
     closing = asyncio.create_task(workers.cluster.close())
     await asyncio.sleep(0)
     go.touch()

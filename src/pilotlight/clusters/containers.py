@@ -186,7 +186,7 @@ class ContainerCluster:
     async def terminate(self, worker_id: str) -> None:
         """Send SIGTERM to the container's main process; see the port."""
         child = self._children.get(worker_id)
-        if child is not None:
+        if child is not None and not child.ending.is_set():
             await call_in_thread(partial(self._end, child, "SIGTERM"), name=f"terminate-{worker_id}")
 
     async def kill(self, worker_id: str) -> None:

@@ -215,8 +215,11 @@ class LocalCluster:
             self._ask_to_end(child)
 
     def _ask_to_end(self, child: _Child) -> None:
-        child.asked = True
-        processes.send_signal(child.identity, signal.SIGTERM)
+        # Once: Python on its way out has its handlers no more and would be killed by a second signal, and
+        # our own worker program takes it for haste, and gives up what it has in hand.
+        if not child.asked:
+            child.asked = True
+            processes.send_signal(child.identity, signal.SIGTERM)
 
     async def kill(self, worker_id: str) -> None:
         """End every process of the worker; see the port.
@@ -304,9 +307,7 @@ class LocalCluster:
         self._closed = True
         children = list(self._children.values())
         for child in children:
-            # Python that is on its way out has its handlers no more: a second signal would kill it.
-            if not child.asked:
-                self._ask_to_end(child)
+            self._ask_to_end(child)
         if children:
             waits = [asyncio.ensure_future(child.ended.wait()) for child in children]
             try:
