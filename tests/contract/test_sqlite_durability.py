@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,8 @@ INPUTS = "SELECT body FROM job_inputs"
 
 
 @asynccontextmanager
-async def busy_writer(store: SqliteStore) -> AsyncIterator[None]:
-    """Holds the writer inside an operation; what is asked for meanwhile becomes one group."""
+async def _held(store: SqliteStore) -> AsyncIterator[asyncio.Event]:
+    """Asks the writer for an operation that it does not come out of; the event says that it is in it."""
     entered, leave = asyncio.Event(), threading.Event()
     loop = asyncio.get_running_loop()
 
@@ -45,34 +45,31 @@ async def busy_writer(store: SqliteStore) -> AsyncIterator[None]:
         leave.wait()
 
     blocked = store._writer.submit(block)
-    await entered.wait()
     try:
-        yield
+        yield entered
     finally:
         leave.set()
         await blocked
 
 
 @asynccontextmanager
+async def busy_writer(store: SqliteStore) -> AsyncIterator[None]:
+    """Holds the writer inside an operation; what is asked for meanwhile becomes one group."""
+    async with _held(store) as entered:
+        await entered.wait()
+        yield
+
+
+@asynccontextmanager
 async def in_its_turn(store: SqliteStore, call: Coroutine[Any, Any, Any]) -> AsyncIterator[asyncio.Task[Any]]:
     """A call that can be kept from happening no more, and has not ended."""
-    entered, leave = asyncio.Event(), threading.Event()
-    loop = asyncio.get_running_loop()
-
-    def block(_: Transaction) -> None:
-        loop.call_soon_threadsafe(entered.set)
-        leave.wait()
-
-    async with busy_writer(store):
-        task = asyncio.create_task(call)
-        await asyncio.sleep(0)
-        blocked = store._writer.submit(block)
-    await entered.wait()
-    try:
+    async with AsyncExitStack() as stack:
+        async with busy_writer(store):
+            task = asyncio.create_task(call)
+            await asyncio.sleep(0)
+            entered = await stack.enter_async_context(_held(store))
+        await entered.wait()
         yield task
-    finally:
-        leave.set()
-        await blocked
 
 
 async def settled(store: SqliteStore) -> None:

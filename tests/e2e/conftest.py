@@ -148,15 +148,19 @@ class Installation:
         self.url = facts["url"]
         self.port = int(self.url.rpartition(":")[2])
         self.admin_key = facts.get("admin_key") or self.admin_key
+        self.connect(limits=httpx.Limits(max_connections=None, max_keepalive_connections=0))
+        return self
+
+    def connect(self, **how: Any) -> None:
+        """Make the test client anew, for the administrator, with these options of `httpx.Client`."""
         self.api.close()
         self.api = httpx.Client(
             base_url=self.url,
             headers={"Authorization": f"Bearer {self.admin_key}"},
             trust_env=False,
             timeout=WAIT_S,
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
+            **how,
         )
-        return self
 
     @property
     def pid(self) -> int:
@@ -703,12 +707,5 @@ def start_with_tls(make_installation, pair, **settings: str) -> Installation:
         PILOTLIGHT_SERVER__TLS_KEY=str(pair.key),
         **settings,
     ).start()
-    installation.api.close()
-    installation.api = httpx.Client(
-        base_url=installation.url,
-        headers={"Authorization": f"Bearer {installation.admin_key}"},
-        trust_env=False,
-        timeout=WAIT_S,
-        verify=pair.trust(),
-    )
+    installation.connect(verify=pair.trust())
     return installation
