@@ -100,7 +100,7 @@ def throughput_command(
 ) -> None:
     """Tokens per second through Pilotlight against the same vLLM without it.
 
-    Needs the engine (`make setup`). Takes about six minutes on two cores.
+    Needs the engine (`make setup`). Takes about three minutes on two cores.
     """
     from pilotlight.bench.figures import Report  # noqa: PLC0415
     from pilotlight.bench.throughput import run  # noqa: PLC0415

@@ -3,8 +3,8 @@
 One engine; runs in pairs, directly and through the gateway, the order turning with each pair, so that a slow
 minute of the machine hits both of a pair. The ratio is taken pair by pair; its geometric mean has a lower
 bound from Student's t over the pairs, because pairs are independent of each other and streams inside one run
-are not. Where engine and gateway share processors, what the gateway uses is lost to the engine; its CPU time
-per event is measured beside.
+are not. The engine computes on one processor, which it has to itself; its API server, the gateway and the
+clients share the others. What the gateway uses of those per event is measured beside.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from pilotlight.bench.engine import MODEL, PlainEngine, start_plain_engine, wait_first_token
+from pilotlight.bench.engine import MODEL, ONE_THREAD, PlainEngine, start_plain_engine, wait_first_token
 from pilotlight.bench.figures import Report, lower_bound_95
 from pilotlight.bench.installation import Installation
 from pilotlight.bench.processes import Bench, cpu_s, environment, python_module, settled_cpu_s
+from pilotlight.bench.processors import move_children, one_set_aside
 from pilotlight.cli.output import note
 
 DIRECT = "vllm-direct"
@@ -38,14 +39,15 @@ def run(pairs: int, streams: int, tokens: int, report: Report) -> None:
         BenchError: Something that was started failed, or a stream was not whole.
         EngineEnvironmentError: No engine is installed.
     """
-    with Bench() as bench, contextlib.closing(report):
+    with Bench() as bench, contextlib.closing(report), one_set_aside() as processor:
         installation = Installation(bench)
         # Only to learn which environment a deployment on this machine gets; it never starts a worker.
         env = installation.client.endpoint(installation.deploy(model=MODEL, name="settings", max=0))["env"]
         note("throughput: starting vLLM")
         # An engine behind `engine_url` is reached without a key.
-        engine = start_plain_engine(bench, env | {"MAX_MODEL_LEN": "2048"}, key="")
+        engine = start_plain_engine(bench, env | ONE_THREAD | {"MAX_MODEL_LEN": "2048"}, key="")
         wait_first_token(engine)
+        move_children(engine.child.pid, processor)
         measure_pairs(bench, installation, engine, pairs, streams, tokens, report)
 
 
