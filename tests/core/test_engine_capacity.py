@@ -141,6 +141,16 @@ def test_it_is_raised_by_a_little_at_first_and_by_a_quarter_when_it_has_been_cal
     assert engine.decision.limit is None
 
 
+def test_an_engine_that_is_empty_has_everything_back_for_the_next_burst():
+    """Seen with vLLM: 64 long answers fill its cache, end together, and the next 64 had to wait for slots."""
+    engine = Engine(configured=64)
+    engine.says(63, 1, cache=0.99, preemptions=0)
+    assert engine.says(30, 20, cache=0.99, preemptions=20, times=2, occupied=64) < 64
+    assert engine.says(0, 0, cache=0.0, preemptions=25) == 64
+    assert (engine.decision.limit, engine.reason) == (None, CapacityReason.CONFIGURED)
+    assert engine.says(64, 0, cache=0.3, preemptions=25, times=2) == 64, "preemptions that are over"
+
+
 def test_a_change_is_given_time_to_show():
     engine = Engine()
     engine.says(10, 20, times=2)

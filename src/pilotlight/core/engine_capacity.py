@@ -9,7 +9,7 @@ to follow at once. `loops.engine_load` reads the figures and applies what is dec
 Why it settles instead of swinging: what is lowered is lowered to a measured number, never by guess; between
 "many wait in it" (lower) and "nobody waits in it" (raise) lies a band in which nothing changes, and the few
 that follow at once keep a busy engine in that band. Raised it is by no more than the width of that band at a
-time, and by more only when for a while nothing has spoken against it.
+time, and by more only when for a while nothing has spoken against it, or all of it once the engine is empty.
 """
 
 from __future__ import annotations
@@ -134,6 +134,10 @@ def decide_capacity(
         return _unknown(state, now_ms, configured)
     present = configured if state.limit is None else state.limit
     sequences = reading.running + reading.waiting
+    if not sequences and reading.cache_use < CACHE_EASY:
+        # What strained it is over; the next burst finds all of its cache, as the first one did.
+        fresh = CapacityState(preemptions=reading.preemptions, read_ms=now_ms)
+        return _decision(fresh, CapacityReason.CONFIGURED, configured)
     served = occupied * reading.running // sequences if sequences else occupied
     tolerated = 1 + reading.running // TOLERATED_SHARE
     preempted = state.preemptions is not None and reading.preemptions > state.preemptions
