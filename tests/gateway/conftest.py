@@ -10,6 +10,7 @@ import json
 import httpx
 import pytest
 import uvicorn
+import uvloop
 from aiohttp import web
 
 from pilotlight.core.admission import AdmissionLimits
@@ -32,6 +33,10 @@ from pilotlight.stores.memory import MemoryStore
 from pilotlight.system import SystemClock
 
 ADMIN, RUN, OTHER, BEAT = "rpa_ADMIN", "rpa_RUN", "rpa_OTHER", "rpa_BEAT"
+
+
+def pytest_asyncio_loop_factories(config, item):
+    return {"uvloop": uvloop.new_event_loop}
 
 
 class Engine:

@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import aiohttp
 import pytest
-import uvloop
 from aiohttp import WSMsgType, web
 from openai import AsyncOpenAI
 
@@ -24,10 +23,6 @@ from pilotlight.serving import Server, server_config
 from .conftest import ADMIN, OTHER, RUN
 
 ROUTE = "/v2/ep/openai/v1/realtime"
-
-
-def pytest_asyncio_loop_factories(config, item):
-    return {"uvloop": uvloop.new_event_loop}
 
 
 async def converse(request, _body):

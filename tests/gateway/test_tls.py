@@ -13,7 +13,6 @@ import ssl
 import aiohttp
 import httpx
 import pytest
-import uvloop
 from aiohttp import web
 
 from pilotlight.domain.endpoint import Endpoint, EndpointKind, Revision
@@ -32,10 +31,6 @@ from .test_realtime import converse
 CHAT = "/v2/ep/openai/v1/chat/completions"
 BODY = {"model": "org/model", "messages": [{"role": "user", "content": "hi"}]}
 LB = "lbendpoint1234"
-
-
-def pytest_asyncio_loop_factories(config, item):
-    return {"uvloop": uvloop.new_event_loop}
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, cast
 
 import httptools
 
+from pilotlight.alarms import Alarm, alarm_at
 from pilotlight.domain.worker import Address
 from pilotlight.gateway.head import Lane, lane_of
 from pilotlight.gateway.writing import outbox_of, write_now
@@ -87,7 +88,7 @@ class UpstreamResponse(asyncio.Protocol):
         self._writable = asyncio.Event()
         self._writable.set()
         self._transport: asyncio.Transport | None = None
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: Alarm | None = None
         self._deadline = 0.0
         self._descriptor: int | None = None
         self._lane: Lane[AnswerHead] | None = None
@@ -431,13 +432,13 @@ class UpstreamResponse(asyncio.Protocol):
         self._deadline = self._loop.time() + seconds
         # One timer for the connection's life, moved on when it rings early: arming one for every event of
         # a stream would cost more than passing the event on.
-        if self._timer is None or self._timer.when() > self._deadline:
+        if self._timer is None or self._timer.moment_s > self._deadline:
             self._set_timer(self._deadline)
 
     def _set_timer(self, moment: float | None) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = None if moment is None else self._loop.call_at(moment, self._ring)
+        self._timer = None if moment is None else alarm_at(moment, self._ring)
 
     def _ring(self) -> None:
         self._timer = None

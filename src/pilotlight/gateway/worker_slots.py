@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from pilotlight.alarms import Alarm, alarm_at
 from pilotlight.core.routing import pick_least_loaded
 from pilotlight.domain.key import NORMAL_SHARE
 from pilotlight.domain.worker import Registration
@@ -43,7 +44,7 @@ class WorkerSlots:
     number: int = 0
     limit: int | None = None
     open: bool = True
-    resumption: asyncio.TimerHandle | None = None
+    resumption: Alarm | None = None
     requests: int = 0
     jobs: int = 0
     idle_since_ms: int = 0
@@ -70,11 +71,10 @@ class WorkerSlots:
 
     def suspend(self, seconds: float, resume: Callable[[WorkerSlots], None]) -> None:
         """Pass it over for a while, unless it is passed over for longer already; then call `resume`."""
-        loop = asyncio.get_running_loop()
-        until_s = loop.time() + seconds
-        if self.resumption is None or self.resumption.when() < until_s:
+        until_s = asyncio.get_running_loop().time() + seconds
+        if self.resumption is None or self.resumption.moment_s < until_s:
             self.resume()
-            self.resumption = loop.call_at(until_s, resume, self)
+            self.resumption = alarm_at(until_s, resume, self)
 
     def resume(self) -> None:
         """Pass it over no longer; harmless if it is not."""

@@ -18,6 +18,7 @@ from typing import Protocol
 
 import structlog
 
+from pilotlight.alarms import Alarm, alarm_at
 from pilotlight.core.autoscaling import (
     ScaleDecision,
     ScaleReason,
@@ -113,7 +114,7 @@ class Autoscaler:
         self._moves = _Moves(fleet, clock, self.wake)
         self._dirty: dict[str, None] = {}
         self._wake = asyncio.Event()
-        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._timers: dict[str, Alarm] = {}
         self._loop = Endless(self._run, "autoscaler")
         self._looking: str | None = None
         self._resting: dict[str, bool] = {}
@@ -153,7 +154,7 @@ class Autoscaler:
         timeout_s = endpoint.idle_timeout_ms / 1000
         # A look under way may have read the load before this moment, and will replace the timer.
         looking = endpoint_id == self._looking
-        if looking or timer is None or timer.when() > asyncio.get_running_loop().time() + timeout_s:
+        if looking or timer is None or timer.moment_s > asyncio.get_running_loop().time() + timeout_s:
             self.wake(endpoint_id)
 
     def start(self) -> None:
@@ -316,8 +317,8 @@ class Autoscaler:
             timer.cancel()
         if at_ms is not None:
             delay_s = max(0.001, (at_ms - self._clock.now_ms()) / 1000)
-            loop = asyncio.get_running_loop()
-            self._timers[endpoint_id] = loop.call_later(delay_s, self.wake, endpoint_id)
+            moment_s = asyncio.get_running_loop().time() + delay_s
+            self._timers[endpoint_id] = alarm_at(moment_s, self.wake, endpoint_id)
 
 
 def scale_settings(endpoint: Endpoint) -> ScaleSettings:

@@ -6,7 +6,6 @@ import asyncio
 import socket
 
 import pytest
-import uvloop
 
 from pilotlight.core.admission import AdmissionLimits
 from pilotlight.core.deadlines import HoldBound
@@ -26,10 +25,6 @@ from pilotlight.stores.memory import MemoryStore
 from pilotlight.system import SystemClock
 
 LONG = HoldBound(30.0, by_client=False)
-
-
-def pytest_asyncio_loop_factories(config, item):
-    return {"uvloop": uvloop.new_event_loop}
 
 
 class IdleFleet:
