@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import socket
 import tracemalloc
 
@@ -334,6 +335,20 @@ async def test_a_large_answer_waits_for_its_reader(site):
     assert (await wire.answer()).body == body
     site.engine.reset()
     await site.serves(wire, site.routes["chat"])
+
+
+@every_route
+async def test_a_request_leaves_nothing_for_the_garbage_collector(site, name):
+    """A busy gateway would pause for it, and keep megabytes of it in between."""
+    wire = await site.warm(site.routes[name], requests=20)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(50):
+            await site.serves(wire, site.routes[name])
+        assert gc.collect() < 50
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("name", ["health", "run", "chat"])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from uvicorn._types import ASGISendEvent
+from uvicorn._types import ASGI3Application, ASGISendEvent
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
@@ -103,6 +103,14 @@ class AsgiCycle(RequestResponseCycle):
             BREAK_OFF: self.break_off,
             GONE: protocol.gone_future,
         }
+
+    async def run_asgi(self, app: ASGI3Application) -> None:
+        """Have the application serve the request, and leave nothing for the garbage collector."""
+        try:
+            await super().run_asgi(app)
+        finally:
+            # Two of them are methods of this object, which has the scope.
+            self.scope.pop("extensions", None)
 
     async def send(self, message: ASGISendEvent) -> None:
         """Take an event of the answer (ASGI)."""

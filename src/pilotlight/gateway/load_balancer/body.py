@@ -65,6 +65,8 @@ class ClientBody:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
+            # What it ended with has a traceback that leads back here: a circle.
+            self._task = None
 
     async def send_to(self, response: UpstreamResponse) -> None:
         """Write the whole body to a worker; returns also when that has closed its side.
