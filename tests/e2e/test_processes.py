@@ -5,6 +5,7 @@ The engine is a server in this process. It counts what it has in hand, and keeps
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import json
@@ -12,6 +13,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import tempfile
 import threading
 import time
@@ -20,8 +22,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import aiohttp
 import httpx
 import pytest
+from aiohttp import web
 
 from ..certificates import Pair  # noqa: TID252
 from .conftest import WAIT_S, Installation, start_with_tls
@@ -344,3 +348,45 @@ def test_fronts_speak_tls_and_wake_workers(make_installation, tmp_path):
             answer = client.post(f"/v2/{endpoint.id}/openai/v1/chat/completions", json=body)
             assert answer.status_code == 200, answer.text
     assert endpoint.result(endpoint.run("hello"))["status"] == "COMPLETED"
+
+
+async def echo(request: web.Request) -> web.WebSocketResponse:
+    """Say everything backwards, until the client leaves."""
+    talk = web.WebSocketResponse(max_msg_size=0)
+    await talk.prepare(request)
+    async for message in talk:
+        await talk.send_bytes(message.data[::-1])
+    return talk
+
+
+async def talk_backwards(installation: Installation, trust: ssl.SSLContext, connections: int) -> None:
+    """Frames of some megabytes and of a few bytes over fresh connections, which any of the processes may get."""
+    app = web.Application()
+    app.router.add_get("/v1/realtime", echo)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    host, port = runner.addresses[0]
+    body = {"name": "talk", "engine_url": f"http://{host}:{port}", "model": "m"}
+    answer = await asyncio.to_thread(installation.api.post, "/pilotlight/v1/endpoints", json=body)
+    path = f"/v2/{answer.json()['id']}/openai/v1/realtime?model=m"
+    headers = {"authorization": installation.api.headers["authorization"]}
+    said = [bytes(range(256)) * 12_000, b"little", bytes(range(256)) * 12_000]
+    for _ in range(connections):
+        async with (
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=WAIT_S)) as client,
+            client.ws_connect(installation.url + path, ssl=trust, headers=headers, max_msg_size=0) as talk,
+        ):
+            for text in said:
+                sending = asyncio.create_task(talk.send_bytes(text))
+                assert await talk.receive_bytes() == text[::-1]
+                await sending
+    await runner.cleanup()
+
+
+def test_frames_pass_through_a_front_over_tls(make_installation, tmp_path):
+    """A connection that is handed to the process which serves WebSockets, with its TLS at the front."""
+    pair = Pair(tmp_path)
+    installation = start_with_tls(make_installation, pair, PILOTLIGHT_SERVER__PROCESSES="2")
+    asyncio.run(talk_backwards(installation, pair.trust(), connections=6))
