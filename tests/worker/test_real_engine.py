@@ -154,4 +154,4 @@ async def test_a_flag_that_real_vllm_refuses(
     failed = await platform.stage("failed", seconds=120)
     assert failed["detail"]["kind"] == "context_too_large"
     assert "9999999" in failed["detail"]["cause"]
-    assert await worker.exit_code(20) == 1
+    assert await worker.exit_code(60) == 1
