@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import psutil
 
@@ -24,7 +23,7 @@ time.sleep(600)
 
 def of_threads(pid):
     """The processors that the threads of a process may run on."""
-    return [os.sched_getaffinity(int(task.name)) for task in Path(f"/proc/{pid}/task").iterdir()]
+    return [os.sched_getaffinity(thread.id) for thread in psutil.Process(pid).threads()]
 
 
 def test_what_a_server_started_gets_the_processor_and_nobody_else():

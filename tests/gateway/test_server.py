@@ -49,8 +49,8 @@ async def test_idle_connections_outlast_the_pool_of_a_blocked_worker(served):
         (connection,) = server.server_state.connections
         assert connection.timeout_keep_alive == 75
         left_s = connection.timeout_keep_alive_task.when() - asyncio.get_running_loop().time()
-        # The loops count in milliseconds.
-        assert 60 < left_s <= 75.001
+        # The loop counts in milliseconds; what is beyond them is the error of a difference.
+        assert 60 < round(left_s, 3) <= 75
 
 
 @pytest.mark.parametrize("close", ["shutdown", "end_connection", "_end"])

@@ -10,13 +10,11 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import psutil
 
 
-@contextmanager
+@contextlib.contextmanager
 def one_set_aside() -> Iterator[frozenset[int]]:
     """Keep this thread, and whatever it starts in the block, off one processor.
 
@@ -39,7 +37,7 @@ def move_children(pid: int, processors: frozenset[int]) -> None:
     stay there too.
     """
     for child in psutil.Process(pid).children(recursive=True):
-        for task in Path(f"/proc/{child.pid}/task").iterdir():
+        for thread in child.threads():
             # A thread may have ended since it was listed.
             with contextlib.suppress(ProcessLookupError):
-                os.sched_setaffinity(int(task.name), processors)
+                os.sched_setaffinity(thread.id, processors)
