@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import signal
@@ -11,15 +12,31 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import httpx
 import pytest
 
 from .containers import Podman, running_podman
 from .postgresql import PostgresqlServer, postgresql_server
+from .timeouts import GRACE_S
 
+STDERR = pytest.StashKey[TextIO]()
 START_TIMEOUT_S = 420
 """A cold engine on a busy two-core machine; the tests wait for the start and not for this."""
+
+
+def pytest_configure(config):
+    # A copy: while a test runs, the descriptor itself leads to what is captured of that test.
+    config.stash[STDERR] = os.fdopen(os.dup(2), "w")
+
+
+def pytest_timeout_set_timer(item, settings):
+    faulthandler.dump_traceback_later(settings.timeout + GRACE_S, exit=True, file=item.config.stash[STDERR])
+
+
+def pytest_timeout_cancel_timer(item):
+    faulthandler.cancel_dump_traceback_later()
 
 
 class LiveInstallation:

@@ -11,12 +11,13 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-import uvloop
 
 from pilotlight.clusters.local import LocalCluster
 from pilotlight.clusters.processes import identify, is_alive
 from pilotlight.domain.worker import ProcessIdentity
 from pilotlight.ports.cluster import WorkerExit, WorkerSpec
+
+from ..timeouts import UvLoop  # noqa: TID252
 
 MISBEHAVE = Path(__file__).with_name("misbehave.py")
 
@@ -84,7 +85,7 @@ def none_alive(identities: list[ProcessIdentity]) -> bool:
 
 
 def pytest_asyncio_loop_factories(config, item):
-    return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+    return {"asyncio": asyncio.new_event_loop, "uvloop": UvLoop}
 
 
 @pytest.fixture

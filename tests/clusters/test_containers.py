@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import pytest
 
-from pilotlight.clusters import containers
+from pilotlight.clusters import container_engine, containers
 from pilotlight.clusters.container_engine import (
     ContainerEngine,
     EngineFacts,
@@ -425,6 +425,31 @@ while True:
         podman.run("kill", "--signal", "KILL", container_id)
         podman.start()
         assert (await contained.ended(worker_id)).code == -signal.SIGKILL
+
+    async def test_one_that_ends_just_before_it_is_listened_to_again(
+        self, contained, podman, impatient, monkeypatch
+    ):
+        """Podman prepares it for another start then, and would say nothing until that."""
+        monkeypatch.setattr(container_engine, "_STATUS_PAUSE_S", 0)
+        asked = threading.Event()
+
+        class Late(ContainerEngine):
+            def runs(self, container_id):
+                runs = super().runs(container_id)
+                if not asked.is_set():
+                    asked.set()
+                    podman.run("kill", "--signal", "KILL", container_id)
+                    podman.run("wait", container_id)
+                return runs
+
+        contained.cluster.engine = Late(podman.url)
+        worker_id = await contained.start_ready(OBEDIENT)
+        podman.stop()
+        podman.start()
+        end = await contained.ended(worker_id)
+        assert asked.is_set()
+        # The status is forgotten with that.
+        assert (end.code, end.failure) == (None, None)
 
     async def test_close_leaves_to_the_next_sweep_what_it_cannot_end(self, contained, podman, impatient):
         worker_id = await contained.start_ready(STUBBORN)

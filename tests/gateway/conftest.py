@@ -10,7 +10,6 @@ import json
 import httpx
 import pytest
 import uvicorn
-import uvloop
 from aiohttp import web
 
 from pilotlight.core.admission import AdmissionLimits
@@ -32,11 +31,13 @@ from pilotlight.settings import LimitSettings, LoadBalancerSettings
 from pilotlight.stores.memory import MemoryStore
 from pilotlight.system import SystemClock
 
+from ..timeouts import UvLoop  # noqa: TID252
+
 ADMIN, RUN, OTHER, BEAT = "rpa_ADMIN", "rpa_RUN", "rpa_OTHER", "rpa_BEAT"
 
 
 def pytest_asyncio_loop_factories(config, item):
-    return {"uvloop": uvloop.new_event_loop}
+    return {"uvloop": UvLoop}
 
 
 class Engine:

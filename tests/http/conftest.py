@@ -21,7 +21,6 @@ from pathlib import Path
 import httpx
 import pytest_asyncio
 import structlog
-import uvloop
 
 from pilotlight.bootstrap import Installation, open_installation
 from pilotlight.settings import (
@@ -34,6 +33,7 @@ from pilotlight.settings import (
     WorkerSettings,
 )
 
+from ..timeouts import UvLoop  # noqa: TID252
 from .engine import Engine
 from .wire import WAIT_S, Answer, Wire, until
 
@@ -45,7 +45,7 @@ SLOTS = 8
 
 
 def pytest_asyncio_loop_factories(config, item):
-    return {"uvloop": uvloop.new_event_loop}
+    return {"uvloop": UvLoop}
 
 
 class Trouble(logging.Handler):

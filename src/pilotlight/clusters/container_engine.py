@@ -265,11 +265,27 @@ class ContainerEngine:
             return str(api.create_container_from_config(plan.config, plan.name)["Id"])
 
     def attach(self, container_id: str) -> Iterator[bytes]:
-        """What the container writes to stdout and stderr from now on; ends with it."""
-        api = self._connect()
-        with _translated():
-            stream = api.attach(container_id, stdout=True, stderr=True, stream=True, logs=False)
-        return _pieces(stream)
+        """What a container that was not started yet writes to stdout and stderr; ends with it."""
+        return _pieces(self._attach(container_id))
+
+    def attach_again(self, container_id: str) -> Iterator[bytes]:
+        """What a container that was started writes from now on; ends with it, at once where it has ended.
+
+        Raises:
+            MissingError: Somebody has removed it.
+            UnreachableError: The engine does not answer.
+            ClusterError: It refuses, as Podman does for a paused one.
+        """
+        if not self.runs(container_id):
+            return iter(())
+        stream = self._attach(container_id)
+        if self.runs(container_id):
+            return _pieces(stream)
+        # Podman prepares one that ended before it was attached to for another start, and its output would be
+        # waited for until then.
+        with contextlib.suppress(OSError):
+            stream.close()
+        return iter(())
 
     def start(self, container_id: str) -> None:
         """Start it.
@@ -387,6 +403,11 @@ class ContainerEngine:
         api, self._api = self._api, None
         if api is not None:
             api.close()
+
+    def _attach(self, container_id: str) -> Any:
+        api = self._connect()
+        with _translated():
+            return api.attach(container_id, stdout=True, stderr=True, stream=True, logs=False)
 
     def _connect(self) -> Any:
         with self._lock:

@@ -480,14 +480,14 @@ class ContainerCluster:
     def _pick_up(self, child: _Child, container_id: str) -> Iterator[bytes]:
         """What a container writes from now on, after the engine was away; it gets the signal it is owed."""
         try:
-            self._signal(child)
-            # Output of one that has ended would be waited for.
-            if self.engine.runs(container_id):
-                return self.engine.attach(container_id)
+            return self.engine.attach_again(container_id)
         except ClusterError as error:
             # It is asked again at once, and met there.
             _log.debug("containers.still_lost", worker_id=child.worker_id, error=str(error))
-        return iter(())
+            return iter(())
+        finally:
+            # Only now, since it may end by it.
+            self._signal(child)
 
     def _remove(self, child: _Child) -> None:
         while child.container is not None and not child.abandoned.is_set():
