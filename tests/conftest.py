@@ -31,6 +31,10 @@ def pytest_configure(config):
     config.stash[STDERR] = os.fdopen(os.dup(2), "w")
 
 
+def pytest_unconfigure(config):
+    config.stash[STDERR].close()
+
+
 def pytest_timeout_set_timer(item, settings):
     faulthandler.dump_traceback_later(settings.timeout + GRACE_S, exit=True, file=item.config.stash[STDERR])
 
