@@ -42,8 +42,14 @@ class WorkerProcess:
         return await self.platform.stage("ready")
 
     async def exit_code(self, seconds: float = 20.0) -> int:
-        async with asyncio.timeout(seconds):
-            return await self.process.wait()
+        try:
+            async with asyncio.timeout(seconds):
+                return await self.process.wait()
+        except TimeoutError:
+            # It writes where it hangs.
+            self.process.send_signal(signal.SIGABRT)
+            await self.process.wait()
+            pytest.fail(f"the worker did not end within {seconds} s:\n{self.log()}")
 
     def log(self) -> str:
         return (self.folder / "worker.log").read_text()
@@ -138,7 +144,7 @@ async def start_worker(platform: PlatformStub, tmp_path: Path) -> AsyncIterator[
         environment = {name: value for name, value in environment.items() if value != "-"}
         with (tmp_path / "worker.log").open("wb") as log:
             process = await asyncio.create_subprocess_exec(
-                sys.executable, *(program or ("-m", "pilotlight.worker")),
+                sys.executable, "-X", "faulthandler", *(program or ("-m", "pilotlight.worker")),
                 env=environment, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
         worker = WorkerProcess(process, platform, tmp_path, run)
