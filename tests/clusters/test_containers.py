@@ -385,6 +385,34 @@ while True:
         await contained.cluster.terminate(worker_id)
         assert (await contained.ended(worker_id)).code == 3
 
+    async def test_a_frozen_one_is_heard_again_after_its_thaw(self, contained, podman, impatient, tmp_path):
+        """Nothing can attach to it before that."""
+        (tmp_path / "word").write_text("ready")
+        volumes = (Volume(source=str(tmp_path), target="/data"),)
+        container = Container(image=contained.image, volumes=volumes)
+        worker_id = await contained.start_ready(self.LOOP, container=container)
+        await contained.cluster.freeze(worker_id)
+        refused = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        class Refusing(ContainerEngine):
+            def attach_again(self, container_id):
+                try:
+                    return super().attach_again(container_id)
+                except UnreachableError:
+                    raise
+                except ClusterError:
+                    loop.call_soon_threadsafe(refused.set)
+                    raise
+
+        contained.cluster.engine = Refusing(podman.url)
+        podman.stop()
+        podman.start()
+        await refused.wait()
+        (tmp_path / "word").write_text("second")
+        await contained.cluster.thaw(worker_id)
+        await contained.line(worker_id, "second")
+
     async def test_asked_to_end_meanwhile(self, contained, podman, impatient):
         """The signal is sent when it is back."""
         worker_id = await contained.start_ready(OBEDIENT)

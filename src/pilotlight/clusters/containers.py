@@ -457,16 +457,20 @@ class ContainerCluster:
         container_id, pieces = child.container, child.stream
         assert container_id is not None, child.worker_id
         assert pieces is not None, child.worker_id
+        log = _log.warning
         while not child.abandoned.is_set():
             try:
                 for piece in pieces:
+                    log = _log.warning
                     _write(child.output, piece)
                 status, exceeded = self.engine.wait(container_id)
             except MissingError:
                 gone = Failure(kind="container_failed", cause="somebody removed the container")
                 return None, None if child.ending.is_set() else gone
             except ClusterError as error:
-                _log.warning("containers.connection_lost", worker_id=child.worker_id, error=str(error))
+                # Once for each time that it is lost; a frozen one cannot be listened to again until its thaw.
+                log("containers.connection_lost", worker_id=child.worker_id, error=str(error))
+                log = _log.debug
                 child.abandoned.wait(RETRY_S)
                 pieces = self._pick_up(child, container_id)
             else:
@@ -480,14 +484,11 @@ class ContainerCluster:
     def _pick_up(self, child: _Child, container_id: str) -> Iterator[bytes]:
         """What a container writes from now on, after the engine was away; it gets the signal it is owed."""
         try:
-            return self.engine.attach_again(container_id)
-        except ClusterError as error:
-            # It is asked again at once, and met there.
-            _log.debug("containers.still_lost", worker_id=child.worker_id, error=str(error))
-            return iter(())
+            pieces = self.engine.attach_again(container_id)
         finally:
             # Only now, since it may end by it.
             self._signal(child)
+        yield from pieces
 
     def _remove(self, child: _Child) -> None:
         while child.container is not None and not child.abandoned.is_set():
