@@ -12,7 +12,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
 
 import httpx
 import pytest
@@ -21,18 +20,18 @@ from .containers import Podman, running_podman
 from .postgresql import PostgresqlServer, postgresql_server
 from .timeouts import GRACE_S
 
-STDERR = pytest.StashKey[TextIO]()
+STDERR = pytest.StashKey[int]()
 START_TIMEOUT_S = 420
 """A cold engine on a busy two-core machine; the tests wait for the start and not for this."""
 
 
 def pytest_configure(config):
     # A copy: while a test runs, the descriptor itself leads to what is captured of that test.
-    config.stash[STDERR] = os.fdopen(os.dup(2), "w")
+    config.stash[STDERR] = os.dup(2)
 
 
 def pytest_unconfigure(config):
-    config.stash[STDERR].close()
+    os.close(config.stash[STDERR])
 
 
 def pytest_timeout_set_timer(item, settings):

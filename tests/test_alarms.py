@@ -3,12 +3,13 @@
 import asyncio
 
 import pytest
-import uvloop
 
 from pilotlight.alarms import alarm_at
 
+from .timeouts import UvLoop
 
-@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, UvLoop])
 @pytest.mark.parametrize("delay_s", [-1.0, 0.0, 0.0004, 0.002])
 def test_it_calls_once_and_knows_when(new_loop, delay_s):
     async def main():

@@ -373,11 +373,15 @@ while True:
     time.sleep(0.05)
 """
 
-    async def test_a_worker_lives_on_and_is_heard_again(self, contained, podman, impatient, tmp_path):
-        (tmp_path / "word").write_text("ready")
-        volumes = (Volume(source=str(tmp_path), target="/data"),)
+    async def repeating(self, contained, folder):
+        """A worker that writes again and again what the file `word` of the folder holds, `ready` at first."""
+        (folder / "word").write_text("ready")
+        volumes = (Volume(source=str(folder), target="/data"),)
         container = Container(image=contained.image, volumes=volumes)
-        worker_id = await contained.start_ready(self.LOOP, container=container)
+        return await contained.start_ready(self.LOOP, container=container)
+
+    async def test_a_worker_lives_on_and_is_heard_again(self, contained, podman, impatient, tmp_path):
+        worker_id = await self.repeating(contained, tmp_path)
         podman.stop()
         (tmp_path / "word").write_text("second")
         podman.start()
@@ -387,10 +391,7 @@ while True:
 
     async def test_a_frozen_one_is_heard_again_after_its_thaw(self, contained, podman, impatient, tmp_path):
         """Nothing can attach to it before that."""
-        (tmp_path / "word").write_text("ready")
-        volumes = (Volume(source=str(tmp_path), target="/data"),)
-        container = Container(image=contained.image, volumes=volumes)
-        worker_id = await contained.start_ready(self.LOOP, container=container)
+        worker_id = await self.repeating(contained, tmp_path)
         await contained.cluster.freeze(worker_id)
         refused = asyncio.Event()
         loop = asyncio.get_running_loop()

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import uvloop
 from msgspec.structs import replace
 
 from pilotlight.core.lifecycle import Cancelled, ResultPosted
@@ -28,6 +27,8 @@ from pilotlight.stores import SqliteStore, open_sqlite_store
 from pilotlight.stores.sqlite import threads
 from pilotlight.stores.sqlite.jobs import TAKE
 from pilotlight.stores.sqlite.threads import Transaction
+
+from ..timeouts import UvLoop  # noqa: TID252
 
 NewJob = Callable[..., Job]
 E1 = "endpoint1"
@@ -191,7 +192,7 @@ asyncio.run(main())
             assert len({job.id for jobs in taken for job in jobs}) == 200
             await store.close()
 
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        with asyncio.Runner(loop_factory=UvLoop) as runner:
             runner.run(scenario())
 
     async def test_synchronous_is_full_unless_chosen(self, tmp_path: Path) -> None:

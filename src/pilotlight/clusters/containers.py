@@ -457,11 +457,11 @@ class ContainerCluster:
         container_id, pieces = child.container, child.stream
         assert container_id is not None, child.worker_id
         assert pieces is not None, child.worker_id
-        log = _log.warning
+        told = False
         while not child.abandoned.is_set():
             try:
                 for piece in pieces:
-                    log = _log.warning
+                    told = False
                     _write(child.output, piece)
                 status, exceeded = self.engine.wait(container_id)
             except MissingError:
@@ -469,8 +469,9 @@ class ContainerCluster:
                 return None, None if child.ending.is_set() else gone
             except ClusterError as error:
                 # Once for each time that it is lost; a frozen one cannot be listened to again until its thaw.
+                log = _log.debug if told else _log.warning
                 log("containers.connection_lost", worker_id=child.worker_id, error=str(error))
-                log = _log.debug
+                told = True
                 child.abandoned.wait(RETRY_S)
                 pieces = self._pick_up(child, container_id)
             else:
