@@ -129,9 +129,10 @@ def await_engine(installation: LiveInstallation, endpoint: dict) -> None:
 
 @pytest.fixture(scope="session")
 def real(installation: LiveInstallation) -> LiveInstallation:
-    """That installation with a ready worker of the built-in model, `real.endpoint`."""
+    """That installation with a ready worker of the built-in model, `real.endpoint`; never a second one, since
+    tests compare what its engine's metrics say."""
     installation.endpoint = installation.deploy(
-        "pilotlight/ember", "ember", idle_timeout_s=3600, execution_timeout_ms=600_000
+        "pilotlight/ember", "ember", idle_timeout_s=3600, max=1, execution_timeout_ms=600_000
     )
     await_engine(installation, installation.endpoint)
     return installation
