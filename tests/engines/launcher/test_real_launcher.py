@@ -34,6 +34,8 @@ OPTIONS = [
 ]
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 START_SECONDS = 120
+LONG = "one two three four five " * 8
+"""The first prompt of vLLM as it is: a short one ends it on processors with AMX, which it has not asked for yet."""
 WATCH = str(Path(__file__).parent / "watch")
 
 NOT_AT_IMPORT = {
@@ -46,7 +48,7 @@ NOT_AT_IMPORT = {
     "VLLM_WORKER_MULTIPROC_METHOD": "set by every start",
     # Of this test and of the launcher, met where somebody goes through all variables.
     "PATH": "", "VLLM_API_KEY": "", "PILOTLIGHT_WORKER_ID": "", "PILOTLIGHT_ENGINE_FORK": "", "TEST_WATCH": "",
-    "PILOTLIGHT_ENGINE_PRELOADED": "",
+    "TEST_YIELDS": "", "PILOTLIGHT_ENGINE_PRELOADED": "",
 }  # fmt: skip
 """Variables that somebody asks for while vLLM is imported, and that may differ all the same; with the reason."""
 
@@ -71,12 +73,12 @@ class Server:
         assert answer.status == 200, text
         return json.loads(text)
 
-    def wait(self) -> Server:
-        """Itself, once it answers."""
+    def wait(self, prompt: str = "hi") -> Server:
+        """Itself, once it answers to this prompt."""
         deadline = time.monotonic() + START_SECONDS
         while True:
             try:
-                self.complete()
+                self.complete(prompt)
             except (FileNotFoundError, ConnectionRefusedError):
                 assert time.monotonic() < deadline
                 assert Path(f"/proc/{self.pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
@@ -84,11 +86,10 @@ class Server:
             else:
                 return self
 
-    def complete(self) -> Any:
+    def complete(self, prompt: str = "hi") -> Any:
         """Greedy tokens with their probabilities."""
-        (choice,) = self.ask("/v1/completions", prompt="hi", max_tokens=40, temperature=0, logprobs=1)[
-            "choices"
-        ]
+        answer = self.ask("/v1/completions", prompt=prompt, max_tokens=40, temperature=0, logprobs=1)
+        (choice,) = answer["choices"]
         return choice["text"], choice["logprobs"]["token_logprobs"]
 
     def processes(self) -> list[int]:
@@ -124,7 +125,8 @@ def environment() -> dict[str, str]:
 @pytest.fixture(scope="module")
 def launcher(folder: Path, environment: dict[str, str]) -> Iterator[Program]:
     path = folder / "launcher.sock"
-    env = launcher_environment(environment | {"TEST_WATCH": str(folder / "names")})
+    watched = {"TEST_WATCH": str(folder / "names"), "TEST_YIELDS": str(folder / "launched.yields")}
+    env = launcher_environment(environment | watched)
     command = [*launcher_command(ENGINE_HOME, path, ["LlamaForCausalLM"])]
     program = Program(command, env, path, folder / "launcher.log")
     program.event("listening")
@@ -139,8 +141,9 @@ def plain(folder: Path, environment: dict[str, str], launcher: Program) -> Itera
     command = [ENGINE_HOME / "bin/python", "-m", "vllm.entrypoints.openai.api_server", *OPTIONS]
     with (folder / "plain.log").open("wb") as log:
         process = subprocess.Popen(
-            [*command, "--uds", server.path], env=environment, stdout=log, stderr=log, start_new_session=True
-        )
+            [*command, "--uds", server.path], env=environment | {"TEST_YIELDS": str(folder / "plain.yields")},
+            stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
     server.pid = process.pid
     yield server
     os.killpg(process.pid, signal.SIGKILL)
@@ -190,9 +193,11 @@ def test_a_launched_engine_is_like_a_plain_one(ready, plain, folder, environment
         entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         assert f"VLLM_API_KEY={KEY}".encode() in entries
         assert f"PILOTLIGHT_WORKER_ID={environment['PILOTLIGHT_WORKER_ID']}".encode() in entries
-    plain.wait()
+    plain.wait(LONG)
     assert launched.complete() == plain.complete()
     assert launched.processors() == plain.processors()
+    assert (folder / "plain.yields").exists()
+    assert not (folder / "launched.yields").exists()
     shared = shared_memory(launched)
     assert shared
     os.kill(launched.pid, signal.SIGTERM)
@@ -262,7 +267,7 @@ def test_a_cold_start_forks_too(plain, folder, environment):
         )  # fmt: skip
     server.pid = process.pid
     try:
-        assert server.wait().complete() == plain.complete()
+        assert server.wait().complete() == plain.wait(LONG).complete()
         assert server.processors() == plain.processors()
         process.terminate()
         assert process.wait(60) == 0

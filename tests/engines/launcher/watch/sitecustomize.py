@@ -1,4 +1,7 @@
-"""Writes down which variables a process asks for; loaded by every Python that has this folder in its path."""
+"""Writes down which variables a process asks for, and whether it yields its processor.
+
+Loaded by every Python that has this folder in its path.
+"""
 
 import os
 from pathlib import Path
@@ -14,3 +17,12 @@ if target := os.environ.get("TEST_WATCH"):
         return read(self, name)
 
     type(os.environ).__getitem__ = watch
+
+if mark := os.environ.get("TEST_YIELDS"):
+    give_way = os.sched_yield
+
+    def sched_yield():
+        os.sched_yield = give_way
+        Path(mark).touch()
+
+    os.sched_yield = sched_yield

@@ -37,3 +37,15 @@ class ForkingCpuPlatform(CpuPlatform):
         if imported_here() and parallel.worker_cls in {_VLLM_WORKER, _FORKED_WORKER}:
             parallel.worker_cls = _FORKED_WORKER
             os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+            _let_others_run()
+
+
+def _let_others_run() -> None:
+    """Has this process, and those forked from it, poll each other without `sched_yield`.
+
+    While they compute they call it hundreds of thousands of times a second. Where Linux schedules each
+    session as a group of its own (sched(7), autogroup), others, such as the gateway, then wait for seconds.
+    """
+    from vllm.distributed import utils
+
+    utils.USE_SCHED_YIELD = False
