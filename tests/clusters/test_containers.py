@@ -588,7 +588,7 @@ class TestRegistry:
     def private(self, podman, tmp_path):
         """A registry with an image that is only there."""
         source = podman.build(
-            "tiny", 'FROM scratch\nCOPY hello /hello\nCMD ["/hello"]\n', {"hello": "x" * 4096}
+            "tiny", 'FROM scratch\nCOPY hello /hello\nCMD ["/nothing"]\n', {"hello": "x" * 4096}
         )
         with private_registry(podman, source, "team/tiny", tmp_path) as registry:
             yield registry
@@ -634,7 +634,7 @@ class TestRegistry:
         assert progress
         assert (reports[0], reports[-1]) == ((end.worker_id, 0, 0), (end.worker_id, "fetched"))
         assert len(reports) == len(progress) + 2
-        # It is a text, which nobody can run.
+        # There is nothing in it that could be run.
         assert end.failure.kind == "container_failed"
         assert "secret-word" not in "".join(texts)
 
