@@ -83,12 +83,19 @@ def summary(stream: bytes) -> dict:
     }
 
 
+@pytest.fixture(scope="module")
+def exact(serve: Callable[..., Served]) -> Served:
+    """The model in float32: in bfloat16, kernels that read a prompt round otherwise than those that add a token to it
+    (AMX), and these requests, to which the model was not trained, come to tokens that are nearly as likely as others."""
+    return serve("pilotlight/ember", "exact", DTYPE="float32")
+
+
 @pytest.mark.parametrize("name", REQUESTS)
-def test_a_stream_that_is_cut_anywhere_goes_on_as_it_would_have(ember, name):
+def test_a_stream_that_is_cut_anywhere_goes_on_as_it_would_have(exact, name):
     """Its beginning and another stream from there, on every fifth event: same text, tokens, end and usage."""
     body = REQUESTS[name]
     route, raw = route_of(body), json.dumps(body).encode()
-    undisturbed = ember.call(route, {**body, **TOKENS}).content
+    undisturbed = exact.call(route, {**body, **TOKENS}).content
     events = undisturbed.split(b"\n\n")[:-1]
     expected = summary(undisturbed)
     for cut in (*range(1, len(events), 5), len(events) - 2):
@@ -98,11 +105,11 @@ def test_a_stream_that_is_cut_anywhere_goes_on_as_it_would_have(ember, name):
             assert summary(delivered + plan.data) == expected
             continue
         assert isinstance(plan, Continuation), plan
-        limit = read_limit(ember.call(route, json.loads(limit_question(raw))).content)
+        limit = read_limit(exact.call(route, json.loads(limit_question(raw))).content)
         assert isinstance(limit, int), limit
         request = plan.request(limit)
         assert isinstance(request, bytes)
-        rest = Splice(plan).feed(ember.call(COMPLETIONS, json.loads(request)).content)
+        rest = Splice(plan).feed(exact.call(COMPLETIONS, json.loads(request)).content)
         assert summary(delivered + rest) == expected, f"cut after {cut} of {len(events)} events"
 
 
