@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import psutil
 import pytest
 import pytest_asyncio
@@ -58,5 +60,10 @@ async def installed(tmp_path_factory):
 
 
 def _fronts():
-    """Processes that serve the data path."""
-    return {child for child in psutil.Process().children() if "pilotlight.front" in child.cmdline()}
+    """Live processes that serve the data path. Reading the command line of an ended one raises."""
+    fronts = set()
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):
+            if "pilotlight.front" in child.cmdline():
+                fronts.add(child)
+    return fronts
