@@ -15,6 +15,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from hypothesis import HealthCheck, settings
 
 from .containers import Podman, running_podman
 from .postgresql import PostgresqlServer, postgresql_server
@@ -23,6 +24,11 @@ from .timeouts import GRACE_S
 STDERR = pytest.StashKey[int]()
 START_TIMEOUT_S = 420
 """A cold engine on a busy two-core machine; the tests wait for the start and not for this."""
+
+
+# How long an example takes is the machine's business; everything else is as it was, in CI as Hypothesis has it there.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 
 def pytest_configure(config):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -11,6 +12,9 @@ import sys
 
 import pytest
 
+from pilotlight.cli import progress
+
+QUIET_S = progress.QUIET_S
 WORDS = [
     b'data: {"choices": [{"delta": {"role": "assistant", "content": ""}}]}\n\n',
     b'data: {"choices": [{"delta": {"content": "Par"}}]}\n\ndata: {"choices": [{"del',
@@ -22,7 +26,9 @@ ANSWER = "Paris\u2028.\n"
 
 
 @pytest.fixture
-def alpha(gateway):
+def alpha(gateway, monkeypatch):
+    # A busy machine may be slow to answer; nothing is to be said of that where it is not what is tested.
+    monkeypatch.setattr(progress, "QUIET_S", 60.0)
     gateway.chat_events = [*WORDS, DONE]
     return gateway.add("alpha")
 
@@ -84,7 +90,8 @@ def test_a_refusal_shows_the_gateways_reason_and_when_to_try_again(cli, gateway,
     assert (result.exit_code, result.stderr) == (1, "error: the queue is full (try again in 7 s)\n")
 
 
-def test_a_sleeping_endpoint_says_what_the_wait_is_for(cli, gateway, alpha, a_worker):
+def test_a_sleeping_endpoint_says_what_the_wait_is_for(cli, gateway, alpha, a_worker, monkeypatch):
+    monkeypatch.setattr(progress, "QUIET_S", QUIET_S)
     gateway.workers[alpha["id"]] = [a_worker("starting", "importing")]
     gateway.chat_waits_for_polls = 2
     result = cli("chat", "alpha", "Hi")
@@ -103,7 +110,8 @@ def test_ctrl_c_during_an_answer_ends_with_130_and_no_traceback(spawn, gateway, 
     out, err = process.communicate(timeout=20)
     assert process.returncode == 130
     assert "Traceback" not in out + err
-    assert err.strip() in {"", "Aborted!"}
+    # The first is said where the answer was slow to begin.
+    assert set(err.split("\n")) <= {"waiting for a worker", "Aborted!", ""}
     assert gateway.client_gone.wait(20)
 
 
@@ -216,8 +224,13 @@ def test_ctrl_c_in_a_conversation_stops_the_answer_and_then_the_conversation(ter
     shell.expect("stopped")
     assert gateway.client_gone.wait(20)
     shell.expect("> ")
-    shell.process.send_signal(signal.SIGINT)
-    assert shell.process.wait(timeout=20) == 130
+    for _ in range(20):
+        # Between its prompt and its wait for a line, readline takes note of a signal and goes on waiting.
+        shell.process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            shell.process.wait(timeout=1)
+            break
+    assert shell.process.returncode == 130
 
 
 def test_an_error_in_a_conversation_does_not_end_it(terminal, gateway, alpha):

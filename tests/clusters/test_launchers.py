@@ -384,7 +384,8 @@ async def test_stopping_leaves_no_process_and_no_descriptor(world, script):
         await world.ready("b")
     await world.launchers.stop()
     assert [processes.identify(pid) for pid in pids] == [None, None]
-    assert count_descriptors() == before
+    # Less where the collector has closed what an earlier test left.
+    assert count_descriptors() <= before
 
 
 GATEWAY = """

@@ -183,6 +183,7 @@ while True:
 
 async def test_who_was_asked_to_end_is_not_asked_again(workers, tmp_path):
     """Python takes its handlers away before it ends: the second SIGTERM would kill a worker that obeys."""
+    workers.cluster._close_grace_s = 30
     go = tmp_path / "go"
     spec = workers.spec(command=[sys.executable, "-c", ON_ITS_WAY_OUT, str(go)])
     await workers.start(spec)

@@ -24,10 +24,10 @@ shared = mmap.mmap(-1, {64 * MIB})
 for page in range(0, {64 * MIB}, {mmap.PAGESIZE}): shared[page] = 1
 child = os.fork()
 if child:
-    print(child, flush=True)
     os.waitpid(child, 0)
 else:
     for page in range(0, {64 * MIB}, {mmap.PAGESIZE}): shared[page]
+    print(os.getpid(), flush=True)
     sys.stdin.read()
 """
 

@@ -133,6 +133,8 @@ def test_a_worker_that_forks_on_and_on_is_ended():
 def test_survivors_are_named(sleeper, monkeypatch):
     worker_id = secrets.token_hex(7)
     identity = processes.identify(sleeper.pid)
+    while processes.read_process(sleeper.pid).state != "S":
+        time.sleep(0.01)
     monkeypatch.setattr(processes, "send_signal", lambda *_: True)
     message = rf"worker {worker_id}: process {sleeper.pid} \(state S\) still exists 0.05 s"
     with pytest.raises(ClusterError, match=message):

@@ -28,7 +28,9 @@ def test_ctrl_c_while_starting_up(make_installation):
             with contextlib.suppress(Exception):
                 process.wait(delay)
             os.killpg(process.pid, signal.SIGINT)
-            assert process.wait(10) in {0, 130, -signal.SIGINT}
+            # An interpreter that is only being set up ends in a way of its own.
+            unborn = "Fatal Python error: init_" in installation.log.read_text()
+            assert process.wait(10) in ({1} if unborn else {0, 130, -signal.SIGINT})
     assert installation.processes() == {}
     installation.start()
     assert installation.admin_key or (installation.home / "cli.key").exists()
@@ -185,6 +187,7 @@ def test_workers_that_died_after_their_gateway_are_charged_only_for_what_is_know
     installation.check_account()
 
 
+@pytest.mark.timeout(240)
 def test_killed_again_and_again(crash_campaign):
     """The short version of the campaign in test_soak_crash.py."""
     crash_campaign(kills=8, seed=SEED)

@@ -34,6 +34,12 @@ ThreadingHTTPServer(("127.0.0.1", int(os.environ["PORT"])), Handler).serve_forev
 """
 
 
+@pytest.fixture
+def installation(make_installation):
+    """Patient: a busy machine may be slow to answer after a thaw, which is not what is tested."""
+    return make_installation(PILOTLIGHT_WORKERS__THAW_TIMEOUT_S="20").start()
+
+
 def state_of(pid):
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 

@@ -124,9 +124,10 @@ class Gateway:
         """Processes that serve the data path."""
         found = {}
         for pid in self.installation.processes():
-            command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            if FRONT.encode() in command:
-                found[pid] = FRONT
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                if FRONT.encode() in command:
+                    found[pid] = FRONT
         return found
 
     def endpoint(self, engine: Engine, **settings: object) -> str:

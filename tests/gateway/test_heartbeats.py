@@ -430,7 +430,7 @@ async def test_retry_after_comes_from_the_estimate(rig):
     await waiting(rig, 2)
     answer = await rig.client.post(CHAT, json=BODY)
     assert (answer.status_code, answer.headers["retry-after"]) == (429, "8")
-    rig.slots.fail_held("ep", StartFailedError("no", retry_after_s=2), retry_ms=rig.clock.now_ms() + 2_000)
+    rig.slots.fail_held("ep", StartFailedError("no", retry_after_s=2), retry_ms=rig.clock.now_ms() + 7_000)
     answers = [*[await task for task in tasks], await rig.client.post(CHAT, json=BODY)]
     assert [(answer.status_code, answer.headers["retry-after"]) for answer in answers] == [(503, "8")] * 3
     rig.slots.fail_held("ep", StartFailedError("no", retry_after_s=60), retry_ms=rig.clock.now_ms() + 60_000)

@@ -303,7 +303,7 @@ async def running(home: Path, *, processes: int) -> AsyncIterator[Site]:
     settings = Settings(
         home=home,
         server=ServerSettings(port=0, processes=processes),
-        limits=LimitSettings(body_bytes=BODY_MAX, run_body_bytes=BODY_MAX, body_s=1, hold_requests=4),
+        limits=LimitSettings(body_bytes=BODY_MAX, run_body_bytes=BODY_MAX, body_s=3, hold_requests=4),
         load_balancer=LoadBalancerSettings(body_bytes=BODY_MAX, check_interval_ms=2500),
         launchers=LauncherSettings(enabled=False),
         store=StoreSettings(synchronous="NORMAL"),

@@ -166,7 +166,7 @@ async def test_chunks_of_one_byte_count_like_others(site, name):
     assert not await wire.rest()
 
 
-# Slowness. The server is set to wait a second for a body.
+# Slowness. The server is set to wait three seconds for a body.
 
 
 @pytest.mark.parametrize(
@@ -192,16 +192,18 @@ async def test_a_head_that_comes_too_slowly_ends_the_connection(site, begun, mor
         await wire.send(more)
         await asyncio.sleep(0.02)
     assert (await ending)[:12] in {b"", b"HTTP/1.1 408"}
+    monkeypatch.undo()
     await site.is_clean()
 
 
 async def test_a_second_head_that_comes_too_slowly_ends_the_connection(site, monkeypatch):
-    monkeypatch.setattr(protocol, "HEAD_S", 0.1)
     wires = [await site.warm(site.routes[name]) for name in ROUTES]
+    monkeypatch.setattr(protocol, "HEAD_S", 0.1)
     for wire in wires:
         await wire.send(b"POST / HT")
     for wire in wires:
         assert (await wire.rest())[:12] in {b"", b"HTTP/1.1 408"}
+    monkeypatch.undo()
     await site.is_clean()
 
 

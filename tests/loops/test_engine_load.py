@@ -11,11 +11,14 @@ from pilotlight.core.admission import AdmissionLimits
 from pilotlight.core.engine_capacity import CapacityReason, EngineReading
 from pilotlight.domain.endpoint import Endpoint, EndpointKind, Revision
 from pilotlight.domain.worker import Address, Registration
+from pilotlight.gateway import engine_metrics
 from pilotlight.gateway.engine_metrics import engine_load
 from pilotlight.gateway.slots import Ask, SlotTable
 from pilotlight.loops.engine_load import ALL, FEW, parse_reading
 
 from .conftest import HandClock
+
+TIMEOUT_S = engine_metrics._TIMEOUT_S
 
 # As vLLM 0.32 has it, of forty requests in a cache of 63 blocks.
 PAGE = b"""\
@@ -151,12 +154,20 @@ class World:
 
 
 @pytest.fixture
-async def world(tmp_path):
+async def world(tmp_path, monkeypatch):
+    """Patient with engines that answer."""
+    monkeypatch.setattr(engine_metrics, "_TIMEOUT_S", 30.0)
     world = World(tmp_path)
     yield world
     await world.load.stop()
     for runner in world.runners:
         await runner.cleanup()
+
+
+@pytest.fixture
+def impatient(world, monkeypatch):
+    """As short of patience as usual."""
+    monkeypatch.setattr(engine_metrics, "_TIMEOUT_S", TIMEOUT_S)
 
 
 async def test_an_engine_that_has_requests_waiting_gets_fewer_and_later_more(world):
@@ -257,6 +268,7 @@ async def test_an_engine_without_figures_is_left_alone_for_a_minute(world):
     assert world.capacity("w") == 8
 
 
+@pytest.mark.usefixtures("impatient")
 async def test_a_silent_engine_holds_up_nobody_and_keeps_its_limit(world):
     silent, other = await world.serve("silent"), await world.serve("other")
     for name, engine in (("silent", silent), ("other", other)):
@@ -264,7 +276,7 @@ async def test_a_silent_engine_holds_up_nobody_and_keeps_its_limit(world):
         world.take(name, 8)
     await world.look(times=2)
     silent.silent = True
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         await world.look()
     assert world.load.views()["silent"].reason is CapacityReason.UNKNOWN
     assert [world.capacity(name) for name in ("silent", "other")] == [5, 5]
@@ -279,6 +291,7 @@ async def test_a_page_without_an_end_is_no_reading(world):
     assert world.load.views()["w"].reading is None
 
 
+@pytest.mark.usefixtures("impatient")
 async def test_a_worker_that_ends_while_it_is_asked_is_forgotten(world):
     engine = await world.serve("w")
     engine.silent = True
@@ -291,6 +304,7 @@ async def test_a_worker_that_ends_while_it_is_asked_is_forgotten(world):
     assert world.load.views() == {}
 
 
+@pytest.mark.usefixtures("impatient")
 async def test_an_engine_that_never_answered_is_asked_seldom(world):
     engine = await world.serve("w")
     engine.silent = True

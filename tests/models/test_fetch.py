@@ -139,7 +139,7 @@ def test_it_ends_with_its_parent_even_if_the_hub_is_silent(start, large, hub_ser
     assert not hold.release.is_set()
 
 
-def test_a_refusal_comes_with_its_class_and_advice_and_the_token_by_the_environment(start, large):
+def test_a_refusal_comes_with_its_class_and_advice_and_the_token_by_the_environment(start, large, hub_server):
     large.gated = True
     large.granted = {"hf_secret"}
     code, last = start().end()
@@ -147,11 +147,13 @@ def test_a_refusal_comes_with_its_class_and_advice_and_the_token_by_the_environm
     assert (last["event"], last["kind"]) == ("failed", "unauthorized")
     assert last["cause"] == f"model {NAME} is gated"
     assert "HF_TOKEN" in last["advice"]
+    hold = hub_server.hold("model.safetensors")
     fetch = start(HF_TOKEN="hf_secret")
-    fetch.next("progress")
+    assert hold.reached.wait(30)
     command = Path(f"/proc/{fetch.process.pid}/cmdline").read_bytes()
     assert b"models.fetch" in command
     assert b"hf_secret" not in command
+    hold.release.set()
     assert fetch.end()[0] == 0
 
 

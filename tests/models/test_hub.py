@@ -258,8 +258,8 @@ def test_who_comes_second_waits_and_downloads_nothing(large, hub_server, tmp_pat
     results: list[Path] = []
     seen: list[int] = []
 
-    def on_wait(holder: str) -> None:
-        holders.append(holder)
+    def on_progress(done: int, _: int | None) -> None:
+        seen.append(done)
         waiting.set()
 
     first = threading.Thread(target=lambda: results.append(hub.fetch(MODEL, cache=tmp_path)))
@@ -267,7 +267,7 @@ def test_who_comes_second_waits_and_downloads_nothing(large, hub_server, tmp_pat
     assert hold.reached.wait(20)
     second = threading.Thread(
         target=lambda: results.append(
-            hub.fetch(MODEL, cache=tmp_path, on_wait=on_wait, on_progress=lambda done, _: seen.append(done))
+            hub.fetch(MODEL, cache=tmp_path, on_wait=holders.append, on_progress=on_progress)
         )
     )
     second.start()

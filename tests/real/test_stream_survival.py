@@ -193,10 +193,17 @@ def worker_of(served: Served) -> str:
     return worker["id"]
 
 
+def title_of(pid: int) -> str:
+    """What a process calls itself; "" when it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
 def core_of(worker_id: str) -> list[int]:
     """The process that computes: where it dies, the engine's server says so in the streams, and ends them."""
-    found = processes_of(worker_id)
-    return [pid for pid in found if Path(f"/proc/{pid}/cmdline").read_text().startswith("VLLM::EngineCore")]
+    return [pid for pid in processes_of(worker_id) if title_of(pid).startswith("VLLM::EngineCore")]
 
 
 async def test_a_hundred_streams_outlive_their_worker(lone: Served) -> None:

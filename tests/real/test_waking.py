@@ -15,8 +15,9 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
 @pytest.fixture(scope="module")
 def place() -> Iterator[LiveInstallation]:
-    """An installation of this module's own: its launcher is killed."""
-    with live_installation() as installation:
+    """An installation of this module's own: its launcher is killed. A busy machine may be slow to answer after a
+    thaw, which is not what is tested here."""
+    with live_installation(PILOTLIGHT_WORKERS__THAW_TIMEOUT_S="10") as installation:
         # Keeps the launcher there from test to test.
         installation.deploy("pilotlight/ember", "keeper")
         launcher_of(installation)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +120,10 @@ def engine_of(worker_id: str) -> list[int]:
 
 
 def end(pids: list[int]) -> None:
-    """Kill processes that the test's own installation has started."""
+    """Kill processes that the test's own installation has started; the end of one may have been that of others."""
     for pid in pids:
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 # Attaches to every thread, says so, and collects their ends, which the process's parent would else not learn of.

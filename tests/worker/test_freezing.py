@@ -6,6 +6,7 @@ The engine is the fake one as a real process; nothing of the worker program is r
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import secrets
@@ -150,6 +151,12 @@ async def start() -> AsyncIterator[Callable[..., Any]]:
 Start = Callable[..., Any]
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a thaw that nobody bounds."""
+    monkeypatch.setattr(freezing, "THAW_SECONDS", PATIENCE)
+
+
 async def refused(freezer: Freezer) -> Refusal:
     with pytest.raises(FreezeRefusedError) as caught:
         await freezer.freeze()
@@ -206,6 +213,7 @@ async def test_idle_connections_to_a_frozen_engine_are_closed(start: Start) -> N
 
     cell = await start()
     await cell.ask()
+    gc.collect()
     before = sockets()
     await cell.freezer.freeze()
     assert sockets() == before - 1
@@ -279,7 +287,8 @@ async def test_an_engine_that_does_not_answer_after_the_thaw_has_failed(start: S
         with pytest.raises(EngineGoneError):
             await attempt
     assert len(cell.failures) == 1
-    assert len(cell.happened("request")) == 1
+    # None where the machine was too busy for the engine to look at it in time.
+    assert len(cell.happened("request")) <= 1
     assert await cell.freezer.leave() is False
 
 

@@ -369,7 +369,8 @@ def test_a_death_is_told_by_the_latest_words(
 def test_a_silent_death_is_said_as_such() -> None:
     assert classify_failure([], 1).cause == "the engine printed nothing"
     assert classify_failure(["x"], -9).kind == "killed"
-    assert timeout_failure(["still loading"], 5).kind == "start_timeout"
+    failure = timeout_failure(["still loading"], 5)
+    assert (failure.kind, failure.cause) == ("start_timeout", "still loading")
 
 
 def test_the_root_cause_survives_a_long_traceback() -> None:
