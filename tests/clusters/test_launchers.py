@@ -334,20 +334,20 @@ async def test_one_that_was_ready_and_dies_comes_again(world):
 
 async def test_one_that_was_stopped_is_replaced_and_one_that_says_that_it_is_there_is_not(world, monkeypatch):
     """Connections to one that was stopped would be taken by the kernel and never be answered."""
-    monkeypatch.setattr("pilotlight.clusters.launcher.SILENCE_S", 0.8)
+    monkeypatch.setattr("pilotlight.clusters.launcher.SILENCE_S", 2.5)
     monkeypatch.setattr("pilotlight.clusters.launcher._END_S", 0.0)
     world.scripts["a"] = TALKING
     with structlog.testing.capture_logs() as lines:
         world.add("a")
         launcher = await world.ready("a")
         first, loop = launcher.pid, asyncio.get_running_loop()
-        longer = loop.time() + 1.0
+        longer = loop.time() + 3.0
         await until(lambda: loop.time() > longer)
         assert launcher.pid == first
         os.kill(first, signal.SIGSTOP)
         await until(lambda: launcher.pid not in {None, first})
     (said,) = [line for line in lines if line["event"] == "launcher_failed"]
-    assert said["problem"] == "it has said nothing for 0.8 s"
+    assert said["problem"] == "it has said nothing for 2.5 s"
     assert processes.identify(first) is None
 
 

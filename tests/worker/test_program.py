@@ -373,7 +373,7 @@ async def test_a_job_past_its_time_is_aborted(
     start_worker: Start, platform: PlatformStub, tmp_path: Path
 ) -> None:
     """§1.11: 504, and the engine sees the disconnect."""
-    worker = await start_worker(FAKE_ENGINE_HOLD_FILE=str(tmp_path / "never"), REQUEST_TIMEOUT="0.3")
+    worker = await start_worker(FAKE_ENGINE_HOLD_FILE=str(tmp_path / "never"), REQUEST_TIMEOUT="1")
     await worker.ready()
     await platform.submit("t", {"prompt": "a b", "stream": True})
     error = error_of(await platform.result("t"))

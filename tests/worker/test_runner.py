@@ -320,7 +320,7 @@ async def test_an_engine_that_dies_inside_a_stream_asks_for_another_worker(bench
 async def test_a_request_that_runs_too_long_is_aborted(bench: Start, tmp_path: Path) -> None:
     """§1.11, §7: 504, and the sequence is freed."""
     it = await bench(FAKE_ENGINE_HOLD_WHOLE_FILE=str(tmp_path / "never"))
-    error = await it.failure({"prompt": "x y"}, REQUEST_TIMEOUT="0.1")
+    error = await it.failure({"prompt": "x y"}, REQUEST_TIMEOUT="1")
     assert (error["code"], error["type"], error["retryable"]) == (504, "TimeoutError", False)
     async with asyncio.timeout(10):
         while not it.aborted():

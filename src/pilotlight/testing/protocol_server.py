@@ -18,7 +18,7 @@ from typing import Any
 
 from aiohttp import web
 
-HOLD_SECONDS = 5.0
+HOLD_SECONDS = 30.0
 """How long empty polls are held open."""
 
 
