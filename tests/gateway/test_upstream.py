@@ -257,16 +257,17 @@ async def test_chunks_that_are_taken_as_they_came_are_not_parsed_again(server, p
     server.scripts = [[head + first, body[:cut], body[cut:], b"4\r\nlast\r\n", b"0\r\n\r\n"]]
     got, done = [], asyncio.Event()
 
-    def pass_on(piece):
-        length, _, data = piece.partition(b"\r\n")
-        assert length in (b"3"[: len(length)], b"11"[: len(length)], b"4", b"0", b"a;x=y"[: len(length)])
-        if not length.isdigit() or len(data) != int(length, 16) + 2 or length == b"0":
-            return None
-        got.append(data[:-2])
-        return True
+    class Passage:
+        def pass_on(self, piece):
+            length, _, data = piece.partition(b"\r\n")
+            assert length in (b"3"[: len(length)], b"11"[: len(length)], b"4", b"0", b"a;x=y"[: len(length)])
+            if not length.isdigit() or len(data) != int(length, 16) + 2 or length == b"0":
+                return None
+            got.append(data[:-2])
+            return True
 
     def arrived(connection):
-        connection.pass_chunks(pass_on)
+        connection.pass_chunks(Passage())
         got.append(connection.take())
         if connection.complete or connection.error:
             done.set()

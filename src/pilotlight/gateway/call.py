@@ -10,13 +10,13 @@ request-response cycles.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from pilotlight.gateway.cycle import READ_ON_MAX
 from pilotlight.gateway.head import Head
+from pilotlight.gateway.passage import Passage
 
 if TYPE_CHECKING:
     from pilotlight.gateway.connection import Connection
@@ -202,13 +202,12 @@ class ClientCall(RequestResponseCycle):
             data = b"%x\r\n%b\r\n" % (len(data), data)
         return self._protocol.send(data)
 
-    @property
-    def send_chunk(self) -> Callable[[bytes], bool] | None:
-        """Does the same for a piece that is framed as one chunk already; None if the body is not chunked.
+    def passage(self) -> Passage | None:
+        """Does the same for pieces that are framed as chunks already; None if the body is not chunked.
 
         Only after `start`.
         """
-        return self._protocol.send if self._chunked else None
+        return self._protocol.passage() if self._chunked else None
 
     def end(self, data: bytes = b"") -> None:
         """Complete the answer, with a last piece of its body."""

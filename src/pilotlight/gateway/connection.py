@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from pilotlight.gateway.cycle import AsgiCycle, Flow
+from pilotlight.gateway.passage import Passage
 from pilotlight.gateway.writing import outbox_of, write_now
 
 if TYPE_CHECKING:
@@ -63,6 +64,10 @@ class Connection(HttpToolsProtocol):
         if not self.transport.is_closing():
             write_now(self.transport, self._descriptor, data)
         return not self.flow.write_paused
+
+    def passage(self) -> Passage:
+        """What writes plain events to the client."""
+        return Passage(self.transport, self._descriptor, self.flow)
 
     def send_last(self, data: bytes) -> None:
         """Write the last of an answer: with all else that this turn of the event loop writes."""

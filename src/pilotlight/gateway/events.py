@@ -7,8 +7,6 @@ that carries nothing but usage is taken out on its way back.
 
 from __future__ import annotations
 
-import functools
-
 import msgspec
 
 from pilotlight.core.openai_routes import STREAM_USAGE_ROUTES, speaks_anthropic
@@ -22,6 +20,9 @@ _PLAIN = b'data: {"id":'
 
 _IMPOSSIBLE = b"\n"
 """How no chunk begins."""
+
+_KNOWN_SIZES_MAX = 4096
+"""Sizes of chunks of which it is kept how they begin."""
 
 _TOKENS_MAX = 2**53
 """Counts beyond it are an engine's mistake and not stored."""
@@ -122,26 +123,10 @@ class EventStream:
         self.complete = False
         self.failed = False
 
-    def is_plain_chunk(self, piece: bytes) -> bool:
-        """Whether a piece of a chunked body is one chunk, and that one event which can be passed on as it is.
-
-        Counts it if so. The first event of a stream never is one, nor is a chunk with extensions, or with a
-        length that is written in another way than usual.
-
-        Args:
-            piece: Begins where a chunk does.
-        """
-        size = len(piece)
-        plain = (
-            piece.startswith(_plain_chunk(size))
-            and piece.find(b"\n\n") == size - 4
-            and piece.endswith(b"\r\n")
-            and b'"usage"' not in piece
-            and not self._rest
-            and self.events > 0
-        )
-        self.events += plain
-        return plain
+    @property
+    def at_boundary(self) -> bool:
+        """Whether something has come, and what comes next begins an event."""
+        return self.events > 0 and not self._rest
 
     def feed(self, data: bytes) -> bytes:
         """What of the stream can be passed on now; b"" when no event is whole yet."""
@@ -197,14 +182,37 @@ class EventStream:
         return b"".join((*kept, beginning))
 
 
-@functools.lru_cache(maxsize=4096)
+def is_plain_chunk(piece: bytes) -> bool:
+    """Whether a piece of a chunked body is one chunk, and that one event which can be passed on as it is.
+
+    No chunk with extensions is one, nor one whose length is written in another way than usual.
+
+    Args:
+        piece: Begins where a chunk and an event do.
+    """
+    size = len(piece)
+    return (
+        piece.startswith(_beginnings.get(size) or _plain_chunk(size))
+        and piece.find(b"\n\n") == size - 4
+        and piece.endswith(b"\r\n")
+        and b'"usage"' not in piece
+    )
+
+
+_beginnings: dict[int, bytes] = {}
+"""How plain chunks of a size begin."""
+
+
 def _plain_chunk(size: int) -> bytes:
     """How a chunk begins that has so many bytes with its framing, and whose data is a plain event."""
+    beginning = _IMPOSSIBLE
     for digits in range(1, 9):
         length = size - digits - 4
         if length > 0 and len(line := b"%x\r\n" % length) == digits + 2:
-            return line + _PLAIN
-    return _IMPOSSIBLE
+            beginning = line + _PLAIN
+    if size <= _KNOWN_SIZES_MAX:
+        _beginnings[size] = beginning
+    return beginning
 
 
 def _has_line(whole: bytes, begin: bytes) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import httptools
 
@@ -76,8 +76,29 @@ class AnswerHead:
         self.memo: bytes | None = None
 
 
+class ChunkPassage(Protocol):
+    """Who takes chunks as they come, if they are what he takes."""
+
+    def pass_on(self, piece: bytes) -> bool | None:
+        """Take a piece that begins where a chunk does.
+
+        Returns:
+            None if it is to be parsed, and `arrived` told. Otherwise it was one whole chunk, not the last,
+            and has been passed on; the value says whether more may come, or nothing until `resume`.
+        """
+
+
 class UpstreamResponse(asyncio.Protocol):
     """One connection, and on it one answer at a time: `status` and `headers`, then `read()` until None."""
+
+    # The first five are what every event needs, next to each other in memory (`gateway.passage` says why).
+    __slots__ = (  # noqa: RUF023
+        "_between_chunks", "_passage", "_deadline", "_loop", "_silence_s",
+        "_arrived", "_begun", "_broken", "_buffered", "_chunks", "_complete", "_descriptor", "_fields",
+        "_head_only", "_head_size", "_idle", "_keep_alive", "_lane", "_lane_misses", "_outbox", "_parser",
+        "_paused", "_pent", "_pool", "_timed_out", "_timer", "_transport", "_unframed", "_waiter",
+        "_writable", "address", "head",
+    )  # fmt: skip
 
     def __init__(self, pool: UpstreamPool, address: Address, *, head_only: bool = False) -> None:
         self._pool = pool
@@ -113,7 +134,7 @@ class UpstreamResponse(asyncio.Protocol):
         self._timed_out = False
         self._waiter: asyncio.Future[None] | None = None
         self._arrived: Callable[[], None] | None = None
-        self._pass_on: Callable[[bytes], bool | None] | None = None
+        self._passage: ChunkPassage | None = None
         self._silence_s = 0.0
         self._between_chunks = False
 
@@ -149,8 +170,8 @@ class UpstreamResponse(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Feed the parser (asyncio)."""
-        if self._between_chunks and self._pass_on is not None:
-            passed = self._pass_on(data)
+        if self._between_chunks and self._passage is not None:
+            passed = self._passage.pass_on(data)
             if passed is not None:
                 self._deadline = self._loop.time() + self._silence_s
                 if not passed:
@@ -294,16 +315,13 @@ class UpstreamResponse(asyncio.Protocol):
         self._arrived, self._silence_s = arrived, silence_s
         self._expect_in(silence_s)
 
-    def pass_chunks(self, pass_on: Callable[[bytes], bool | None]) -> None:
-        """Offer pieces of a chunked body as they come before they are parsed.
+    def pass_chunks(self, passage: ChunkPassage | None) -> None:
+        """Offer pieces of a chunked body as they come before they are parsed, or do so no more.
 
         Args:
-            pass_on: Given a piece that begins where a chunk does. None if it is to be parsed, and `arrived`
-                told; otherwise it was one whole chunk, not the last, has been passed on, and the value
-                says whether more may come, or nothing until `resume`. Only called when everything before has
-                been taken; must not raise.
+            passage: Only called when everything before has been taken; must not raise.
         """
-        self._pass_on = pass_on
+        self._passage = passage
 
     def take(self) -> bytes:
         """What has come of the body since the last call; b"" for nothing."""

@@ -7,7 +7,7 @@ import os
 import weakref
 
 
-def write_now(transport: asyncio.WriteTransport, descriptor: int | None, data: bytes) -> None:
+def write_now(transport: asyncio.WriteTransport, descriptor: int | None, data: bytes) -> bool:
     """Write to a connection that is not closing, by a system call that lets other threads run.
 
     The transport keeps the interpreter while the kernel hands the bytes over and wakes the receiver, which is
@@ -18,6 +18,9 @@ def write_now(transport: asyncio.WriteTransport, descriptor: int | None, data: b
         transport: Of the connection; it gets what does not fit, or cannot be sent at all.
         descriptor: Of its socket; None where only the transport may write, as with TLS.
         data: Not empty.
+
+    Returns:
+        Whether nothing waits to be sent.
     """
     if descriptor is not None and not transport.get_write_buffer_size():
         try:
@@ -25,9 +28,10 @@ def write_now(transport: asyncio.WriteTransport, descriptor: int | None, data: b
         except OSError:
             written = 0
         if written == len(data):
-            return
+            return True
         data = data[written:]
     transport.write(data)
+    return False
 
 
 class Outbox:

@@ -401,9 +401,6 @@ class OpenAIExchange(ClientSide):
             if not self.beating:
                 self.start_stream(passed_head(head) + lines(AT_ONCE))
             self.head_sent = True
-            pass_on = self._stream.passes_chunks()
-            if pass_on is not None:
-                connection.pass_chunks(pass_on)
 
     def _pass_events(self, stream: EventPass, connection: UpstreamResponse) -> None:
         data = connection.take()
@@ -413,6 +410,8 @@ class OpenAIExchange(ClientSide):
             self._failed(UpstreamError("the engine reports that it failed"))
         elif connection.complete:
             self._end_stream(stream)
+        else:
+            connection.pass_chunks(stream.passage())
 
     @on_event
     def _end_stream(self, stream: EventPass) -> None:
@@ -502,9 +501,9 @@ class OpenAIExchange(ClientSide):
                 task.cancel()
         if stream is not None:
             self.first_byte_ns = stream.first_byte_ns
-            if stream.events.events and count.tokens_out is None:
+            if stream.count and count.tokens_out is None:
                 # One event a token is vLLM's habit; a stream that was cut has no better count.
-                count.tokens_out, self._estimated = stream.events.events, True
+                count.tokens_out, self._estimated = stream.count, True
         self._drop_connection()
         if self._slot is not None:
             self._give_back_slot(failed=self._sick)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from pilotlight.gateway.body import BodyPlan
 from pilotlight.gateway.call import ClientCall
 from pilotlight.gateway.continuation import failure_at, hide_tokens
 from pilotlight.gateway.events import EventStream, TokenCount, data_event, error_event, stream_end
+from pilotlight.gateway.passage import Passage
 from pilotlight.gateway.refusal import error_object
 from pilotlight.gateway.upstream import UpstreamError
 from pilotlight.ports.clock import Clock
@@ -30,13 +29,13 @@ class EventPass:
         clock: Time.
 
     Attributes:
-        events: Counts them.
+        events: Finds them in what is fed.
         first_byte_ns: When the first was passed on; None before.
         died: Whether the engine has reported that it failed. That is not passed on; nothing may follow.
     """
 
     __slots__ = (
-        "_call", "_clock", "_hides", "_kept", "_kept_bytes", "died", "events", "first_byte_ns",
+        "_call", "_clock", "_hides", "_kept", "_kept_bytes", "_passage", "died", "events", "first_byte_ns",
     )  # fmt: skip
 
     def __init__(
@@ -48,6 +47,7 @@ class EventPass:
         self._kept: list[bytes] | None = [] if plan.survives else None
         self._kept_bytes = kept_bytes
         self.events = EventStream(count, hide_usage=plan.hide_usage)
+        self._passage: Passage | None = None
         self.first_byte_ns: int | None = None
         self.died = False
 
@@ -72,20 +72,22 @@ class EventPass:
             self.first_byte_ns = self._clock.monotonic_ns()
         return self._call.write(shown)
 
-    def passes_chunks(self) -> Callable[[bytes], bool | None] | None:
-        """What passes on chunks as they come (`UpstreamResponse.pass_chunks`), if that will do.
+    @property
+    def count(self) -> int:
+        """Events so far, by whichever way."""
+        return self.events.events + (0 if self._passage is None else self._passage.events)
+
+    def passage(self) -> Passage | None:
+        """What passes on what comes next (`UpstreamResponse.pass_chunks`), if that will do.
 
         It is the whole of what an event costs while nothing is to be kept or hidden, and the client's answer
         is chunked, too: one look at a piece, which is usually one chunk that is one event, and one write.
         """
-        send, events = self._call.send_chunk, self.events
-        if send is None or self._hides or self._kept is not None:
+        if self._hides or self._kept is not None or not self.events.at_boundary:
             return None
-
-        def pass_on(piece: bytes) -> bool | None:
-            return send(piece) if events.is_plain_chunk(piece) else None
-
-        return pass_on
+        if self._passage is None:
+            self._passage = self._call.passage()
+        return self._passage
 
     def begin_again(self) -> None:
         """Another worker goes on: what had begun of an event is void."""
