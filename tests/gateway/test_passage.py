@@ -7,8 +7,12 @@ import socket
 
 import pytest
 
+from pilotlight.gateway.body import BodyPlan
 from pilotlight.gateway.cycle import Flow
+from pilotlight.gateway.data_path.streams import EventPass
+from pilotlight.gateway.events import TokenCount
 from pilotlight.gateway.passage import Passage
+from pilotlight.system import SystemClock
 
 CHUNK = b'10\r\ndata: {"id":1}\n\n\r\n'
 
@@ -84,8 +88,24 @@ async def test_a_client_that_reads_slowly_gets_all_in_order_and_is_waited_for(cl
 async def test_nothing_is_written_to_a_connection_that_is_being_closed(client, monkeypatch):
     """Its descriptor may be somebody else's by then."""
     written = []
-    monkeypatch.setattr("pilotlight.gateway.passage.write_now", lambda *call: written.append(call))
+    monkeypatch.setattr("pilotlight.gateway.writing.write_now", lambda *call: written.append(call))
     passage = client.passage()
     client.transport.abort()
     assert passage.pass_on(CHUNK) is True
     assert written == []
+
+
+async def test_a_stream_has_a_passage_between_its_events_and_counts_both_ways_together(client):
+    class Call:
+        write = staticmethod(lambda _data: True)
+        passage = client.passage
+
+    stream = EventPass(Call(), BodyPlan(b"", stream=True), TokenCount(), kept_bytes=0, clock=SystemClock())
+    assert stream.passage() is None
+    assert stream.feed(b'data: {"id":0}\n\ndata: {"id"')
+    assert stream.passage() is None
+    assert stream.feed(b":1}\n\n")
+    passage = stream.passage()
+    assert passage.pass_on(CHUNK)
+    assert stream.passage() is passage
+    assert stream.count == 3

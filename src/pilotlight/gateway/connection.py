@@ -9,7 +9,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from pilotlight.gateway.cycle import AsgiCycle, Flow
 from pilotlight.gateway.passage import Passage
-from pilotlight.gateway.writing import outbox_of, write_now
+from pilotlight.gateway.writing import outbox_of, write_to_client
 
 if TYPE_CHECKING:
     from pilotlight.gateway.call import ClientCall
@@ -61,9 +61,7 @@ class Connection(HttpToolsProtocol):
 
     def send(self, data: bytes) -> bool:
         """Write to the client; False when it reads slowly."""
-        if not self.transport.is_closing():
-            write_now(self.transport, self._descriptor, data)
-        return not self.flow.write_paused
+        return write_to_client(self.transport, self._descriptor, self.flow, data)
 
     def passage(self) -> Passage:
         """What writes plain events to the client."""

@@ -7,6 +7,8 @@ that carries nothing but usage is taken out on its way back.
 
 from __future__ import annotations
 
+import functools
+
 import msgspec
 
 from pilotlight.core.openai_routes import STREAM_USAGE_ROUTES, speaks_anthropic
@@ -20,9 +22,6 @@ _PLAIN = b'data: {"id":'
 
 _IMPOSSIBLE = b"\n"
 """How no chunk begins."""
-
-_KNOWN_SIZES_MAX = 4096
-"""Sizes of chunks of which it is kept how they begin."""
 
 _TOKENS_MAX = 2**53
 """Counts beyond it are an engine's mistake and not stored."""
@@ -192,27 +191,21 @@ def is_plain_chunk(piece: bytes) -> bool:
     """
     size = len(piece)
     return (
-        piece.startswith(_beginnings.get(size) or _plain_chunk(size))
+        piece.startswith(_plain_chunk(size))
         and piece.find(b"\n\n") == size - 4
         and piece.endswith(b"\r\n")
         and b'"usage"' not in piece
     )
 
 
-_beginnings: dict[int, bytes] = {}
-"""How plain chunks of a size begin."""
-
-
+@functools.lru_cache(maxsize=4096)
 def _plain_chunk(size: int) -> bytes:
     """How a chunk begins that has so many bytes with its framing, and whose data is a plain event."""
-    beginning = _IMPOSSIBLE
     for digits in range(1, 9):
         length = size - digits - 4
         if length > 0 and len(line := b"%x\r\n" % length) == digits + 2:
-            beginning = line + _PLAIN
-    if size <= _KNOWN_SIZES_MAX:
-        _beginnings[size] = beginning
-    return beginning
+            return line + _PLAIN
+    return _IMPOSSIBLE
 
 
 def _has_line(whole: bytes, begin: bytes) -> bool:

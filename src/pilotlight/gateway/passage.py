@@ -6,7 +6,7 @@ import asyncio
 
 from pilotlight.gateway.cycle import Flow
 from pilotlight.gateway.events import is_plain_chunk
-from pilotlight.gateway.writing import write_now
+from pilotlight.gateway.writing import write_to_client
 
 
 class Passage:
@@ -45,7 +45,4 @@ class Passage:
         if not is_plain_chunk(piece):
             return None
         self.events += 1
-        transport = self._transport
-        if transport.is_closing():
-            return True
-        return write_now(transport, self._descriptor, piece) or not self._flow.write_paused
+        return write_to_client(self._transport, self._descriptor, self._flow, piece)

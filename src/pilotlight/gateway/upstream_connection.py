@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, cast
 
 import httptools
 
@@ -22,6 +22,7 @@ from pilotlight.gateway.head import Lane, lane_of
 from pilotlight.gateway.writing import outbox_of, write_now
 
 if TYPE_CHECKING:
+    from pilotlight.gateway.passage import Passage
     from pilotlight.gateway.upstream import UpstreamPool
 
 _BUFFER_HIGH = 256 * 1024
@@ -76,18 +77,6 @@ class AnswerHead:
         self.memo: bytes | None = None
 
 
-class ChunkPassage(Protocol):
-    """Who takes chunks as they come, if they are what he takes."""
-
-    def pass_on(self, piece: bytes) -> bool | None:
-        """Take a piece that begins where a chunk does.
-
-        Returns:
-            None if it is to be parsed, and `arrived` told. Otherwise it was one whole chunk, not the last,
-            and has been passed on; the value says whether more may come, or nothing until `resume`.
-        """
-
-
 class UpstreamResponse(asyncio.Protocol):
     """One connection, and on it one answer at a time: `status` and `headers`, then `read()` until None."""
 
@@ -134,7 +123,7 @@ class UpstreamResponse(asyncio.Protocol):
         self._timed_out = False
         self._waiter: asyncio.Future[None] | None = None
         self._arrived: Callable[[], None] | None = None
-        self._passage: ChunkPassage | None = None
+        self._passage: Passage | None = None
         self._silence_s = 0.0
         self._between_chunks = False
 
@@ -315,11 +304,12 @@ class UpstreamResponse(asyncio.Protocol):
         self._arrived, self._silence_s = arrived, silence_s
         self._expect_in(silence_s)
 
-    def pass_chunks(self, passage: ChunkPassage | None) -> None:
+    def pass_chunks(self, passage: Passage | None) -> None:
         """Offer pieces of a chunked body as they come before they are parsed, or do so no more.
 
         Args:
-            passage: Only called when everything before has been taken; must not raise.
+            passage: Given pieces that begin where a chunk does, once everything before has been taken; must
+                not raise. What it does not take is parsed, and `arrived` told.
         """
         self._passage = passage
 

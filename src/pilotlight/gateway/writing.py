@@ -6,6 +6,8 @@ import asyncio
 import os
 import weakref
 
+from uvicorn.protocols.http.flow_control import FlowControl
+
 
 def write_now(transport: asyncio.WriteTransport, descriptor: int | None, data: bytes) -> bool:
     """Write to a connection that is not closing, by a system call that lets other threads run.
@@ -20,7 +22,7 @@ def write_now(transport: asyncio.WriteTransport, descriptor: int | None, data: b
         data: Not empty.
 
     Returns:
-        Whether nothing waits to be sent.
+        Whether all of it is sent; else the transport has the rest.
     """
     if descriptor is not None and not transport.get_write_buffer_size():
         try:
@@ -32,6 +34,22 @@ def write_now(transport: asyncio.WriteTransport, descriptor: int | None, data: b
         data = data[written:]
     transport.write(data)
     return False
+
+
+def write_to_client(
+    transport: asyncio.WriteTransport, descriptor: int | None, flow: FlowControl, data: bytes
+) -> bool:
+    """Write to a client now, unless its connection is closing; False when it reads slowly.
+
+    Args:
+        transport: Of the connection.
+        descriptor: As for `write_now`.
+        flow: Of the connection.
+        data: Not empty.
+    """
+    if not transport.is_closing() and write_now(transport, descriptor, data):
+        return True
+    return not flow.write_paused
 
 
 class Outbox:
