@@ -34,8 +34,8 @@ from tests.soak.site import Site
 
 from .job_campaign import JobCampaign
 
-EXIT_S = 15
-"""Ctrl-C ends everything within this time; within ten seconds where nothing else has the processors."""
+EXIT_S = 10
+"""Ctrl-C ends everything within this time."""
 
 WAIT_S = 30
 """Bound of every wait; nothing is asserted about how much of it is used."""

@@ -276,7 +276,7 @@ async def test_a_silent_engine_holds_up_nobody_and_keeps_its_limit(world):
         world.take(name, 8)
     await world.look(times=2)
     silent.silent = True
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(5):
         await world.look()
     assert world.load.views()["silent"].reason is CapacityReason.UNKNOWN
     assert [world.capacity(name) for name in ("silent", "other")] == [5, 5]

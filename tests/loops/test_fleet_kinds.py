@@ -88,7 +88,8 @@ async def test_the_time_from_signal_to_kill_may_be_asked_for(world, wanted_s, gi
     await world.settle()
     assert world.cluster.log[-1] == ("terminate", worker.id)
     left_s = world.fleet._live[worker.id].deadline.when() - signalled_s
-    assert given_s <= left_s < given_s + 4
+    took_s = asyncio.get_running_loop().time() - signalled_s
+    assert given_s <= left_s <= given_s + took_s
 
 
 async def test_an_end_in_silence_is_explained_by_the_last_line(world):

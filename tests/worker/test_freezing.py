@@ -279,16 +279,15 @@ async def test_work_that_comes_to_a_frozen_engine_thaws_it_once(start: Start) ->
 async def test_an_engine_that_does_not_answer_after_the_thaw_has_failed(start: Start) -> None:
     cell = await start(FAKE_ENGINE_WARM_UP="hang")
     await cell.freezer.freeze()
-    with pytest.raises(EngineGoneError, match=r"no token within 0\.1 s"):
-        await cell.freezer.thaw(0.1)
+    with pytest.raises(EngineGoneError, match="no token within 1 s"):
+        await cell.freezer.thaw(1)
     assert len(cell.failures) == 1
     # Nobody waits for it a second time, and nobody is sent there.
     for attempt in (cell.freezer.thaw(PATIENCE), cell.freezer.awake("job")):
         with pytest.raises(EngineGoneError):
             await attempt
     assert len(cell.failures) == 1
-    # None where the machine was too busy for the engine to look at it in time.
-    assert len(cell.happened("request")) <= 1
+    assert len(cell.happened("request")) == 1
     assert await cell.freezer.leave() is False
 
 
