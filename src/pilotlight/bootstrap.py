@@ -50,6 +50,7 @@ from pilotlight.gateway.router import FleetRouter
 from pilotlight.gateway.slots import SlotTable
 from pilotlight.gateway.upstream import UpstreamPool
 from pilotlight.gateway.worker_door import HttpDoor
+from pilotlight.huge_pages import keep_in_huge_pages
 from pilotlight.launchable import Launchable
 from pilotlight.loops.autoscaler import Autoscaler
 from pilotlight.loops.estimates import Estimates
@@ -59,6 +60,7 @@ from pilotlight.loops.health_checks import HealthChecker
 from pilotlight.loops.leadership import Leadership
 from pilotlight.loops.meter import Meter
 from pilotlight.loops.reaper import Reaper
+from pilotlight.loops.tasks import Endless
 from pilotlight.loops.webhooks import WebhookSender
 from pilotlight.management import (
     RegistryLogins,
@@ -501,6 +503,7 @@ async def open_installation(
     server = Server(server_config(installation.app), listening.secured)
     fronts = roads.fronts(installation, listening.fronts, server.adopt) if listening.fronts else None
     serving: asyncio.Task[None] | None = None
+    memory = Endless(keep_in_huge_pages, "huge pages")
     server_file = settings.home / SERVER_FILE
     try:
         first = await installation.start()
@@ -515,10 +518,13 @@ async def open_installation(
         write_private(server_file, json.dumps({"url": listening.local_url, "pid": os.getpid()}))
         calm_collector()
         share_interpreter()
+        if settings.server.huge_pages:
+            memory.start()
         announce(installation, first)
         yield installation
     finally:
         began_s = time.monotonic()
+        await _attempt("huge pages", memory.stop())
         await installation.stop()
         server.should_exit = True
         ending: list[Awaitable[None]] = [] if serving is None else [serving]

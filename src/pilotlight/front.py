@@ -25,7 +25,9 @@ from pilotlight.gateway.fronts.link import LinkError
 from pilotlight.gateway.handover import Door
 from pilotlight.gateway.observability import tracing_of
 from pilotlight.gateway.upstream import UpstreamPool
+from pilotlight.huge_pages import keep_in_huge_pages
 from pilotlight.logs import configure_logging
+from pilotlight.loops.tasks import Endless
 from pilotlight.serving import Server, certificate_of, server_config
 from pilotlight.system import SystemClock, calm_collector
 
@@ -82,11 +84,15 @@ async def _serve(link: socket.socket, door: socket.socket, listener: socket.sock
     if serving.done():
         serving.result()
     calm_collector()
+    memory = Endless(keep_in_huge_pages, "huge pages")
+    if settings.server.huge_pages:
+        memory.start()
     side.ready()
     await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
     server.should_exit = True
     await serving
     leaving.cancel()
+    await memory.stop()
     pool.close()
     if tracing is not None:
         await tracing.close()

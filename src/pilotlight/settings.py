@@ -66,6 +66,9 @@ class ServerSettings(_Section):
     secret_key_file: Path | None = None
     """File with the installation's secret, which signs webhooks and seals credentials; made when missing.
     None means `secret.key` in the data folder. Gateways that share a store must share this file's content."""
+    huge_pages: bool = True
+    """Whether the gateway puts its memory into huge pages where the kernel has them, so that requests and
+    events cost the processor less (docs/guides/operations.md)."""
     shutdown_s: Positive = 8
     """Seconds given to requests and workers when the gateway is told to stop, before everything is killed."""
 

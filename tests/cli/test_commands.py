@@ -479,7 +479,7 @@ def test_doctor_reports_every_check_as_json(cli, tmp_path):
     report = json.loads(result.stdout)
     checks = {check["name"]: check for check in report["checks"]}
     named = {"settings", "data folder", "gateway", "engine", "launchers", "GPUs", "memory", "disk"}
-    assert set(checks) == named | {"open files"}
+    assert set(checks) == named | {"open files", "huge pages"}
     assert checks["gateway"]["status"] == "ok"
     assert checks["data folder"]["status"] == "ok"
     assert report["ok"] == (result.exit_code == 0)

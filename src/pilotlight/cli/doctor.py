@@ -21,6 +21,7 @@ from pilotlight.descriptors import ADVICE, attainable_descriptor_limit
 from pilotlight.engines.install import look_at_machine
 from pilotlight.engines.manifest import load_manifest
 from pilotlight.errors import PilotlightError
+from pilotlight.huge_pages import why_no_huge_pages
 from pilotlight.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -54,8 +55,8 @@ class Check:
 def doctor_command(as_json: JsonOption = False) -> None:
     """Check this machine and say what to mend.
 
-    Looks at settings, data folder, gateway, engine, launchers, GPUs, memory, disk and open files. Exit code 1
-    if something keeps Pilotlight from serving here; warnings alone end with 0.
+    Looks at settings, data folder, gateway, engine, launchers, GPUs, memory, disk, open files and huge pages.
+    Exit code 1 if something keeps Pilotlight from serving here; warnings alone end with 0.
 
     Examples:
       pilotlight doctor
@@ -92,6 +93,7 @@ def run_checks() -> list[Check]:
         check_memory,
         check_disk,
         check_descriptors,
+        check_huge_pages,
     ]
     return [Check("settings", "ok", "valid"), *(check(settings) for check in checks)]
 
@@ -240,6 +242,20 @@ def check_descriptors(_: Settings) -> Check:
     if limit.shortage:
         return Check("open files", "warn", limit.shortage, ADVICE)
     return Check("open files", "ok", f"{limit.soft} at a time, enough for {limit.streams} streams")
+
+
+def check_huge_pages(settings: Settings) -> Check:
+    """Whether a gateway started from here may put its memory into huge pages."""
+    name = "huge pages"
+    if not settings.server.huge_pages:
+        return Check(name, "ok", "not used: server.huge_pages is false")
+    if problem := why_no_huge_pages():
+        advice = (
+            "as root, `echo madvise > /sys/kernel/mm/transparent_hugepage/enabled`, on Linux 6.1 or later; or"
+            " set server.huge_pages to false, and requests may cost more"
+        )
+        return Check(name, "warn", problem, advice)
+    return Check(name, "ok", "the gateway's memory goes into them")
 
 
 def _existing(path: Path) -> Path:
