@@ -23,6 +23,8 @@ import structlog
 _log = structlog.get_logger()
 
 _KERNEL = Path("/sys/kernel/mm/transparent_hugepage")
+_madvise = ctypes.CDLL(None, use_errno=True).madvise
+_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _MADV_COLLAPSE = 25
 """linux/mman.h; Python's mmap does not have it yet."""
 
@@ -118,6 +120,4 @@ def _used(pagemap: BinaryIO, address: int, size: int) -> int:
 
 def _collapse(address: int, size: int) -> int:
     """Make one huge page of a range; the number of the error, 0 for none."""
-    call = ctypes.CDLL(None, use_errno=True).madvise
-    call.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return ctypes.get_errno() if call(address, size, _MADV_COLLAPSE) else 0
+    return ctypes.get_errno() if _madvise(address, size, _MADV_COLLAPSE) else 0
