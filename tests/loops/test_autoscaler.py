@@ -104,6 +104,25 @@ async def test_a_fixed_engine_and_an_unknown_endpoint_are_left_alone(world):
     assert await world.autoscaler.look("gone") is None
 
 
+async def test_a_worker_that_is_started_while_its_endpoint_is_deleted_ends(world):
+    world.deploy(workers_min=1)
+    world.fleet.on_change = world.autoscaler.wake
+    world.autoscaler.start()
+    demand = world.store.demand
+
+    async def deleted_meanwhile(*arguments, **options):
+        del world.endpoints["e"]
+        return await demand(*arguments, **options)
+
+    world.store.demand = deleted_meanwhile
+    await world.autoscaler.look("e")
+    (worker,) = world.fleet.workers("e")
+    await world.fleet.reported(worker.id, READY)
+    async with asyncio.timeout(10):
+        while world.fleet.worker(worker.id).state is not WorkerState.STOPPING:
+            await asyncio.sleep(0)
+
+
 async def test_nothing_is_kept_of_a_deleted_endpoint(world):
     """Its workers end after it, and so does a look that was under way, which would have it back off."""
     world.deploy(workers_min=1)

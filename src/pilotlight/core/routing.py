@@ -26,7 +26,7 @@ SLACK = 8
 second request."""
 
 LOAD_WEIGHT = 0.8
-FRESH_WEIGHT, FRESH_MAX = 4.0, 0.5
+FRESH_WEIGHT, FRESH_MAX = 8.0, 0.5
 RECENT_WEIGHT = 0.25
 ADAPTER_WEIGHT = 0.25
 """What counts beside the part of a prompt that a worker has to read, which is 0 to 1; `pick_by_prefix` says
