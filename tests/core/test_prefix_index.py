@@ -51,14 +51,14 @@ def test_what_was_new_to_a_worker_counts_for_a_while() -> None:
     """1. Only what it did not know counts. 2. A new worker is not far behind the others, so that it does not
     get everything. 3. Older work fades against newer."""
     index = PrefixIndex()
-    index.note("v", range(500))
-    index.note("v", range(501))
-    index.note("w", range(2000, 2600))
-    assert [index.look(worker, [7]).fresh for worker in "vw"] == [501, 973]
-    assert index.look("new", [7]).fresh == 373
+    index.note("v", range(200))
+    index.note("v", range(201))
+    index.note("w", range(2000, 2200))
+    assert [index.look(worker, [7]).fresh for worker in "vw"] == [201, 273]
+    assert index.look("new", [7]).fresh == 73
     index.note("new", [7])
     index.note("w", range(3000, 3300))
-    assert [index.look(worker, [7]).fresh for worker in ("v", "w", "new")] == [250, 636, 187]
+    assert [index.look(worker, [7]).fresh for worker in ("v", "w", "new")] == [100, 286, 37]
 
 
 def test_what_was_not_used_for_longest_goes_first_and_of_a_prompt_its_end() -> None:

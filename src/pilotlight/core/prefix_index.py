@@ -31,8 +31,9 @@ WORKER_BLOCKS_MAX = 8192
 million tokens, in 1.5 MB of memory. What an engine keeps is of that order; it is not asked."""
 
 
-LATELY = 2048
-"""Blocks over which it is counted who got new ones lately: 50 to 500 prompts."""
+LATELY = 256
+"""Blocks per worker over which it is counted who got new ones lately: 9 to 130 prompts. The fewer, the sooner
+what one got more is made up for."""
 
 _HEAD_START = 128
 """So many blocks fewer than the others a new worker has got: a reason to give it work, and soon made up."""
@@ -104,7 +105,7 @@ class PrefixIndex:
             held[block] = self._turn
             held.move_to_end(block)
         self._fresh[worker_id] += len(held) - before
-        if sum(self._fresh.values()) > LATELY:
+        if sum(self._fresh.values()) > LATELY * len(self._fresh):
             self._fresh = {worker: count // 2 for worker, count in self._fresh.items()}
         while len(held) > self._blocks_max:
             held.popitem(last=False)

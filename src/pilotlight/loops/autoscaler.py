@@ -205,8 +205,8 @@ class Autoscaler:
         endpoint = self._endpoint(endpoint_id)
         if endpoint is None:
             self._look_again(endpoint_id, None)
-            # Workers that ended after it was deleted have left something behind, and one that a look was about
-            # to start while it was deleted is nobody else's concern.
+            # Workers that ended after it was deleted have left something behind. One that was about to be
+            # started meanwhile is known to nobody else.
             self._fleet.forgive(endpoint_id)
             for worker in self._fleet.workers(endpoint_id):
                 await self._fleet.drain(worker.id, reason="endpoint deleted")
