@@ -33,8 +33,8 @@ _CHANGE_BYTES = 2 << 20
 """Memory in use must have changed by this much for another walk through all of it."""
 
 _FULL = 7 / 8
-"""The least part that must be in use of what becomes a huge page. Measured under load: of 57 possible ones, 41
-were, and all of the others less than an eighth."""
+"""The least part that must be in use of what becomes a huge page. Measured under load: of 57 possible ones it
+was so of 41, and of all others less than an eighth."""
 
 _PAGE_BYTES = mmap.PAGESIZE
 _ENTRY_BYTES = 8
