@@ -80,9 +80,12 @@ def test_a_process_that_may_not_have_them_is_told_so_and_goes_on_without():
     assert huge == 0
 
 
-def test_a_kernel_that_has_them_switched_off_is_asked_for_nothing(tmp_path, monkeypatch):
+def test_a_kernel_without_fitting_ones_is_asked_for_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(huge_pages, "_KERNEL", tmp_path)
     assert "no transparent huge pages" in huge_pages.why_no_huge_pages()
     Path(tmp_path, "hpage_pmd_size").write_text("2097152\n")
     Path(tmp_path, "enabled").write_text("always madvise [never]\n")
     assert "says never" in huge_pages.why_no_huge_pages()
+    Path(tmp_path, "enabled").write_text("always [madvise] never\n")
+    Path(tmp_path, "hpage_pmd_size").write_text(f"{512 << 20}\n")
+    assert "512 MiB" in huge_pages.why_no_huge_pages()

@@ -36,6 +36,9 @@ _FULL = 7 / 8
 """The least part that must be in use of what becomes a huge page. Measured under load: of 57 possible ones it
 was so of 41, and of all others less than an eighth."""
 
+_LARGEST_BYTES = 32 << 20
+"""With pages of 64 KiB, as some ARM kernels have them, a huge page has 512 MiB: more than a gateway holds."""
+
 _PAGE_BYTES = mmap.PAGESIZE
 _ENTRY_BYTES = 8
 """One page in /proc/self/pagemap; the highest bit says that it is in memory (proc_pid_pagemap(5))."""
@@ -72,6 +75,8 @@ def why_no_huge_pages() -> str:
         return "this kernel has no transparent huge pages"
     if "[never]" in mode:
         return f"transparent huge pages are switched off: {_KERNEL}/enabled says never"
+    if size > _LARGEST_BYTES:
+        return f"a huge page of this kernel has {size >> 20} MiB, more than the gateway could fill"
     with mmap.mmap(-1, 2 * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
         first = ctypes.c_char.from_buffer(memory)
         address = -(-ctypes.addressof(first) // size) * size

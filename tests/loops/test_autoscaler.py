@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from pilotlight.core.autoscaling import ScaleReason
 from pilotlight.domain.worker import Address, Registration, Stage, WorkerState
 from pilotlight.gateway.slots import Ask
@@ -104,18 +106,24 @@ async def test_a_fixed_engine_and_an_unknown_endpoint_are_left_alone(world):
     assert await world.autoscaler.look("gone") is None
 
 
+async def look_while_it_is_deleted(world):
+    """A look that has found the endpoint, and reads its load while it is deleted."""
+    with pytest.MonkeyPatch.context() as patch:
+        demand = world.store.demand
+
+        async def deleted_meanwhile(*arguments, **options):
+            del world.endpoints["e"]
+            return await demand(*arguments, **options)
+
+        patch.setattr(world.store, "demand", deleted_meanwhile)
+        await world.autoscaler.look("e")
+
+
 async def test_a_worker_that_is_started_while_its_endpoint_is_deleted_ends(world):
     world.deploy(workers_min=1)
     world.fleet.on_change = world.autoscaler.wake
     world.autoscaler.start()
-    demand = world.store.demand
-
-    async def deleted_meanwhile(*arguments, **options):
-        del world.endpoints["e"]
-        return await demand(*arguments, **options)
-
-    world.store.demand = deleted_meanwhile
-    await world.autoscaler.look("e")
+    await look_while_it_is_deleted(world)
     (worker,) = world.fleet.workers("e")
     await world.fleet.reported(worker.id, READY)
     async with asyncio.timeout(10):
@@ -134,18 +142,11 @@ async def test_nothing_is_kept_of_a_deleted_endpoint(world):
     assert world.fleet.health("e").retry_ms
     await world.autoscaler.look("e")
     assert len(world.given_up) == 1
-    demand = world.store.demand
-
-    async def deleted_meanwhile(*arguments, **options):
-        del world.endpoints["e"]
-        return await demand(*arguments, **options)
-
-    world.store.demand = deleted_meanwhile
-    await world.autoscaler.look("e")
+    await look_while_it_is_deleted(world)
     assert len(world.given_up) == 1
     await world.autoscaler.look("e")
     assert world.fleet._failures._records == {}
-    world.cluster.refuse, world.store.demand = None, demand
+    world.cluster.refuse = None
     deleted = world.deploy()
     await world.fleet.start(deleted)
     del world.endpoints["e"]
