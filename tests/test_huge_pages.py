@@ -10,7 +10,7 @@ from pathlib import Path
 from pilotlight import huge_pages
 
 LOOK = """
-import asyncio, ctypes, gc, json, mmap
+import asyncio, ctypes, json, mmap
 from pathlib import Path
 from pilotlight import huge_pages
 

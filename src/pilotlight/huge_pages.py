@@ -20,6 +20,8 @@ from typing import BinaryIO
 
 import structlog
 
+from pilotlight.memory import resident_bytes
+
 _log = structlog.get_logger()
 
 _KERNEL = Path("/sys/kernel/mm/transparent_hugepage")
@@ -51,15 +53,15 @@ _HEAP = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) rw-p \S+ \S+ 0 *(?:\[(?:heap|anon
 async def keep_in_huge_pages() -> None:
     """Put this process into huge pages now and whenever it holds more or less; ends where it cannot."""
     problem = await asyncio.to_thread(why_no_huge_pages)
-    seen = 0
-    while not problem:
-        try:
-            if abs(_resident_bytes() - seen) >= _CHANGE_BYTES:
+    own, seen = os.getpid(), 0
+    try:
+        while not problem:
+            if abs(resident_bytes(own) - seen) >= _CHANGE_BYTES:
                 await asyncio.to_thread(collapse)
-                seen = _resident_bytes()
-        except OSError as error:
-            problem = f"cannot look at this process's memory: {error}"
-        await asyncio.sleep(_LOOK_S)
+                seen = resident_bytes(own)
+            await asyncio.sleep(_LOOK_S)
+    except OSError as error:
+        problem = f"cannot look at this process's memory: {error}"
     _log.info("no_huge_pages", problem=problem)
 
 
@@ -103,11 +105,6 @@ def collapse() -> int:
                 if _used(pagemap, address, size) >= _FULL * size and not _collapse(address, size):
                     done += size
     return done
-
-
-def _resident_bytes() -> int:
-    """Memory of this process that is in use."""
-    return int(Path("/proc/self/statm").read_bytes().split()[1]) * _PAGE_BYTES
 
 
 def _huge_page_bytes() -> int:

@@ -18,6 +18,14 @@ def proportional_bytes(pids: Iterable[int]) -> int:
     return sum(map(_bytes_of, pids))
 
 
+def resident_bytes(pid: int) -> int:
+    """What a process has in memory, in bytes, shared pages in full; 0 for one that has ended."""
+    try:
+        return _field_bytes(Path(f"/proc/{pid}/status"), b"VmRSS:")
+    except OSError:
+        return 0
+
+
 def available_bytes() -> int:
     """What the machine can give without swapping, in bytes; 0 where it does not say."""
     try:
@@ -30,14 +38,7 @@ def _bytes_of(pid: int) -> int:
     try:
         return _field_bytes(Path(f"/proc/{pid}/smaps_rollup"), b"Pss:")
     except PermissionError:
-        return _resident_bytes(pid)
-    except OSError:
-        return 0
-
-
-def _resident_bytes(pid: int) -> int:
-    try:
-        return _field_bytes(Path(f"/proc/{pid}/status"), b"VmRSS:")
+        return resident_bytes(pid)
     except OSError:
         return 0
 
