@@ -281,7 +281,7 @@ class HubServer:
         if request.method == "HEAD":
             return response
         # Whoever asked may be gone by now.
-        with contextlib.suppress(ConnectionResetError):
+        with contextlib.suppress(ConnectionError):
             await self._write(request, response, file, content[first:])
         return response
 
