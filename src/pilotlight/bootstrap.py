@@ -153,7 +153,7 @@ class Installation:
             jobs=JobsElsewhere(self.jobs.ledger),
             directory=self.directory,
             changed=self.endpoint_changed,
-            deleted=self._endpoint_deleted_elsewhere,
+            deleted=self.endpoint_deleted,
             served=lambda: {worker.endpoint_id for worker in self.fleet.workers()},
             fleet=self.roster,
             webhook_due=self.webhooks.wake,
@@ -288,7 +288,7 @@ class Installation:
         self.elsewhere.acted_on(endpoint)
 
     async def endpoint_deleted(self, endpoint_id: str) -> None:
-        """Cancel the jobs of a deleted endpoint and forget its slots once its workers are gone."""
+        """Cancel the jobs of a deleted endpoint and drain its workers; its slots go once those are gone."""
         self.slots.fail_held(endpoint_id, StartFailedError("the endpoint was deleted", retry_after_s=1))
         self.slots.drop_worker(_fixed_engine(endpoint_id))
         self.launchers.deleted(endpoint_id)
@@ -296,9 +296,6 @@ class Installation:
         self.fleet.forgive(endpoint_id)
         self.estimates.forget(endpoint_id)
         self.elsewhere.forget(endpoint_id)
-
-    async def _endpoint_deleted_elsewhere(self, endpoint_id: str) -> None:
-        await self.endpoint_deleted(endpoint_id)
         for worker in self.fleet.workers(endpoint_id):
             await self.fleet.drain(worker.id, reason="endpoint deleted")
 

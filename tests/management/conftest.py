@@ -60,11 +60,10 @@ class FakeClock:
 
 @dataclass
 class FakeFleet:
-    """Living workers by id; remembers what it was asked to do."""
+    """Living workers by id."""
 
     living: dict[str, Worker] = field(default_factory=dict)
     healths: dict[str, Health] = field(default_factory=dict)
-    drained: list[tuple[str, str]] = field(default_factory=list)
 
     def worker(self, worker_id: str) -> Worker | None:
         return self.living.get(worker_id)
@@ -85,7 +84,7 @@ class FakeFleet:
         raise NotImplementedError
 
     async def drain(self, worker_id: str, *, reason: str) -> None:
-        self.drained.append((worker_id, reason))
+        raise NotImplementedError
 
     async def kill(self, worker_id: str, *, reason: str) -> None:
         raise NotImplementedError

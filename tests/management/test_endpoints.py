@@ -482,14 +482,12 @@ async def test_status_follows_the_workers(management):
     assert paused["status"] == "paused"
 
 
-async def test_deleting_cancels_jobs_and_drains_workers(management):
+async def test_deleting_ends_what_the_endpoint_has(management):
     created = await management.create()
-    management.fleet.add("w1", created["id"], WorkerState.READY)
     url = f"/v2/serverless/{created['id']}"
     answer = await management.http.delete(url)
     assert (answer.status_code, answer.content) == (204, b"")
     assert management.deleted == [created["id"]]
-    assert management.fleet.drained == [("w1", "endpoint deleted")]
     assert management.directory.endpoints() == []
     assert (await management.http.delete(url)).status_code == 404
     assert (await management.http.get(f"{URL}/{created['id']}")).status_code == 404

@@ -88,7 +88,7 @@ class EndpointService:
         manifest_loader: Reads what the engine of a version (None: the usual one) understands; raises
             EngineEnvironmentError, and InvalidInputError for a version that is not installed.
         host_reader: Reads what the host has; may block.
-        on_deleted: Awaited after an endpoint was deleted: cancels its jobs and held requests.
+        on_deleted: Awaited after an endpoint was deleted: ends its jobs, held requests and workers.
         base_url: Gives the base URL under which clients reach us, without a slash at the end.
         images: Checks and fetches container images.
         estimates: How long starts take.
@@ -321,8 +321,6 @@ class EndpointService:
             await self._directory.refresh()
         # The endpoint is gone for new requests; what it still has ends after them.
         await self._on_deleted(endpoint_id)
-        for worker in self._fleet.workers(endpoint_id):
-            await self._fleet.drain(worker.id, reason="endpoint deleted")
         self._wake(endpoint_id)
 
     async def _revised(self, current: Revision, body: ReviseEndpoint, progress: Progress) -> Revision | None:
