@@ -293,11 +293,9 @@ class Installation:
         self.slots.drop_worker(_fixed_engine(endpoint_id))
         self.launchers.deleted(endpoint_id)
         await self.jobs.endpoint_deleted(endpoint_id)
-        self.fleet.forgive(endpoint_id)
         self.estimates.forget(endpoint_id)
         self.elsewhere.forget(endpoint_id)
-        for worker in self.fleet.workers(endpoint_id):
-            await self.fleet.drain(worker.id, reason="endpoint deleted")
+        await self.autoscaler.look(endpoint_id)
 
     def _sender(self) -> WebhookSender:
         settings = self.settings.webhooks

@@ -106,6 +106,21 @@ async def test_a_fixed_engine_and_an_unknown_endpoint_are_left_alone(world):
     assert await world.autoscaler.look("gone") is None
 
 
+async def test_the_workers_of_a_deleted_endpoint_are_drained(world):
+    worker = await world.fleet.start(world.deploy())
+    await world.fleet.reported(worker.id, READY)
+    request = await world.slots.hold("e", ASK, timeout_s=10)
+    del world.endpoints["e"]
+    assert await world.autoscaler.look("e") is None
+    assert world.fleet.worker(worker.id).state is WorkerState.DRAINING
+    world.slots.release_request(request, ASK)
+    world.fleet.slots_idle("e")
+    await world.settle()
+    world.cluster.end(worker.id, 0)
+    await world.settle()
+    assert world.listener.lost == [(worker.id, "endpoint deleted")]
+
+
 async def look_while_it_is_deleted(world):
     """A look that has found the endpoint, and reads its load while it is deleted."""
     with pytest.MonkeyPatch.context() as patch:

@@ -201,7 +201,7 @@ class Autoscaler:
             self.wake(endpoint_id)
 
     async def look(self, endpoint_id: str) -> ScaleDecision | None:
-        """Read, decide, apply, record; the decision taken, None for an endpoint that is gone."""
+        """Read, decide, apply, record; the decision. None for an endpoint that is gone, whose workers end."""
         endpoint = self._endpoint(endpoint_id)
         if endpoint is None:
             self._look_again(endpoint_id, None)

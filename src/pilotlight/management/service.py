@@ -321,7 +321,6 @@ class EndpointService:
             await self._directory.refresh()
         # The endpoint is gone for new requests; what it still has ends after them.
         await self._on_deleted(endpoint_id)
-        self._wake(endpoint_id)
 
     async def _revised(self, current: Revision, body: ReviseEndpoint, progress: Progress) -> Revision | None:
         sent = body.model_fields_set
