@@ -246,9 +246,12 @@ def test_a_websocket_is_answered_by_what_serves_them(gateway, engine):
         assert answer.startswith(b"HTTP/1.1 " + status), answer
 
 
-def test_all_processes_together_keep_to_the_slots_of_an_endpoint(gateway, engine):
+def test_all_processes_together_keep_to_the_slots_of_an_endpoint(gateway, engine, tools):
     chat = gateway.endpoint(engine, concurrency=4)
-    answers = gateway.chats(200, chat, "briefly")
+    held = gateway.chats(4, chat, "hold")
+    tools.until(lambda: engine.running == 4, "all slots are in use")
+    answers = [*held, *gateway.chats(200, chat, "briefly")]
+    engine.go_on.set()
     assert {answer.result().status_code for answer in answers} == {200}
     assert engine.most == 4
 
